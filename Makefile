@@ -1,0 +1,43 @@
+# The two commands of the README are `make demo` and `make test`; both set up what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_CONFIG := configs/shapes/panoptic_segformer_shapes.yaml
+DEMO_OUTPUT := output/shapes
+
+.PHONY: help setup demo test lint types unit clean
+
+help:  ## Show the targets.
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
+
+setup: $(VENV)/.extension-built  ## Make .venv, install the requirements, build the extension.
+
+demo: setup  ## Train on the synthetic data set, evaluate, draw; ends with PQ and the pictures.
+	$(BIN)/python train_net.py --config-file $(DEMO_CONFIG) OUTPUT_DIR $(DEMO_OUTPUT)
+
+test: setup lint types unit  ## Everything that CI runs.
+
+lint: setup  ## Style of the Python code.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup  ## Static types of the package.
+	$(BIN)/mypy
+
+unit: setup  ## Tests with the extension, then operator and model without it.
+	$(BIN)/python -m pytest
+	PSF_DISABLE_EXTENSION=1 $(BIN)/python -m pytest tests/layers tests/modeling
+
+clean:  ## Remove what setup and the build made (not data sets, not output/).
+	rm -rf $(VENV) build *.egg-info psf/_C*.so .pytest_cache .mypy_cache .ruff_cache
+
+# The stamps make the second run install nothing; they are written last, so that an interrupted
+# set-up is taken up again.
+$(VENV)/.requirements-installed: requirements.txt requirements-nodeps.txt tools/install_requirements.sh
+	PYTHON=$(PYTHON) VENV=$(VENV) sh tools/install_requirements.sh
+	touch $@
+
+EXTENSION_SOURCES := setup.py $(wildcard psf/layers/csrc/*)
+$(VENV)/.extension-built: $(VENV)/.requirements-installed $(EXTENSION_SOURCES)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps -e .
+	touch $@

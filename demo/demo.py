@@ -1,0 +1,226 @@
+#!/usr/bin/env python3
+r"""Draw the panoptic segmentation of images.
+
+    python demo/demo.py --config-file configs/... --input photo.jpg --output result.png \
+        --opts MODEL.WEIGHTS output/model_final.pth
+    python demo/demo.py --config-file configs/... --input "photos/*.jpg" more/ --output results/ \
+        --opts MODEL.WEIGHTS output/model_final.pth MODEL.PSF.TEST.SCORE_THRESHOLD 0.5
+
+Without --output the pictures are shown in a window, one after the other.
+"""
+
+import argparse
+import glob
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import Metadata
+from detectron2.engine import DefaultPredictor
+from detectron2.utils.file_io import PathManager
+from numpy.typing import NDArray
+from PIL import Image
+
+from psf import add_psf_config
+from psf.data.images import read_image
+from psf.evaluation.pictures import draw_panoptic
+
+# What a directory is searched for, and what a picture can be written as.
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# Smaller images are enlarged to this longest side, so that the names of the classes fit.
+LEAST_SIDE = 512
+
+WINDOW = "psf demo: any key for the next image, Esc or q to quit"
+
+Predictor = Callable[[NDArray[np.uint8]], dict[str, Any]]
+
+
+class Job(NamedTuple):
+    """An image to predict, and where its picture goes (None: to a window)."""
+
+    source: Path
+    target: Path | None
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line (``sys.argv`` by default)."""
+    usage, _, description = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        description=usage,
+        epilog=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config-file", required=True, metavar="YAML")
+    parser.add_argument(
+        "--input", required=True, nargs="+", metavar="PATH", help="image files, folders or globs"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="PATH", help="a file for one image, or a folder"
+    )
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="config keys and values; comes last"
+    )
+    return parser.parse_args(argv)
+
+
+def setup(config_file: str, opts: list[str]) -> CfgNode:
+    """The frozen config of the command line; stops with one line where it cannot work."""
+    cfg = get_cfg()
+    add_psf_config(cfg)
+    if not os.path.isfile(config_file):
+        raise SystemExit(f"--config-file: there is no file '{config_file}'")
+    try:
+        cfg.merge_from_file(config_file)
+        cfg.merge_from_list(opts)
+    except (KeyError, AssertionError, ValueError) as error:
+        raise SystemExit(f"Unknown config key or wrong value: {error.args[0]}") from error
+    weights = cfg.MODEL.WEIGHTS
+    if not weights:
+        raise SystemExit("No weights to predict with: add --opts MODEL.WEIGHTS <file>")
+    if "://" not in weights and not PathManager.isfile(weights):
+        raise SystemExit(
+            f"MODEL.WEIGHTS: there is no file '{weights}'. Train first, or correct the path."
+        )
+    if not cfg.DATASETS.TEST:
+        raise SystemExit("DATASETS.TEST is empty: it says which classes the model was trained on")
+    cfg.MODEL.PSF.TEST.PANOPTIC_ON = True
+    cfg.freeze()
+    return cfg
+
+
+def find_images(patterns: Sequence[str]) -> list[Path]:
+    """
+    Find the images of the command line, each once, in its order.
+
+    Args:
+        patterns: files (of any name), folders (their images, not those of folders inside) or globs
+            (``**`` goes into folders).
+    """
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_file():
+            matches = [path]
+        elif path.is_dir():
+            matches = _images(path.iterdir())
+        else:
+            matches = _images(map(Path, glob.glob(pattern, recursive=True)))
+        if not matches:
+            raise SystemExit(
+                f"--input: no image at '{pattern}' (searched for {' '.join(SUFFIXES)})"
+            )
+        found |= dict.fromkeys(matches)
+    return list(found)
+
+
+def _images(paths: Iterable[Path]) -> list[Path]:
+    return sorted(p for p in paths if p.suffix.lower() in SUFFIXES and p.is_file())
+
+
+def plan(sources: Sequence[Path], output: Path | None) -> list[Job]:
+    """
+    Say where the picture of each image goes; stops where a file would be overwritten.
+
+    Args:
+        sources: the images.
+        output: a file if there is one image and the name has an image's suffix, else a folder, in
+            which pictures have the names of their images; None: a window.
+    """
+    if output is None:
+        return [Job(source, None) for source in sources]
+    if output.suffix.lower() in SUFFIXES and not output.is_dir():
+        if len(sources) > 1:
+            raise SystemExit(f"--output: {len(sources)} images do not fit into one file '{output}'")
+        targets = [output]
+    else:
+        targets = [output / _picture_name(source) for source in sources]
+    by_target: dict[Path, Path] = {}
+    for source, target in zip(sources, targets, strict=True):
+        other = by_target.setdefault(target, source)
+        if other != source:
+            raise SystemExit(f"--output: '{other}' and '{source}' would both become '{target}'")
+        if target.exists() and target.samefile(source):
+            raise SystemExit(f"--output: '{target}' would overwrite the input; choose another")
+    return [Job(source, target) for source, target in zip(sources, targets, strict=True)]
+
+
+def _picture_name(source: Path) -> str:
+    return source.name if source.suffix.lower() in SUFFIXES else f"{source.name}.png"
+
+
+def check_window() -> None:
+    """Stop with one line if no window can be opened."""
+    gui = re.search(r"^\s*GUI:\s*(\S+)", cv2.getBuildInformation(), re.MULTILINE)
+    if gui is not None and gui.group(1) == "NONE":
+        raise SystemExit("This OpenCV cannot open windows (it is headless): use --output <folder>")
+    on_desktop = sys.platform in ("win32", "darwin")
+    if not on_desktop and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        raise SystemExit("There is no display to open a window on: use --output <folder>")
+
+
+def show(picture_rgb: NDArray[np.uint8]) -> bool:
+    """Show a picture until a key is pressed; False if that means to quit."""
+    cv2.namedWindow(WINDOW, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO)
+    cv2.imshow(WINDOW, picture_rgb[:, :, ::-1])
+    return cv2.waitKey(0) & 0xFF not in (27, ord("q"))
+
+
+def run(jobs: Sequence[Job], predictor: Predictor, metadata: Metadata) -> list[Path]:
+    """
+    Predict, draw and write or show every image; a line on each.
+
+    Args:
+        jobs: the images.
+        predictor: takes (H, W, 3) BGR, returns ``panoptic_seg`` in a dict (``DefaultPredictor``).
+        metadata: of the data set that the model was trained on.
+
+    Returns:
+        The images that could not be read.
+    """
+    unreadable = []
+    for i, (source, target) in enumerate(jobs, 1):
+        try:
+            image = read_image(str(source), "BGR")
+        except ValueError as error:
+            unreadable.append(source)
+            print(f"[{i}/{len(jobs)}] {error}", file=sys.stderr)
+            continue
+        start = time.perf_counter()
+        panoptic_seg, segments_info = predictor(image)["panoptic_seg"]
+        seconds = time.perf_counter() - start
+        where = "" if target is None else f" -> {target}"
+        print(f"[{i}/{len(jobs)}] {source}: {len(segments_info)} segments, {seconds:.2f} s{where}")
+        scale = max(1.0, LEAST_SIDE / max(image.shape[:2]))
+        picture = draw_panoptic(
+            image[:, :, ::-1], panoptic_seg, segments_info, metadata, scale=scale
+        )
+        if target is not None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(target, quality=95)  # of JPEG and WebP
+        elif not show(picture):
+            break
+    return unreadable
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; exits with 1 if an image could not be read."""
+    args = parse_args(argv)
+    jobs = plan(find_images(args.input), args.output)
+    if args.output is None:
+        check_window()
+    predictor = DefaultPredictor(setup(args.config_file, args.opts))
+    unreadable = run(jobs, predictor, predictor.metadata)
+    if unreadable:
+        names = ", ".join(str(path) for path in unreadable)
+        raise SystemExit(f"{len(unreadable)} of {len(jobs)} images could not be read: {names}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""Panoptic SegFormer (arXiv 2109.03814) as a Detectron2 project.
+
+Importing ``psf`` registers the meta-architecture, the backbones and the data sets with Detectron2.
+Without Detectron2 only ``psf.layers`` and the core of ``psf.modeling`` (plain PyTorch) are usable.
+"""
+
+from importlib.util import find_spec
+
+__version__ = "0.1.0"
+
+if find_spec("detectron2") is not None:
+    from . import data as _data  # noqa: F401  registers the data sets
+    from .config import add_psf_config
+    from .modeling import panoptic_segformer as _panoptic_segformer  # noqa: F401  registers it
+
+    __all__ = ["add_psf_config"]

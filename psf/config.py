@@ -1,0 +1,72 @@
+"""Every configuration key of the project: one comment and its source a key."""
+
+import torch
+from detectron2.config import CfgNode as CN
+
+
+def add_psf_config(cfg: CN) -> None:
+    """Add the keys of Panoptic SegFormer, with the paper's values, to a Detectron2 config."""
+    # Detectron2's default is "cuda" everywhere; here it is the device that the machine has.
+    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    cfg.MODEL.META_ARCHITECTURE = "PanopticSegFormer"
+
+    cfg.MODEL.PSF = CN()
+    # Feature maps C3, C4, C5 of the backbone, fine to coarse (paper, section 3.1).
+    cfg.MODEL.PSF.IN_FEATURES = ["res3", "res4", "res5"]
+    # Thing and stuff classes; must agree with the data set (checked).
+    cfg.MODEL.PSF.NUM_THING_CLASSES = 80
+    cfg.MODEL.PSF.NUM_STUFF_CLASSES = 53
+    # Channels of tokens and queries (paper, section 3.2).
+    cfg.MODEL.PSF.HIDDEN_DIM = 256
+    # Attention heads, sampling points a head and level (Deformable DETR, section 5).
+    cfg.MODEL.PSF.NHEADS = 8
+    cfg.MODEL.PSF.NUM_POINTS = 4
+    # Hidden channels of the feed-forward networks (official code).
+    cfg.MODEL.PSF.DIM_FEEDFORWARD = 1024
+    # Dropout of encoder and location decoder; the mask decoder has none (official code).
+    cfg.MODEL.PSF.DROPOUT = 0.1
+    # Layers of the transformer encoder (paper, section 4.2).
+    cfg.MODEL.PSF.ENC_LAYERS = 6
+    # Thing queries: the most things expected in an image (paper, section 3.3).
+    cfg.MODEL.PSF.NUM_OBJECT_QUERIES = 300
+
+    cfg.MODEL.PSF.LOCATION_DECODER = CN()
+    cfg.MODEL.PSF.LOCATION_DECODER.DEC_LAYERS = 6  # paper, section 4.2
+
+    cfg.MODEL.PSF.MASK_DECODER = CN()
+    # "joint": thing and stuff queries go through the same layers (the paper's).
+    cfg.MODEL.PSF.MASK_DECODER.NAME = "joint"
+    cfg.MODEL.PSF.MASK_DECODER.DEC_LAYERS = 6  # paper, section 4.2
+
+    # Losses: focal, L1, GIoU as Deformable DETR; Dice as the official code.
+    cfg.MODEL.PSF.CLASS_WEIGHT = 2.0
+    cfg.MODEL.PSF.L1_WEIGHT = 5.0
+    cfg.MODEL.PSF.GIOU_WEIGHT = 2.0
+    cfg.MODEL.PSF.DICE_WEIGHT = 2.0
+    # lambda_things and lambda_stuff (paper, equation 1), on top of the weighting by counts.
+    cfg.MODEL.PSF.THINGS_WEIGHT = 1.0
+    cfg.MODEL.PSF.STUFF_WEIGHT = 1.0
+
+    cfg.MODEL.PSF.TEST = CN()
+    # Which outputs to compute.
+    cfg.MODEL.PSF.TEST.PANOPTIC_ON = True
+    cfg.MODEL.PSF.TEST.INSTANCE_ON = False
+    cfg.MODEL.PSF.TEST.SEMANTIC_ON = False
+    # Mask-decoder layers used at inference; 0: all. Two are nearly as good (paper, table 6).
+    cfg.MODEL.PSF.TEST.MASK_DECODER_LAYERS = 0
+    # "mask_wise" (paper, algorithm 1) or "pixel_wise", its ablation.
+    cfg.MODEL.PSF.TEST.MERGING = "mask_wise"
+    # Exponents of class probability and mean mask value in a segment's score (official code).
+    cfg.MODEL.PSF.TEST.CLASS_EXPONENT = 1.0
+    cfg.MODEL.PSF.TEST.MASK_EXPONENT = 2.0
+    # Least score of a segment (t_cnf; official code: 0.25 for ResNet, 0.3 for PVTv2 and Swin).
+    cfg.MODEL.PSF.TEST.SCORE_THRESHOLD = 0.25
+    # Least free fraction of a mask (t_keep; official code: overlaps up to 0.4 and 0.2).
+    cfg.MODEL.PSF.TEST.THING_KEEP_FRACTION = 0.6
+    cfg.MODEL.PSF.TEST.STUFF_KEEP_FRACTION = 0.8
+
+    # Factors on the learning rate of the backbone, and of the layers that predict where to sample
+    # (Deformable DETR, section A.4). AdamW is the only optimizer; Detectron2's other SOLVER keys
+    # keep their meaning, and CLIP_GRADIENTS.CLIP_TYPE also takes Mask2Former's "full_model".
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
+    cfg.SOLVER.SAMPLING_MULTIPLIER = 0.1

@@ -1,0 +1,26 @@
+"""Data sets in the COCO panoptic format. Importing this package registers the data set shapes.
+
+Like Detectron2, it reads the environment variable DETECTRON2_DATASETS when it is imported.
+"""
+
+from .class_map import ClassMap
+from .coco_panoptic import load_coco_panoptic, panoptic_metadata, register_panoptic
+from .images import read_image, read_panoptic_ids
+from .mapper import PanopticDatasetMapper, build_augmentations
+from .shapes import generate_shapes, register_shapes
+from .shapes.dataset import default_root as _default_root
+
+__all__ = [
+    "ClassMap",
+    "PanopticDatasetMapper",
+    "build_augmentations",
+    "generate_shapes",
+    "load_coco_panoptic",
+    "panoptic_metadata",
+    "read_image",
+    "read_panoptic_ids",
+    "register_panoptic",
+    "register_shapes",
+]
+
+register_shapes(_default_root())

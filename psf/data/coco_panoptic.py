@@ -1,0 +1,258 @@
+"""Loading and registering data sets in the COCO panoptic format (cocodataset.org/#format-data).
+
+Contiguous category ids, here and in the metadata: things 0..K-1, then stuff K..K+T-1, each in the
+order of the JSON's list of categories, so that the ids the data set uses do not matter.
+"""
+
+import colorsys
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+logger = logging.getLogger(__name__)
+
+_ROOT_HINT = (
+    "Data sets are looked for under the environment variable DETECTRON2_DATASETS (default "
+    "'./datasets'): set it to the folder that holds yours."
+)
+
+
+def register_panoptic(
+    name: str,
+    *,
+    image_root: str,
+    panoptic_root: str,
+    panoptic_json: str,
+    categories: Sequence[dict[str, Any]] | None = None,
+    instances_json: str | None = None,
+    prepare: Callable[[], None] | None = None,
+) -> None:
+    """
+    Register a data set, in the form of Detectron2's "standard" COCO panoptic data sets.
+
+    The annotations are loaded when the data set is first used. The metadata is set at once.
+
+    Args:
+        name: the name for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
+        image_root: folder of the images.
+        panoptic_root: folder of the panoptic PNGs.
+        panoptic_json: the JSON of the annotations.
+        categories: the JSON's ``categories`` (id, name, isthing and, optionally, color). Without
+            them the JSON must exist and is read now.
+        instances_json: the things in COCO's instance format; needed to evaluate AP only.
+        prepare: called before the annotations are loaded, to create the files.
+    """
+    if categories is None:
+        categories = _read_json(panoptic_json, ["categories"])["categories"]
+
+    def load() -> list[dict[str, Any]]:
+        if prepare is not None:
+            prepare()
+        return load_coco_panoptic(panoptic_json, image_root, panoptic_root, categories=categories)
+
+    metadata = panoptic_metadata(categories)
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(
+        image_root=image_root,
+        panoptic_root=panoptic_root,
+        panoptic_json=panoptic_json,
+        json_file=instances_json,
+        evaluator_type="coco_panoptic_seg",
+        ignore_label=255,
+        label_divisor=1000,
+        **metadata,
+    )
+
+
+def load_coco_panoptic(
+    json_file: str,
+    image_root: str,
+    panoptic_root: str,
+    *,
+    categories: Sequence[dict[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """
+    Load a JSON in the COCO panoptic format.
+
+    An annotation without segments is kept: the image is known to show nothing. An image without an
+    annotation is left out and counted in the log: nothing is known about it. If the JSON has no
+    ``annotations`` at all (COCO's test sets), every image is kept, with ``pan_seg_file_name`` None.
+
+    Args:
+        json_file: the JSON of the annotations.
+        image_root: folder of the images.
+        panoptic_root: folder of the panoptic PNGs.
+        categories: take these instead of the JSON's.
+
+    Returns:
+        For each image: file_name, image_id, height, width, pan_seg_file_name and segments_info, the
+        JSON's segments with category_id made contiguous and isthing (bool) added.
+
+    Raises:
+        FileNotFoundError: a file or a folder is missing.
+        ValueError: the JSON contradicts itself or lacks keys.
+    """
+    data = _read_json(json_file, ["images"] if categories else ["images", "categories"])
+    where = f"'{json_file}'"
+    categories = data["categories"] if categories is None else categories
+    contiguous_ids = _contiguous_ids(categories)
+    is_thing = {c["id"]: bool(c["isthing"]) for c in categories}
+    images = {}
+    for image in data["images"]:
+        _require(image, ("id", "file_name", "height", "width"), f"an image of {where}")
+        images[image["id"]] = image
+    annotations = data.get("annotations")
+    if annotations is None:
+        annotations = [{"image_id": i, "file_name": None, "segments_info": []} for i in images]
+
+    records = []
+    for annotation in annotations:
+        _require(
+            annotation, ("image_id", "file_name", "segments_info"), f"an annotation of {where}"
+        )
+        image_id, png = annotation["image_id"], annotation["file_name"]
+        if image_id not in images:
+            raise ValueError(
+                f"{where} annotates image_id {image_id!r}, which is not the id of any of its "
+                "images. Add the image or remove the annotation."
+            )
+        image = images[image_id]
+        records.append(
+            {
+                "file_name": os.path.join(image_root, image["file_name"]),
+                "image_id": image_id,
+                "height": image["height"],
+                "width": image["width"],
+                "pan_seg_file_name": None if png is None else os.path.join(panoptic_root, png),
+                "segments_info": _convert_segments(
+                    annotation["segments_info"],
+                    contiguous_ids,
+                    is_thing,
+                    f"the annotation of image_id {image_id!r} in {where}",
+                ),
+            }
+        )
+    _require_files("image", json_file, image_root, [r["file_name"] for r in records])
+    pngs = [r["pan_seg_file_name"] for r in records if r["pan_seg_file_name"] is not None]
+    _require_files("panoptic PNG", json_file, panoptic_root, pngs)
+    unannotated = len(images) - len(records)
+    if unannotated:
+        logger.info("Left out %d images of %s that have no annotation.", unannotated, where)
+    return records
+
+
+def panoptic_metadata(categories: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The names, colours and ids of the classes, as Detectron2's metadata calls them."""
+    contiguous_ids = _contiguous_ids(categories)
+    by_contiguous_id = sorted(categories, key=lambda c: contiguous_ids[c["id"]])
+    names = [c["name"] for c in by_contiguous_id]
+    colors = [list(c.get("color") or _color(i)) for i, c in enumerate(by_contiguous_id)]
+    things, stuff = (
+        {
+            c["id"]: contiguous_ids[c["id"]]
+            for c in by_contiguous_id
+            if bool(c["isthing"]) == isthing
+        }
+        for isthing in (True, False)
+    )
+    # Both lists name all the classes: a contiguous id then means the same class everywhere.
+    return {
+        "thing_classes": names,
+        "stuff_classes": names,
+        "thing_colors": colors,
+        "stuff_colors": colors,
+        "thing_dataset_id_to_contiguous_id": things,
+        "stuff_dataset_id_to_contiguous_id": stuff,
+    }
+
+
+def _contiguous_ids(categories: Sequence[dict[str, Any]]) -> dict[int, int]:
+    for category in categories:
+        _require(category, ("id", "name", "isthing"), "a category")
+    ids = [c["id"] for c in sorted(categories, key=lambda c: not c["isthing"])]  # stable
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"Category ids must be unique, got {sorted(ids)}.")
+    return {dataset_id: i for i, dataset_id in enumerate(ids)}
+
+
+def _convert_segments(
+    segments: Sequence[dict[str, Any]],
+    contiguous_ids: dict[int, int],
+    is_thing: dict[int, bool],
+    where: str,
+) -> list[dict[str, Any]]:
+    converted = []
+    ids = set()
+    for segment in segments:
+        _require(segment, ("id", "category_id"), f"a segment of {where}")
+        segment_id, category_id = segment["id"], segment["category_id"]
+        if category_id not in contiguous_ids:
+            raise ValueError(
+                f"Segment {segment_id} of {where} has category_id {category_id}, which is not "
+                f"among the data set's categories {sorted(contiguous_ids)}. Add the category or "
+                "correct the segment."
+            )
+        if not 0 < segment_id < 1 << 24 or segment_id in ids:
+            raise ValueError(
+                f"Segment id {segment_id} of {where} is not usable: ids must be unique within an "
+                "image and in 1..16777215 (0 is void)."
+            )
+        ids.add(segment_id)
+        converted.append(
+            {
+                "iscrowd": 0,
+                **segment,
+                "category_id": contiguous_ids[category_id],
+                "isthing": is_thing[category_id],
+            }
+        )
+    return converted
+
+
+def _read_json(path: str, keys: Iterable[str]) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"The annotations '{path}' do not exist. {_ROOT_HINT}")
+    with open(path, encoding="utf-8") as file:
+        try:
+            data = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"'{path}' is not valid JSON ({error}). Copy it again.") from error
+    _require(data, keys, f"'{path}'")
+    return data
+
+
+def _require(mapping: Any, keys: Iterable[str], what: str) -> None:
+    missing = [key for key in keys if not isinstance(mapping, dict) or key not in mapping]
+    if missing:
+        raise ValueError(
+            f"{what[0].upper()}{what[1:]} lacks {missing}; the COCO panoptic format needs them."
+        )
+
+
+def _require_files(kind: str, json_file: str, root: str, paths: Sequence[str]) -> None:
+    """Find missing files by listing their folders, much faster than one query for each file."""
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"The folder of {kind}s '{root}' does not exist. {_ROOT_HINT}")
+    listings: dict[str, set[str]] = {}
+    missing = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in listings:
+            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if name not in listings[folder]:
+            missing.append(path)
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of the {len(paths)} {kind}s that '{json_file}' names do not exist, "
+            f"the first is '{missing[0]}'. Complete the data set or correct the JSON."
+        )
+
+
+def _color(index: int) -> list[int]:
+    """A colour unlike those of neighbouring indices (hues a golden angle apart)."""
+    hue = index * 0.618034 % 1
+    return [round(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.65, 0.9 - 0.25 * (index % 3 == 1))]

@@ -1,0 +1,77 @@
+"""Reading images of any mode, and the segment ids of COCO panoptic PNGs."""
+
+import numpy as np
+from detectron2.utils.file_io import PathManager
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+# What Pillow raises on files that are no images, truncated or damaged.
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def read_image(path: str, image_format: str = "BGR") -> NDArray[np.uint8]:
+    """
+    Read an image file of any mode as 8-bit colours, upright by its EXIF orientation.
+
+    Grayscale, palette and CMYK images are converted to colours, an alpha channel is dropped (as
+    ``detectron2.data.detection_utils.read_image`` does), and 16-bit grayscale is scaled to 8 bits
+    (0..65535 to 0..255; Detectron2's reader clips it at 255).
+
+    Args:
+        path: the image file.
+        image_format: the order of channels, "RGB" or "BGR" (``cfg.INPUT.FORMAT``).
+
+    Returns:
+        (H, W, 3).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a readable image.
+    """
+    if image_format not in ("RGB", "BGR"):
+        raise ValueError(f"INPUT.FORMAT must be 'RGB' or 'BGR', not '{image_format}'.")
+    rgb = np.array(_to_8bit(_open(path), path).convert("RGB"))
+    return rgb if image_format == "RGB" else rgb[:, :, ::-1]
+
+
+def read_panoptic_ids(path: str) -> NDArray[np.uint32]:
+    """
+    Read a COCO panoptic PNG.
+
+    Returns:
+        (H, W), the id R + 256 G + 65536 B of the segment at each pixel; 0 is void.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a readable image.
+    """
+    rgba = np.asarray(_open(path).convert("RGBA"))
+    return rgba.view(np.dtype("<u4"))[:, :, 0] & np.uint32(0xFFFFFF)
+
+
+def _open(path: str) -> Image.Image:
+    if not PathManager.isfile(path):
+        raise FileNotFoundError(
+            f"'{path}' does not exist. Complete the data set, or take the image out of its JSON."
+        )
+    try:
+        with PathManager.open(path, "rb") as file, Image.open(file) as image:
+            return ImageOps.exif_transpose(image)  # decodes the pixels too
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"'{path}' is not a readable image ({error}). It may be truncated: copy it again, or "
+            "take it out of the data set."
+        ) from error
+
+
+def _to_8bit(image: Image.Image, path: str) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError(f"'{path}' has floating-point pixels. Convert it to 8 or 16 bits.")
+    if image.mode.startswith("I"):  # 16-bit grayscale: "I;16" and its byte orders, or "I"
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise ValueError(f"'{path}' has more than 16 bits a pixel. Convert it to 8 or 16 bits.")
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA")  # Pillow warns when transparency is dropped in one step
+    return image

@@ -1,0 +1,6 @@
+"""Synthetic panoptic data: geometric things on textured stuff, made when first used."""
+
+from .dataset import generate_shapes, register_shapes
+from .scene import CATEGORIES
+
+__all__ = ["CATEGORIES", "generate_shapes", "register_shapes"]

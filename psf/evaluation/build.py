@@ -1,0 +1,43 @@
+"""The evaluators of a data set, one for each output of the model."""
+
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+
+from .instance import InstanceEvaluator
+from .panoptic import PanopticEvaluator
+from .semantic import SemanticEvaluator
+
+
+def build_evaluators(
+    dataset_name: str,
+    *,
+    panoptic: bool,
+    instances: bool,
+    sem_seg: bool,
+    output_dir: str | None,
+) -> DatasetEvaluator:
+    """
+    Build what measures the outputs that are switched on.
+
+    Args:
+        dataset_name: a panoptic data set registered with Detectron2.
+        panoptic: measure PQ, SQ and RQ of ``panoptic_seg``.
+        instances: measure the AP of ``instances``; needs ``json_file`` in the metadata.
+        sem_seg: measure the mIoU of ``sem_seg``.
+        output_dir: where tables and predictions go; None: nowhere.
+
+    Raises:
+        ValueError: no output is on, or the data set lacks what an evaluator needs.
+    """
+    evaluators: list[DatasetEvaluator] = []
+    if panoptic:
+        evaluators.append(PanopticEvaluator(dataset_name, output_dir))
+    if instances:
+        evaluators.append(InstanceEvaluator(dataset_name, output_dir))
+    if sem_seg:
+        evaluators.append(SemanticEvaluator(dataset_name, output_dir))
+    if not evaluators:
+        raise ValueError(
+            f"Nothing to evaluate on '{dataset_name}': switch on at least one of "
+            "MODEL.PSF.TEST.PANOPTIC_ON, INSTANCE_ON and SEMANTIC_ON."
+        )
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)

@@ -1,0 +1,71 @@
+"""Average precision of the instance output (COCO)."""
+
+from typing import Any
+
+import torch
+from detectron2.data import Metadata, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Instances
+
+from .outputs import require_output
+
+
+class InstanceEvaluator(COCOEvaluator):
+    """
+    Detectron2's AP evaluator, for any contiguous ids of the thing classes.
+
+    The parent wants them to be 0..K-1 in the order of the data set's ids; here the classes of the
+    predictions are renumbered.
+    """
+
+    def __init__(self, dataset_name: str, output_dir: str | None = None) -> None:
+        """
+        Args:
+            dataset_name: registered with Detectron2, with an instances JSON (``json_file``).
+            output_dir: where Detectron2 writes the predictions; None: nowhere.
+
+        Raises:
+            ValueError: there is no instances JSON, or it lacks some thing classes.
+        """
+        metadata = MetadataCatalog.get(dataset_name)
+        if metadata.get("json_file") is None:
+            raise ValueError(
+                f"Instance AP of '{dataset_name}' needs the annotations of its instances in "
+                "COCO's format ('json_file' in the metadata). Register the data set with them, or "
+                "set MODEL.PSF.TEST.INSTANCE_ON False."
+            )
+        super().__init__(dataset_name, tasks=("bbox", "segm"), output_dir=output_dir)
+        categories = self._coco_api.loadCats(sorted(self._coco_api.getCatIds()))
+        rank = {category["id"]: i for i, category in enumerate(categories)}
+        things: dict[int, int] = metadata.thing_dataset_id_to_contiguous_id
+        missing = sorted(set(things) - set(rank))
+        if missing:
+            raise ValueError(
+                f"'{metadata.json_file}' lacks the thing categories with ids {missing} of "
+                f"'{dataset_name}'. Panoptic and instances JSON must be of the same data set."
+            )
+        self._rank = {contiguous: rank[dataset_id] for dataset_id, contiguous in things.items()}
+        self._metadata = Metadata(
+            name=dataset_name,
+            json_file=metadata.json_file,
+            thing_classes=[category["name"] for category in categories],
+            thing_dataset_id_to_contiguous_id=rank,
+        )
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        """
+        Store the predictions of a batch; neither argument is changed.
+
+        Args:
+            inputs: ``file_name`` and ``image_id`` of each image.
+            outputs: ``instances`` of each image, classes by contiguous id.
+        """
+        require_output(inputs, outputs, "instances", "INSTANCE_ON")
+        renumbered = [{"instances": self._renumber(output["instances"])} for output in outputs]
+        super().process(inputs, renumbered)
+
+    def _renumber(self, instances: Instances) -> Instances:
+        renumbered = instances.to(self._cpu_device)
+        classes = [self._rank[c] for c in renumbered.pred_classes.tolist()]
+        renumbered.pred_classes = torch.tensor(classes, dtype=torch.int64)
+        return renumbered

@@ -1,0 +1,97 @@
+"""Mean IoU of the semantic output, against the panoptic ground truth.
+
+Shapes: H x W pixels of the image.
+"""
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import SemSegEvaluator
+from numpy.typing import DTypeLike, NDArray
+
+from .ground_truth import load_ground_truth
+from .outputs import require_output
+
+
+class SemanticEvaluator(SemSegEvaluator):
+    """
+    Detectron2's mIoU evaluator, with labels derived from the panoptic ground truth.
+
+    A pixel's label is the contiguous class of its segment; void and crowd are ignored. So things
+    and stuff must not share contiguous ids (Detectron2's "separated" data sets do).
+    """
+
+    def __init__(self, dataset_name: str, output_dir: str | None = None) -> None:
+        """
+        Args:
+            dataset_name: a panoptic data set registered with Detectron2.
+            output_dir: where Detectron2 writes its results; None: nowhere.
+
+        Raises:
+            ValueError: things and stuff share contiguous ids.
+        """
+        # The parent's constructor insists on a label file ('sem_seg_file_name') in every record,
+        # so its attributes are set here.
+        metadata = MetadataCatalog.get(dataset_name)
+        self._logger = logging.getLogger(__name__)
+        self._dataset_name = dataset_name
+        self._distributed = True
+        self._output_dir = output_dir
+        self._cpu_device = torch.device("cpu")
+        self._class_names = metadata.stuff_classes
+        self._num_classes = len(metadata.stuff_classes)
+        self._ignore_label = metadata.ignore_label
+        self._compute_boundary_iou = False
+        self._contiguous_id_to_dataset_id = _dataset_ids(dataset_name)
+        self._records = {r["file_name"]: r for r in DatasetCatalog.get(dataset_name)}
+        self.input_file_to_gt_file = {name: name for name in self._records}
+        self.sem_seg_loading_fn = self._load_labels
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        """
+        Count the pixels of a batch.
+
+        Args:
+            inputs: ``file_name`` of each image.
+            outputs: ``sem_seg`` (classes, H, W) of each image, classes by contiguous id.
+        """
+        require_output(inputs, outputs, "sem_seg", "SEMANTIC_ON")
+        super().process(inputs, outputs)
+
+    def _load_labels(self, file_name: str, dtype: DTypeLike) -> NDArray[Any]:
+        return semantic_labels(self._records[file_name], self._ignore_label).astype(dtype)
+
+
+def semantic_labels(dataset_dict: dict[str, Any], ignore_label: int) -> NDArray[np.int64]:
+    """
+    Read the class of every pixel.
+
+    Args:
+        dataset_dict: a record of a panoptic data set.
+        ignore_label: the label of void and crowd.
+
+    Returns:
+        (H, W), contiguous ids or ``ignore_label``.
+    """
+    panoptic_seg, segments_info = load_ground_truth(dataset_dict)
+    ids, index = np.unique(panoptic_seg.numpy(), return_inverse=True)
+    classes = {s["id"]: s["category_id"] for s in segments_info if not s.get("iscrowd", 0)}
+    labels = np.array([classes.get(i, ignore_label) for i in ids.tolist()], dtype=np.int64)
+    return labels[index].reshape(panoptic_seg.shape)
+
+
+def _dataset_ids(dataset_name: str) -> dict[int, int]:
+    """The data set's category id of every contiguous id."""
+    metadata = MetadataCatalog.get(dataset_name)
+    things = metadata.thing_dataset_id_to_contiguous_id
+    contiguous = {**metadata.stuff_dataset_id_to_contiguous_id, **things}
+    inverse = {v: k for k, v in contiguous.items()}
+    if len(inverse) < len(contiguous):
+        raise ValueError(
+            f"mIoU of '{dataset_name}': some things and stuff share a contiguous id, so that one "
+            "label would mean two classes. Register the data set with one numbering for all."
+        )
+    return inverse

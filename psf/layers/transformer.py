@@ -1,0 +1,106 @@
+"""Pieces that every transformer here shares: position encoding, feed-forward network, box head.
+
+Shapes: N images, C channels, H_l x W_l the size of a feature level.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def sine_position_encoding(
+    spatial_shape: tuple[int, int],
+    valid_shapes: Sequence[tuple[int, int]],
+    dim: int,
+    *,
+    temperature: float = 10000.0,
+    device: torch.device | None = None,
+) -> Tensor:
+    """
+    DETR's sine position encoding, normalised by the valid part of each image.
+
+    Unlike DETR's (and the official code's) cumulative sums, positions in the padding continue the
+    image's own coordinates instead of dividing zero by epsilon, so they stay finite and smooth.
+
+    Args:
+        spatial_shape: (H_l, W_l) of the padded map.
+        valid_shapes: (h, w) of the part of the map that is not padding, one pair an image.
+        dim: channels C, a multiple of 4; the first half encodes y, the second x.
+        temperature: the longest wavelength is 2 pi times this.
+        device: where to compute.
+
+    Returns:
+        (N, H_l, W_l, C) float32; sine and cosine interleaved.
+    """
+    if dim % 4:
+        raise ValueError(f"the position encoding needs a multiple of 4 channels, got {dim}")
+    height, width = spatial_shape
+    valid = torch.as_tensor(valid_shapes, dtype=torch.float32, device=device).reshape(-1, 2)
+    frequency = temperature ** -(torch.arange(0, dim // 2, 2, device=device) / (dim // 2))
+
+    def encode(size: int, valid_size: Tensor) -> Tensor:
+        centre = torch.arange(size, device=device) + 0.5
+        angle = 2 * math.pi * centre / (valid_size[:, None] + 1e-6)  # (N, size)
+        angle = angle[..., None] * frequency  # (N, size, C / 4)
+        return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)  # (N, size, C / 2)
+
+    y = encode(height, valid[:, 0])[:, :, None].expand(-1, -1, width, -1)
+    x = encode(width, valid[:, 1])[:, None].expand(-1, height, -1, -1)
+    return torch.cat([y, x], dim=-1)
+
+
+class FeedForward(nn.Sequential):
+    """Two linear layers with an activation between and dropout after each."""
+
+    def __init__(
+        self, *, dim: int, hidden_dim: int, dropout: float = 0.0, activation: type[nn.Module]
+    ) -> None:
+        super().__init__(
+            nn.Linear(dim, hidden_dim),
+            activation(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden_dim, dim),
+            nn.Dropout(dropout),
+        )
+        init_linear_weights(self)
+
+
+class ClassHead(nn.Linear):
+    """A linear layer that gives class logits, all improbable at first (RetinaNet)."""
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__(dim, num_classes)
+        nn.init.xavier_uniform_(self.weight)
+        probability = 0.01
+        nn.init.constant_(self.bias, -math.log((1 - probability) / probability))
+
+
+class BoxHead(nn.Sequential):
+    """Three linear layers that give four numbers: the change of a reference box (DETR)."""
+
+    def __init__(self, dim: int, *, size_bias: float = 0.0) -> None:
+        """
+        Args:
+            dim: channels C.
+            size_bias: what is first added to the logits of width and height; the rest starts at 0.
+        """
+        last = nn.Linear(dim, 4)
+        super().__init__(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), last)
+        init_linear_weights(self)
+        nn.init.zeros_(last.weight)
+        last.bias = nn.Parameter(torch.tensor([0.0, 0.0, size_bias, size_bias]))
+
+
+def init_linear_weights(module: nn.Module) -> None:
+    """Xavier-uniform weights for every linear layer in ``module`` (DETR's initialisation)."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.xavier_uniform_(child.weight)
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """The logit of x in [0, 1], with x and 1 - x kept above ``eps`` (Deformable DETR's form)."""
+    x = x.clamp(0, 1)
+    return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()

@@ -1,0 +1,466 @@
+"""The meta-architecture: Panoptic SegFormer (arXiv 2109.03814) between Detectron2's interfaces.
+
+Shapes: N images, L levels, C channels, K thing and T stuff classes, Q thing queries, R candidate
+segments of one image.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from psf.data.class_map import ClassMap
+from psf.layers.boxes import masks_to_boxes, xyxy_to_cxcywh
+from psf.modeling.criterion import Criterion, LossWeights, Targets, mask_queries
+from psf.modeling.location_decoder import LocationDecoder
+from psf.modeling.mask_decoder import JointMaskDecoder, MaskPredictions
+from psf.modeling.matcher import MatchingWeights
+from psf.modeling.pixel_encoder import InputProjection, PixelEncoder, Shape
+from psf.modeling.postprocessing import (
+    MASK_THRESHOLD,
+    MergingRules,
+    Segments,
+    merge_mask_wise,
+    merge_pixel_wise,
+    segment_scores,
+)
+
+logger = logging.getLogger(__name__)
+
+# Images with a shorter side are padded to it, twice the coarsest stride: with a single cell,
+# normalisations such as GroupNorm may have a single value to normalise, which PyTorch refuses.
+LEAST_SIDE = 64
+
+MERGING = {"mask_wise": merge_mask_wise, "pixel_wise": merge_pixel_wise}
+
+
+class InferenceOptions(NamedTuple):
+    """What is computed at inference, and how."""
+
+    panoptic_on: bool
+    instance_on: bool
+    semantic_on: bool
+    mask_decoder_layers: int | None  # None: all
+    merging: str  # a key of MERGING
+    rules: MergingRules
+    max_instances: int  # most instances returned for an image
+
+
+class Candidates(NamedTuple):
+    """The queries of one image that may become segments, with masks of the output's size."""
+
+    query: Tensor  # (R,) int64; the stuff query of class i is Q + i
+    labels: Tensor  # (R,) int64 classes: things 0..K-1, stuff K..K+T-1
+    class_scores: Tensor  # (R,) in [0, 1]
+    masks: Tensor  # (R, H, W) soft masks in [0, 1]
+    scores: Tensor  # (R,) in [0, 1] segment scores
+
+
+@META_ARCH_REGISTRY.register()
+class PanopticSegFormer(nn.Module):
+    """Backbone, transformer encoder, location decoder, mask decoder, mask-wise merging."""
+
+    pixel_mean: Tensor  # (3, 1, 1)
+    pixel_std: Tensor  # (3, 1, 1)
+
+    @configurable
+    def __init__(  # noqa: PLR0913  one argument a part of the model
+        self,
+        *,
+        backbone: Backbone,
+        input_proj: InputProjection,
+        pixel_encoder: PixelEncoder,
+        location_decoder: LocationDecoder,
+        mask_decoder: JointMaskDecoder,
+        criterion: Criterion,
+        class_map: ClassMap,
+        in_features: list[str],
+        pixel_mean: list[float],
+        pixel_std: list[float],
+        inference_options: InferenceOptions,
+    ) -> None:
+        """
+        Args:
+            backbone: gives the maps named by ``in_features``.
+            input_proj: of those maps to C channels.
+            pixel_encoder: the transformer encoder.
+            location_decoder: thing queries.
+            mask_decoder: thing and stuff masks.
+            criterion: targets and losses.
+            class_map: the data set's contiguous ids of the model's classes.
+            in_features: names of the backbone's maps, fine to coarse.
+            pixel_mean: of each channel, in the image's units (0..255).
+            pixel_std: likewise.
+            inference_options: outputs, layers, merging.
+        """
+        super().__init__()
+        self.backbone = backbone
+        self.input_proj = input_proj
+        self.pixel_encoder = pixel_encoder
+        self.location_decoder = location_decoder
+        self.mask_decoder = mask_decoder
+        self.criterion = criterion
+        self.class_map = class_map
+        self.in_features = in_features
+        self.inference_options = inference_options
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Build the arguments of ``__init__``; the only place here that knows ``cfg``."""
+        psf = cfg.MODEL.PSF
+        dataset_name = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)[0]
+        class_map = ClassMap.from_metadata(MetadataCatalog.get(dataset_name))
+        _check_class_counts(psf, class_map, dataset_name)
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        common = {
+            "dim": psf.HIDDEN_DIM,
+            "num_heads": psf.NHEADS,
+            "num_levels": len(psf.IN_FEATURES),
+            "feedforward_dim": psf.DIM_FEEDFORWARD,
+        }
+        deformable = {"num_points": psf.NUM_POINTS, "dropout": psf.DROPOUT}
+        return {
+            "backbone": backbone,
+            "input_proj": InputProjection(
+                [shapes[name].channels for name in psf.IN_FEATURES], psf.HIDDEN_DIM
+            ),
+            "pixel_encoder": PixelEncoder(num_layers=psf.ENC_LAYERS, **common, **deformable),
+            "location_decoder": LocationDecoder(
+                num_classes=psf.NUM_THING_CLASSES,
+                num_queries=psf.NUM_OBJECT_QUERIES,
+                num_layers=psf.LOCATION_DECODER.DEC_LAYERS,
+                **common,
+                **deformable,
+            ),
+            "mask_decoder": _build_mask_decoder(psf, common),
+            "criterion": Criterion(
+                matching_weights=MatchingWeights(psf.CLASS_WEIGHT, psf.L1_WEIGHT, psf.GIOU_WEIGHT),
+                loss_weights=LossWeights(
+                    class_weight=psf.CLASS_WEIGHT,
+                    l1_weight=psf.L1_WEIGHT,
+                    giou_weight=psf.GIOU_WEIGHT,
+                    mask_weight=psf.DICE_WEIGHT,
+                    things_weight=psf.THINGS_WEIGHT,
+                    stuff_weight=psf.STUFF_WEIGHT,
+                ),
+            ),
+            "class_map": class_map,
+            "in_features": psf.IN_FEATURES,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "inference_options": _inference_options(cfg),
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """
+        Args:
+            batched_inputs: one dict an image: ``image`` (3, h, w) of pixel values 0..255 in
+                ``INPUT.FORMAT``; in training ``instances`` with ``gt_classes`` (things 0..K-1,
+                stuff K..K+T-1), ``gt_boxes`` and ``gt_masks``; at inference optionally ``height``
+                and ``width``, the size of the output. Sizes may differ.
+
+        Returns:
+            In training the dict of weighted losses. At inference one dict an image, by Detectron2's
+            contract: ``panoptic_seg`` ((height, width) int32 ids, segments_info), ``instances``,
+            ``sem_seg`` (classes, height, width) as ``MODEL.PSF.TEST`` asks.
+        """
+        images = self.preprocess_images(batched_inputs)
+        maps, valid_shapes = self.extract_maps(images)
+        memory = self.pixel_encoder(maps, valid_shapes)
+        locations = self.location_decoder(memory)
+        num_things, num_stuff = locations.query.shape[1], len(self.class_map.stuff_ids)
+
+        if self.training:
+            targets = self.prepare_targets(batched_inputs)
+            assignments = self.criterion.assign(locations, targets)
+            selected = mask_queries(assignments[-1], targets, num_things)
+            predictions = self.mask_decoder(memory, locations, selected, deep_supervision=True)
+            return self.criterion(locations, predictions, targets, assignments)
+
+        everything = torch.arange(num_things + num_stuff, device=self.device)
+        (prediction,) = self.mask_decoder(
+            memory,
+            locations,
+            [everything] * len(images),
+            deep_supervision=False,
+            num_layers=self.inference_options.mask_decoder_layers,
+        )
+        return [
+            self.postprocess(prediction, i, _output_size(batched_inputs[i], image))
+            for i, image in enumerate(images)
+        ]
+
+    def preprocess_images(self, batched_inputs: list[dict[str, Any]]) -> list[Tensor]:
+        """Normalised images, N x (3, h, w), on the model's device."""
+        images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
+        return [(image - self.pixel_mean) / self.pixel_std for image in images]
+
+    def extract_maps(self, images: list[Tensor]) -> tuple[list[Tensor], list[list[Shape]]]:
+        """
+        Backbone and input projection, then one batch of maps padded to a common size.
+
+        Convolutions and normalisations would carry padding into an image's features, so images of
+        one size go through them together and those of another apart: the features of an image do
+        not depend on its batch.
+
+        Args:
+            images: N x (3, h, w) normalised.
+
+        Returns:
+            L x (N, C, H_l, W_l) maps, and N x L x (h, w) the part of each that is not padding.
+        """
+        groups: dict[Shape, list[int]] = {}
+        for i, image in enumerate(images):
+            groups.setdefault((image.shape[-2], image.shape[-1]), []).append(i)
+        maps: list[list[Tensor]] = [[] for _ in images]  # N x L x (C, h_l, w_l)
+        valid_shapes: list[list[Shape]] = [[] for _ in images]
+        for size, members in groups.items():
+            batch = ImageList.from_tensors(
+                [images[i] for i in members],
+                self.backbone.size_divisibility,
+                padding_constraints=self.backbone.padding_constraints,
+            ).tensor
+            batch = _pad_to_least_size(batch)
+            features = self.backbone(batch)
+            levels = self.input_proj([features[name] for name in self.in_features])
+            valid = [_valid_shape(size, batch.shape[-2:], level.shape[-2:]) for level in levels]
+            if len(groups) == 1:
+                return levels, [valid] * len(images)
+            for row, i in enumerate(members):
+                maps[i] = [level[row] for level in levels]
+                valid_shapes[i] = valid
+        padded = [ImageList.from_tensors(list(level)).tensor for level in zip(*maps, strict=True)]
+        return padded, valid_shapes
+
+    def prepare_targets(self, batched_inputs: list[dict[str, Any]]) -> list[Targets]:
+        """Detectron2's ground truth to the core's, things and stuff apart."""
+        return [_targets(x["instances"].to(self.device), self.class_map) for x in batched_inputs]
+
+    def postprocess(self, prediction: MaskPredictions, image: int, size: Shape) -> dict[str, Any]:
+        """
+        The outputs for one image.
+
+        Args:
+            prediction: of the last used layer, with masks of all queries.
+            image: which image of the batch.
+            size: (height, width) of the output.
+        """
+        options = self.inference_options
+        thing_scores = prediction.thing_logits[image].float().sigmoid()  # (Q, K)
+        stuff_scores = prediction.stuff_logits[image].float().sigmoid()  # (T,)
+        masks = prediction.masks[image].float()  # (Q + T, h, w)
+        candidates = self._candidates(thing_scores, stuff_scores, masks, size)
+        output: dict[str, Any] = {}
+        if options.panoptic_on:
+            segments = MERGING[options.merging](
+                candidates.scores,
+                candidates.masks,
+                candidates.labels,
+                len(self.class_map.thing_ids),
+                options.rules,
+            )
+            output["panoptic_seg"] = (segments.id_map, self._segments_info(segments))
+        if options.instance_on:
+            output["instances"] = self._instances(candidates, size)
+        if options.semantic_on:
+            output["sem_seg"] = self._semantic(thing_scores, stuff_scores, masks, size)
+        return output
+
+    def _candidates(
+        self, thing_scores: Tensor, stuff_scores: Tensor, masks: Tensor, size: Shape
+    ) -> Candidates:
+        """Queries that can reach the score threshold, or the best things when these are wanted."""
+        options = self.inference_options
+        num_thing_classes = len(self.class_map.thing_ids)
+        best, thing_labels = thing_scores.max(-1)
+        stuff_labels = torch.arange(len(stuff_scores), device=masks.device) + num_thing_classes
+        class_scores = torch.cat([best, stuff_scores])
+        labels = torch.cat([thing_labels, stuff_labels])
+        # A segment's score is at most its class factor, so the others need no mask of full size.
+        keep = class_scores**options.rules.class_exponent >= options.rules.score_threshold
+        if options.instance_on:
+            keep[best.topk(min(options.max_instances, len(best))).indices] = True
+        query = keep.nonzero()[:, 0]
+        resized = _resize(masks[query], size)
+        return Candidates(
+            query=query,
+            labels=labels[query],
+            class_scores=class_scores[query],
+            masks=resized,
+            scores=segment_scores(class_scores[query], resized, options.rules),
+        )
+
+    def _segments_info(self, segments: Segments) -> list[dict[str, Any]]:
+        """Detectron2's description of each segment, with the data set's contiguous ids."""
+        infos = []
+        counts = segments.id_map.flatten().bincount(minlength=len(segments.labels) + 1).tolist()
+        for i, (label, score) in enumerate(zip(segments.labels, segments.scores, strict=True), 1):
+            category_id, is_thing = self.class_map.to_contiguous(label)
+            infos.append(
+                {
+                    "id": i,
+                    "isthing": is_thing,
+                    "category_id": category_id,
+                    "score": score,
+                    "area": counts[i],
+                }
+            )
+        return infos
+
+    def _instances(self, candidates: Candidates, size: Shape) -> Instances:
+        """The best things by segment score, not merged; masks may overlap."""
+        things = (candidates.labels < len(self.class_map.thing_ids)).nonzero()[:, 0]
+        best = candidates.scores[things].topk(
+            min(self.inference_options.max_instances, len(things))
+        )
+        things = things[best.indices]
+        thing_ids = torch.tensor(self.class_map.thing_ids, device=things.device)
+        instances = Instances(size)
+        instances.pred_masks = candidates.masks[things] > MASK_THRESHOLD
+        instances.pred_boxes = Boxes(masks_to_boxes(instances.pred_masks))
+        instances.scores = best.values
+        instances.pred_classes = thing_ids[candidates.labels[things]]
+        return instances
+
+    def _semantic(
+        self, thing_scores: Tensor, stuff_scores: Tensor, masks: Tensor, size: Shape
+    ) -> Tensor:
+        """(K + T, H, W) sums of class probability times mask, in the order of contiguous ids."""
+        num_queries = len(thing_scores)
+        things = torch.einsum("qk,qhw->khw", thing_scores, masks[:num_queries])
+        stuff = stuff_scores[:, None, None] * masks[num_queries:]
+        by_class = torch.cat([things, stuff])
+        contiguous = torch.tensor([*self.class_map.thing_ids, *self.class_map.stuff_ids])
+        return _resize(by_class[contiguous.argsort().to(by_class.device)], size)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """
+        As ``nn.Module``'s; what Detectron2's checkpointer calls with ``strict=False``.
+
+        Raises:
+            ValueError: some but not all weights outside the backbone are there: the checkpoint is
+                of another architecture or other classes. A backbone alone (ImageNet weights) is
+                fine, since training then starts from it.
+        """
+        own = self.state_dict()
+        heads = {name for name in own if not name.startswith("backbone.")}
+        missing = sorted(heads - state_dict.keys())
+        unexpected = sorted(
+            name
+            for name in state_dict.keys() - own.keys()
+            if not name.startswith(("backbone.", "pixel_"))
+        )
+        only_backbone = len(missing) == len(heads) and any(name in own for name in state_dict)
+        if not strict and missing and not only_backbone:
+            raise ValueError(
+                "The checkpoint is not of this architecture. Missing or of another shape: "
+                f"{', '.join(missing)}. Not in the model: {', '.join(unexpected) or 'none'}. Use "
+                "the config that the checkpoint was trained with, or correct MODEL.WEIGHTS."
+            )
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+def _build_mask_decoder(psf: CfgNode, common: dict[str, Any]) -> JointMaskDecoder:
+    if psf.MASK_DECODER.NAME != "joint":
+        raise ValueError(
+            f"MODEL.PSF.MASK_DECODER.NAME is '{psf.MASK_DECODER.NAME}'; known: 'joint'"
+        )
+    return JointMaskDecoder(
+        num_thing_classes=psf.NUM_THING_CLASSES,
+        num_stuff_classes=psf.NUM_STUFF_CLASSES,
+        num_layers=psf.MASK_DECODER.DEC_LAYERS,
+        **common,
+    )
+
+
+def _inference_options(cfg: CfgNode) -> InferenceOptions:
+    test = cfg.MODEL.PSF.TEST
+    layers = cfg.MODEL.PSF.MASK_DECODER.DEC_LAYERS
+    if test.MERGING not in MERGING:
+        raise ValueError(f"MODEL.PSF.TEST.MERGING is '{test.MERGING}'; known: {sorted(MERGING)}")
+    if not 0 <= test.MASK_DECODER_LAYERS <= layers:
+        raise ValueError(
+            f"MODEL.PSF.TEST.MASK_DECODER_LAYERS is {test.MASK_DECODER_LAYERS}, but the mask "
+            f"decoder has {layers} layers; use 1 to {layers}, or 0 for all"
+        )
+    return InferenceOptions(
+        panoptic_on=test.PANOPTIC_ON,
+        instance_on=test.INSTANCE_ON,
+        semantic_on=test.SEMANTIC_ON,
+        mask_decoder_layers=test.MASK_DECODER_LAYERS or None,
+        merging=test.MERGING,
+        rules=MergingRules(
+            class_exponent=test.CLASS_EXPONENT,
+            mask_exponent=test.MASK_EXPONENT,
+            score_threshold=test.SCORE_THRESHOLD,
+            thing_keep_fraction=test.THING_KEEP_FRACTION,
+            stuff_keep_fraction=test.STUFF_KEEP_FRACTION,
+        ),
+        max_instances=cfg.TEST.DETECTIONS_PER_IMAGE,
+    )
+
+
+def _check_class_counts(psf: CfgNode, class_map: ClassMap, dataset_name: str) -> None:
+    configured = (psf.NUM_THING_CLASSES, psf.NUM_STUFF_CLASSES)
+    actual = (len(class_map.thing_ids), len(class_map.stuff_ids))
+    if configured != actual:
+        raise ValueError(
+            f"The config says {configured[0]} thing and {configured[1]} stuff classes "
+            f"(MODEL.PSF.NUM_THING_CLASSES, MODEL.PSF.NUM_STUFF_CLASSES), but data set "
+            f"'{dataset_name}' has {actual[0]} and {actual[1]}. Make them agree."
+        )
+
+
+def _pad_to_least_size(batch: Tensor) -> Tensor:
+    height, width = batch.shape[-2:]
+    if min(height, width) >= LEAST_SIDE:
+        return batch
+    return F.pad(batch, (0, max(0, LEAST_SIDE - width), 0, max(0, LEAST_SIDE - height)))
+
+
+def _valid_shape(size: Shape, padded: torch.Size, level: torch.Size) -> Shape:
+    """Cells of a map that begin inside the image: nearest-neighbour scaling of its padding mask."""
+    return (-(-size[0] * level[0] // padded[0]), -(-size[1] * level[1] // padded[1]))
+
+
+def _targets(instances: Instances, class_map: ClassMap) -> Targets:
+    num_thing_classes = len(class_map.thing_ids)
+    labels = instances.gt_classes
+    masks = instances.gt_masks
+    masks = masks.tensor if isinstance(masks, BitMasks) else masks
+    is_thing = labels < num_thing_classes
+    height, width = instances.image_size
+    scale = torch.tensor([width, height, width, height], device=labels.device)
+    boxes = instances.gt_boxes.tensor[is_thing] / scale
+    return Targets(
+        thing_labels=labels[is_thing],
+        thing_boxes=xyxy_to_cxcywh(boxes),
+        thing_masks=masks[is_thing],
+        stuff_labels=labels[~is_thing] - num_thing_classes,
+        stuff_masks=masks[~is_thing],
+    )
+
+
+def _output_size(inputs: dict[str, Any], image: Tensor) -> Shape:
+    return inputs.get("height", image.shape[-2]), inputs.get("width", image.shape[-1])
+
+
+def _resize(masks: Tensor, size: Shape) -> Tensor:
+    """(R, h, w) to (R, *size), bilinear; R may be 0."""
+    return F.interpolate(masks[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]

@@ -1,0 +1,209 @@
+"""Pixel encoder: feature maps to tokens, refined by multi-scale deformable self-attention.
+
+Paper, section 3.2 "Transformer encoder". Shapes: N images, L levels, S = sum_l H_l * W_l positions,
+C channels.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from psf.layers.ms_deform_attn import MSDeformAttn
+from psf.layers.transformer import FeedForward, sine_position_encoding
+
+Shape = tuple[int, int]
+
+
+class Memory(NamedTuple):
+    """The encoder's tokens and where they lie."""
+
+    features: Tensor  # (N, S, C), levels concatenated from fine to coarse
+    padding_mask: Tensor | None  # (N, S) bool, True on padding; None when there is no padding
+    spatial_shapes: list[Shape]  # L x (H_l, W_l), of the padded maps
+    valid_shapes: list[list[Shape]]  # N x L x (h, w), the part of each map that is not padding
+
+    @property
+    def valid_ratios(self) -> Tensor:
+        """(N, L, 2) the valid part of each map as (x, y) fractions of the padded map, in (0, 1]."""
+        device = self.features.device
+        padded = torch.tensor(self.spatial_shapes, device=device)  # (L, 2)
+        valid = torch.tensor(self.valid_shapes, dtype=torch.float32, device=device)
+        return (valid.reshape(-1, *padded.shape) / padded).flip(-1)
+
+
+class InputProjection(nn.ModuleList):
+    """A 1x1 convolution and a group normalisation for each feature map (Deformable DETR).
+
+    The normalisation sees a whole map: give it the maps of one image size at a time, so that the
+    statistics of an image do not depend on what it is batched with.
+    """
+
+    def __init__(self, in_channels: Sequence[int], dim: int) -> None:
+        super().__init__()
+        for channels in in_channels:
+            convolution = nn.Conv2d(channels, dim, kernel_size=1, bias=False)
+            nn.init.xavier_uniform_(convolution.weight)
+            self.append(nn.Sequential(convolution, nn.GroupNorm(32, dim)))
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """L x (N, C_l, H_l, W_l) to L x (N, C, H_l, W_l)."""
+        return [projection(x) for projection, x in zip(self, features, strict=True)]
+
+
+class EncoderLayer(nn.Module):
+    """Deformable self-attention and a feed-forward network, each with a residual and LayerNorm."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        feedforward_dim: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.self_attn = MSDeformAttn(
+            dim=dim, num_levels=num_levels, num_heads=num_heads, num_points=num_points
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.norm1 = nn.LayerNorm(dim)
+        self.ffn = FeedForward(
+            dim=dim, hidden_dim=feedforward_dim, dropout=dropout, activation=nn.ReLU
+        )
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        reference_points: Tensor,
+        spatial_shapes: list[Shape],
+        padding_mask: Tensor | None,
+    ) -> Tensor:
+        """
+        Args:
+            tokens: (N, S, C).
+            position: (N, S, C), added to the queries only.
+            reference_points: (N, S, L, 2) each token's own place (x, y), in units of the padded
+                maps.
+            spatial_shapes: (H_l, W_l) of each level.
+            padding_mask: (N, S) bool, True on padding.
+
+        Returns:
+            (N, S, C).
+        """
+        attended = self.self_attn(
+            tokens + position, reference_points, tokens, spatial_shapes, padding_mask
+        )
+        tokens = self.norm1(tokens + self.dropout(attended))
+        return self.norm2(tokens + self.ffn(tokens))
+
+
+class PixelEncoder(nn.Module):
+    """The paper's transformer encoder: tokens attend to a few points of every level."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_levels: int,
+        num_layers: int,
+        num_heads: int,
+        num_points: int,
+        feedforward_dim: int,
+        dropout: float,
+    ) -> None:
+        """
+        Args:
+            dim: channels C.
+            num_levels: feature levels L.
+            num_layers: encoder layers (paper: 6).
+            num_heads: attention heads.
+            num_points: sampling points a head and level.
+            feedforward_dim: hidden channels of the feed-forward networks.
+            dropout: probability, after the attention and in the feed-forward networks.
+        """
+        super().__init__()
+        self.dim = dim
+        self.level_embed = nn.Parameter(torch.randn(num_levels, dim))
+        self.layers = nn.ModuleList(
+            EncoderLayer(
+                dim=dim,
+                num_heads=num_heads,
+                num_levels=num_levels,
+                num_points=num_points,
+                feedforward_dim=feedforward_dim,
+                dropout=dropout,
+            )
+            for _ in range(num_layers)
+        )
+
+    def forward(self, maps: Sequence[Tensor], valid_shapes: list[list[Shape]]) -> Memory:
+        """
+        Args:
+            maps: L x (N, C, H_l, W_l) projected feature maps, fine to coarse, padded on the right
+                and at the bottom to a common size.
+            valid_shapes: N x L x (h, w) the part of each map that is not padding.
+
+        Returns:
+            The refined tokens. Those in the padding are finite but mean nothing.
+        """
+        if len(maps) != len(self.level_embed):
+            raise ValueError(f"expected {len(self.level_embed)} feature maps, got {len(maps)}")
+        spatial_shapes = [(m.shape[-2], m.shape[-1]) for m in maps]
+        memory = Memory(
+            features=torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1),
+            padding_mask=_padding_mask(spatial_shapes, valid_shapes, maps[0].device),
+            spatial_shapes=spatial_shapes,
+            valid_shapes=valid_shapes,
+        )
+        position = self._positions(memory)
+        reference_points = _reference_points(memory)
+        tokens = memory.features
+        for layer in self.layers:
+            tokens = layer(tokens, position, reference_points, spatial_shapes, memory.padding_mask)
+        return memory._replace(features=tokens)
+
+    def _positions(self, memory: Memory) -> Tensor:
+        """(N, S, C) sine encoding of the place plus the learned embedding of the level."""
+        positions = []
+        for level, shape in enumerate(memory.spatial_shapes):
+            valid = [image[level] for image in memory.valid_shapes]
+            sine = sine_position_encoding(shape, valid, self.dim, device=memory.features.device)
+            positions.append(sine.flatten(1, 2) + self.level_embed[level])
+        return torch.cat(positions, dim=1).to(memory.features.dtype)
+
+
+def _padding_mask(
+    spatial_shapes: list[Shape], valid_shapes: list[list[Shape]], device: torch.device
+) -> Tensor | None:
+    if all(image == spatial_shapes for image in valid_shapes):
+        return None
+    masks = []
+    for level, (height, width) in enumerate(spatial_shapes):
+        valid = torch.tensor([image[level] for image in valid_shapes], device=device)
+        rows = torch.arange(height, device=device) >= valid[:, :1]  # (N, H_l)
+        columns = torch.arange(width, device=device) >= valid[:, 1:]  # (N, W_l)
+        masks.append((rows[:, :, None] | columns[:, None]).flatten(1))
+    return torch.cat(masks, dim=1)
+
+
+def _reference_points(memory: Memory) -> Tensor:
+    """(N, S, L, 2) the centre of every token (x, y), in units of each level's padded map."""
+    device = memory.features.device
+    centres = []
+    for level, (height, width) in enumerate(memory.spatial_shapes):
+        valid = torch.tensor(
+            [image[level] for image in memory.valid_shapes], dtype=torch.float32, device=device
+        ).reshape(-1, 2)
+        y = (torch.arange(height, device=device) + 0.5) / valid[:, :1]  # (N, H_l), > 1 in padding
+        x = (torch.arange(width, device=device) + 0.5) / valid[:, 1:]
+        grid = torch.stack(
+            [x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=-1
+        )
+        centres.append(grid.flatten(1, 2))  # (N, H_l * W_l, 2)
+    return torch.cat(centres, dim=1)[:, :, None] * memory.valid_ratios[:, None]

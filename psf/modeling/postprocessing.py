@@ -1,0 +1,117 @@
+"""Post-processing: segment scores, mask-wise merging, and pixel-wise argmax, its ablation.
+
+Paper, section 3.7. Shapes: R candidate segments of one image, H x W the size of the output.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A pixel belongs to a segment where its soft mask exceeds this (paper, section 3.7).
+MASK_THRESHOLD = 0.5
+
+
+class Segments(NamedTuple):
+    """A panoptic segmentation in the model's own class numbers."""
+
+    id_map: Tensor  # (H, W) int32, 0 is void, 1.. number the segments
+    labels: list[int]  # class of segment 1, 2, ...: things 0..K-1, stuff K..K+T-1
+    scores: list[float]
+    candidates: list[int]  # index in [0, R) that became segment 1, 2, ...
+
+
+class MergingRules(NamedTuple):
+    """Thresholds and exponents of the merging."""
+
+    class_exponent: float  # alpha, of the class probability (official code: 1)
+    mask_exponent: float  # beta, of the mean mask value (official code: 2)
+    score_threshold: float  # t_cnf: segments that score less are dropped
+    thing_keep_fraction: float  # t_keep: least fraction of a thing's mask that must be free
+    stuff_keep_fraction: float
+
+
+def segment_scores(class_scores: Tensor, masks: Tensor, rules: MergingRules) -> Tensor:
+    """
+    Class probability^alpha times the mean mask value over the segment's pixels^beta.
+
+    Args:
+        class_scores: (R,) in [0, 1].
+        masks: (R, H, W) soft masks in [0, 1].
+        rules: with the exponents.
+
+    Returns:
+        (R,) in [0, 1]; 0 for a mask without a pixel above the threshold.
+    """
+    foreground = masks > MASK_THRESHOLD
+    area = foreground.sum((1, 2))
+    mean = (masks * foreground).sum((1, 2)) / area.clamp(min=1)
+    return class_scores**rules.class_exponent * mean**rules.mask_exponent
+
+
+def merge_mask_wise(
+    scores: Tensor, masks: Tensor, labels: Tensor, num_thing_classes: int, rules: MergingRules
+) -> Segments:
+    """
+    Mask-wise merging (paper, algorithm 1): segments take free pixels in the order of their scores.
+
+    Args:
+        scores: (R,) of :func:`segment_scores`; equal scores keep their order.
+        masks: (R, H, W) soft masks.
+        labels: (R,) int64, things below ``num_thing_classes``.
+        num_thing_classes: K.
+        rules: with the thresholds.
+    """
+    id_map = torch.zeros(masks.shape[1:], dtype=torch.int32, device=masks.device)
+    kept = []
+    order = scores.argsort(descending=True, stable=True)
+    for candidate in order[scores[order] >= rules.score_threshold].tolist():
+        foreground = masks[candidate] > MASK_THRESHOLD
+        free = foreground & (id_map == 0)
+        area, free_area = torch.stack([foreground.sum(), free.sum()]).tolist()
+        is_thing = bool(labels[candidate] < num_thing_classes)
+        fraction = rules.thing_keep_fraction if is_thing else rules.stuff_keep_fraction
+        if free_area == 0 or free_area < fraction * area:
+            continue
+        kept.append(candidate)
+        id_map[free] = len(kept)
+    return _segments(id_map, kept, scores, labels)
+
+
+def merge_pixel_wise(
+    scores: Tensor, masks: Tensor, labels: Tensor, num_thing_classes: int, rules: MergingRules
+) -> Segments:
+    """
+    The baseline of the paper's ablation: every pixel goes to the mask that is highest there.
+
+    Masks are weighted by their scores. Segments below the score threshold take no part; one that
+    loses too many of its pixels to others is dropped, and what it won stays void. Arguments as
+    :func:`merge_mask_wise`.
+    """
+    id_map = torch.zeros(masks.shape[1:], dtype=torch.int32, device=masks.device)
+    candidates = torch.nonzero(scores >= rules.score_threshold)[:, 0]
+    kept: list[int] = []
+    if len(candidates) == 0:
+        return _segments(id_map, kept, scores, labels)
+    chosen = masks[candidates]
+    winner = (scores[candidates, None, None] * chosen).argmax(0)
+    for i, candidate in enumerate(candidates.tolist()):
+        foreground = chosen[i] > MASK_THRESHOLD
+        won = foreground & (winner == i)
+        area, won_area = torch.stack([foreground.sum(), won.sum()]).tolist()
+        is_thing = bool(labels[candidate] < num_thing_classes)
+        fraction = rules.thing_keep_fraction if is_thing else rules.stuff_keep_fraction
+        if won_area == 0 or won_area < fraction * area:
+            continue
+        kept.append(candidate)
+        id_map[won] = len(kept)
+    return _segments(id_map, kept, scores, labels)
+
+
+def _segments(id_map: Tensor, kept: list[int], scores: Tensor, labels: Tensor) -> Segments:
+    return Segments(
+        id_map=id_map,
+        labels=labels[kept].tolist(),
+        scores=scores[kept].tolist(),
+        candidates=kept,
+    )

@@ -1,0 +1,53 @@
+"""AdamW with the learning-rate groups of Deformable DETR and the paper."""
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from torch import nn
+
+# Layers that predict where to sample (Deformable DETR, section A.4; official code).
+SAMPLING_LAYERS = ("sampling_offsets", "reference_points")
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """
+    Build AdamW from ``cfg.SOLVER``.
+
+    Learning rates are ``BASE_LR``, times ``BACKBONE_MULTIPLIER`` in the backbone and
+    ``SAMPLING_MULTIPLIER`` in the layers that predict sampling places. Weight decay is
+    ``WEIGHT_DECAY`` unless ``WEIGHT_DECAY_NORM`` or ``WEIGHT_DECAY_BIAS`` says otherwise.
+    """
+
+    def lr_factor(name: str) -> float:
+        factor: float = 1.0
+        if name.startswith("backbone."):
+            factor *= cfg.SOLVER.BACKBONE_MULTIPLIER
+        if any(part in SAMPLING_LAYERS for part in name.split(".")):
+            factor *= cfg.SOLVER.SAMPLING_MULTIPLIER
+        return factor
+
+    params: list[dict[str, Any]] = get_default_optimizer_params(
+        model,
+        base_lr=cfg.SOLVER.BASE_LR,
+        weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+        bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+        weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        lr_factor_func=lr_factor,
+    )
+    optimizer = torch.optim.AdamW(params, lr=cfg.SOLVER.BASE_LR, fused=True)
+    if full_model_clip_norm(cfg) is not None:
+        return optimizer  # the trainer clips, after unscaling
+    return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+def full_model_clip_norm(cfg: CfgNode) -> float | None:
+    """The largest norm of the whole gradient, or None when the config does not clip so."""
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if not clip.ENABLED or clip.CLIP_TYPE != "full_model":
+        return None
+    if clip.CLIP_VALUE <= 0:
+        raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_VALUE must be > 0, got {clip.CLIP_VALUE}")
+    return float(clip.CLIP_VALUE)

@@ -1,0 +1,233 @@
+"""Training and evaluation with Detectron2's engine, on a CPU as on GPUs."""
+
+import logging
+import math
+import time
+import weakref
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetCatalog,
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
+from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, create_ddp_model
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import Tensor, nn
+
+from psf.data import PanopticDatasetMapper
+from psf.evaluation import build_evaluators
+from psf.evaluation.pictures import (
+    PanopticSegmentation,
+    Sample,
+    load_ground_truth,
+    write_contact_sheet,
+    write_curves,
+)
+from psf.solver import build_optimizer, full_model_clip_norm
+
+logger = logging.getLogger(__name__)
+
+CONTACT_SHEET = "contact_sheet.png"
+CURVES = "curves.png"
+
+
+class TrainStep(SimpleTrainer):
+    """
+    One training iteration: forward, loss check, backward, clipping, optimizer step.
+
+    Detectron2's AMPTrainer needs CUDA and clips scaled gradients; this step runs mixed precision on
+    any device, in bfloat16 where the device has it (no loss scaling needed) and float16 elsewhere.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Any,
+        optimizer: torch.optim.Optimizer,
+        *,
+        amp: bool,
+        clip_norm: float | None,
+    ) -> None:
+        """
+        Args:
+            model: returns a dict of losses in training.
+            data_loader: endless.
+            optimizer: of the model's parameters.
+            amp: use mixed precision.
+            clip_norm: largest norm of the whole gradient; None: no clipping.
+        """
+        super().__init__(model, data_loader, optimizer)
+        device_type = next(model.parameters()).device.type
+        has_bfloat16 = device_type != "cuda" or torch.cuda.is_bf16_supported()
+        self.amp_dtype = torch.bfloat16 if has_bfloat16 else torch.float16
+        self.amp = amp
+        self.device_type = device_type
+        self.clip_norm = clip_norm
+        self.grad_scaler = torch.amp.GradScaler(device_type, enabled=amp and not has_bfloat16)
+
+    def run_step(self) -> None:
+        """Run one iteration; its losses go to the event storage."""
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        with torch.autocast(self.device_type, self.amp_dtype, enabled=self.amp):
+            losses = self.model(data)
+        self._check_finite(losses)
+        self.optimizer.zero_grad()
+        self.grad_scaler.scale(sum(losses.values())).backward()
+        self.after_backward()
+        self._write_metrics(losses, data_time)
+        if self.clip_norm is not None:
+            self.grad_scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def _check_finite(self, losses: dict[str, Tensor]) -> None:
+        values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
+        bad = [
+            f"{name} = {value}"
+            for name, value in zip(losses, values, strict=True)
+            if not math.isfinite(value)
+        ]
+        if bad:
+            raise FloatingPointError(
+                f"The loss is not finite at iteration {self.iter}: {', '.join(bad)}. The last "
+                "checkpoint is untouched: continue from it with --resume, after lowering "
+                "SOLVER.BASE_LR or switching SOLVER.AMP.ENABLED off."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+class PicturesHook(HookBase):
+    """After training: a contact sheet of predictions and the curves, in ``OUTPUT_DIR``."""
+
+    def after_train(self) -> None:
+        """Draw, if training came to its end."""
+        if self.trainer.iter + 1 >= self.trainer.max_iter and comm.is_main_process():
+            write_pictures(self.trainer.cfg, self.trainer.model)
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's trainer with this project's loaders, solver, step, evaluators and pictures."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        """As ``DefaultTrainer``, but also for several CPU processes and with :class:`TrainStep`."""
+        TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+        model = create_ddp_model(
+            model,
+            broadcast_buffers=False,
+            device_ids=None if on_cpu else [torch.cuda.current_device()],
+        )
+        self._trainer = TrainStep(
+            model,
+            data_loader,
+            optimizer,
+            amp=cfg.SOLVER.AMP.ENABLED,
+            clip_norm=full_model_clip_norm(cfg),
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = DetectionCheckpointer(
+            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list[HookBase]:
+        """Detectron2's hooks, then the pictures: they need the last evaluation in metrics.json."""
+        return [*super().build_hooks(), PicturesHook()]
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """AdamW with this project's parameter groups."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """Training images with their panoptic ground truth."""
+        return build_detection_train_loader(cfg, mapper=PanopticDatasetMapper(cfg, True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """Test images without ground truth, one at a time."""
+        mapper = PanopticDatasetMapper(cfg, False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str
+    ) -> DatasetEvaluator | DatasetEvaluators:
+        """Evaluators of the outputs that the config switches on."""
+        test = cfg.MODEL.PSF.TEST
+        return build_evaluators(
+            dataset_name,
+            panoptic=test.PANOPTIC_ON,
+            instances=test.INSTANCE_ON,
+            sem_seg=test.SEMANTIC_ON,
+            output_dir=str(Path(cfg.OUTPUT_DIR) / "inference" / dataset_name),
+        )
+
+
+def write_pictures(cfg: CfgNode, model: nn.Module, num_images: int = 12) -> list[Path]:
+    """
+    Draw the contact sheet (image, ground truth, prediction) and the curves into ``OUTPUT_DIR``.
+
+    Args:
+        cfg: with the test data set and its loader.
+        model: gives ``panoptic_seg``; left in the mode it was in.
+        num_images: images on the sheet, evenly spaced over the data set.
+
+    Returns:
+        The files written.
+    """
+    output_dir, dataset_name = Path(cfg.OUTPUT_DIR), cfg.DATASETS.TEST[0]
+    dicts = DatasetCatalog.get(dataset_name)
+    chosen = dicts[:: max(1, len(dicts) // num_images)][:num_images]
+    mapper = PanopticDatasetMapper(cfg, False)
+    was_training = model.training
+    model.eval()
+    samples = []
+    with torch.no_grad():
+        for record in chosen:
+            output = model([mapper(record)])[0]["panoptic_seg"]
+            prediction = PanopticSegmentation(*output)
+            samples.append(Sample(record, load_ground_truth(record), prediction))
+    model.train(was_training)
+    files = [output_dir / CONTACT_SHEET]
+    write_contact_sheet(samples, MetadataCatalog.get(dataset_name), files[0])
+    if (output_dir / "metrics.json").is_file():
+        files.append(output_dir / CURVES)
+        write_curves(output_dir / "metrics.json", files[1])
+    return files
+
+
+def summary(results: OrderedDict[str, Any]) -> str | None:
+    """The line ``PQ .. PQ_th .. PQ_st ..`` of an evaluation; None where PQ was not evaluated."""
+    panoptic = results.get("panoptic_seg")
+    if panoptic is None:
+        return None
+    return " ".join(f"{key} {panoptic[key]:.2f}" for key in ("PQ", "PQ_th", "PQ_st"))

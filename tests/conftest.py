@@ -1,0 +1,77 @@
+"""Fixtures that several test files share: a small config and its inputs."""
+
+from typing import Any
+
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
+from detectron2.structures import BitMasks, Instances
+
+from psf import add_psf_config
+
+# Interleaved on purpose: no code may assume that things come first.
+THING_IDS, STUFF_IDS = {10: 1, 30: 3, 50: 4}, {20: 0, 40: 2}
+
+
+@pytest.fixture
+def tiny_cfg() -> CfgNode:
+    """A model of 0.3 M parameters with every part of the real one; 3 thing, 2 stuff classes."""
+    metadata = MetadataCatalog.get("tiny_interleaved")
+    metadata.thing_dataset_id_to_contiguous_id = THING_IDS
+    metadata.stuff_dataset_id_to_contiguous_id = STUFF_IDS
+    names = ["grass", "circle", "water", "square", "star"]
+    metadata.thing_classes = metadata.stuff_classes = names
+    cfg = get_cfg()
+    add_psf_config(cfg)
+    cfg.merge_from_list(
+        [
+            *("MODEL.DEVICE", "cpu"),
+            *("MODEL.BACKBONE.NAME", "build_resnet_backbone"),
+            *("MODEL.BACKBONE.FREEZE_AT", 0),
+            *("MODEL.RESNETS.NORM", "GN"),
+            *("MODEL.RESNETS.STEM_OUT_CHANNELS", 32),
+            *("MODEL.RESNETS.RES2_OUT_CHANNELS", 32),
+            *("MODEL.RESNETS.WIDTH_PER_GROUP", 32),
+            *("MODEL.RESNETS.STRIDE_IN_1X1", False),
+            *("MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"]),
+            *("MODEL.PIXEL_MEAN", [120.0, 120.0, 120.0]),
+            *("MODEL.PIXEL_STD", [60.0, 60.0, 60.0]),
+            *("MODEL.PSF.NUM_THING_CLASSES", 3),
+            *("MODEL.PSF.NUM_STUFF_CLASSES", 2),
+            *("MODEL.PSF.HIDDEN_DIM", 32),
+            *("MODEL.PSF.NHEADS", 4),
+            *("MODEL.PSF.NUM_POINTS", 2),
+            *("MODEL.PSF.DIM_FEEDFORWARD", 32),
+            *("MODEL.PSF.DROPOUT", 0.0),
+            *("MODEL.PSF.ENC_LAYERS", 1),
+            *("MODEL.PSF.NUM_OBJECT_QUERIES", 6),
+            *("MODEL.PSF.LOCATION_DECODER.DEC_LAYERS", 2),
+            *("MODEL.PSF.MASK_DECODER.DEC_LAYERS", 2),
+            *("MODEL.PSF.TEST.SCORE_THRESHOLD", 0.0),
+            *("DATASETS.TRAIN", ("tiny_interleaved",)),
+            *("DATASETS.TEST", ("tiny_interleaved",)),
+            *("INPUT.FORMAT", "RGB"),
+            *("INPUT.MASK_FORMAT", "bitmask"),
+            *("SEED", 7),
+        ]
+    )
+    return cfg
+
+
+def make_input(
+    height: int, width: int, classes: list[int], /, seed: int = 0, **extra: Any
+) -> dict[str, Any]:
+    """A random image whose segments of the given model classes are random rectangles."""
+    generator = torch.Generator().manual_seed(seed)
+    instances = Instances((height, width))
+    masks = torch.zeros(len(classes), height, width, dtype=torch.bool)
+    for mask in masks:
+        y = torch.randint(0, height, (2,), generator=generator).sort().values
+        x = torch.randint(0, width, (2,), generator=generator).sort().values
+        mask[y[0] : y[1] + 1, x[0] : x[1] + 1] = True
+    instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
+    instances.gt_masks = BitMasks(masks)
+    instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+    image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+    return {"image": image, "instances": instances, **extra}

@@ -1,0 +1,374 @@
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import SizeMismatchError
+from PIL import Image
+
+from psf.data import (
+    ClassMap,
+    PanopticDatasetMapper,
+    build_augmentations,
+    load_coco_panoptic,
+    read_panoptic_ids,
+    register_panoptic,
+)
+
+COCO_SAMPLE = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "coco_sample"
+
+# Contiguous ids 0, 1 are things; 2, 3 stuff. In the data set they interleave.
+CATEGORIES = [
+    {"id": 4, "name": "sky", "isthing": 0},
+    {"id": 1, "name": "cat", "isthing": 1},
+    {"id": 3, "name": "grass", "isthing": 0},
+    {"id": 2, "name": "dog", "isthing": 1},
+]
+CLASS_MAP = ClassMap(thing_ids=(0, 1), stuff_ids=(2, 3))
+BIG_ID = 255 + 256 * 7 + 65536 * 200
+
+
+def segment(segment_id, category_id, iscrowd=0):
+    isthing = category_id < 2
+    return {"id": segment_id, "category_id": category_id, "isthing": isthing, "iscrowd": iscrowd}
+
+
+# 0 void, 1 and BIG_ID dogs, 2 a crowd of cats, 3 and 4 both sky, 5 grass.
+IDS = np.array(
+    [
+        [3, 3, 3, 0, 4, 4],
+        [1, 1, 3, 0, 4, 2],
+        [1, 5, 5, 5, BIG_ID, 2],
+        [5, 5, 5, 5, BIG_ID, BIG_ID],
+    ]
+)
+SEGMENTS = [
+    segment(5, 3),
+    segment(1, 1),
+    segment(2, 0, iscrowd=1),
+    segment(3, 2),
+    segment(BIG_ID, 1),
+    segment(4, 2),
+]
+
+
+def write(folder, ids, image=None):
+    """Save an id map and an image (by default the id map itself) and return the record."""
+    ids = np.asarray(ids)
+    rgb = np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=-1).astype(np.uint8)
+    Image.fromarray(rgb).save(folder / "panoptic.png")
+    (image or Image.fromarray(rgb)).save(folder / "image.png")
+    return {
+        "file_name": str(folder / "image.png"),
+        "pan_seg_file_name": str(folder / "panoptic.png"),
+        "image_id": 7,
+        "height": ids.shape[0],
+        "width": ids.shape[1],
+        "segments_info": [],
+    }
+
+
+@pytest.fixture
+def record(tmp_path):
+    return {**write(tmp_path, IDS), "segments_info": copy.deepcopy(SEGMENTS)}
+
+
+def make_mapper(*augmentations, class_map=CLASS_MAP):
+    return PanopticDatasetMapper(
+        augmentations=augmentations, image_format="RGB", class_map=class_map
+    )
+
+
+def reference_targets(ids, segments, class_map):
+    """Slow and obvious: [(class, mask, box)], in the order of the segments."""
+    targets = []
+    for s in segments:
+        if s["iscrowd"]:
+            continue
+        model_class = class_map.to_model(s["category_id"], is_thing=s["isthing"])
+        mask = ids == s["id"]
+        same = [t for t in targets if t[0] == model_class and not s["isthing"]]
+        if same:
+            same[0][1] |= mask
+        else:
+            targets.append([model_class, mask])
+    result = []
+    for model_class, mask in targets:
+        y, x = np.nonzero(mask)
+        if len(x):
+            result.append((model_class, mask, [x.min(), y.min(), x.max() + 1, y.max() + 1]))
+    return result
+
+
+def assert_targets(instances, expected):
+    assert instances.gt_classes.tolist() == [c for c, _, _ in expected]
+    assert instances.gt_classes.dtype == torch.int64
+    assert instances.gt_boxes.tensor.dtype == torch.float32
+    assert instances.gt_boxes.tensor.tolist() == [[float(v) for v in box] for _, _, box in expected]
+    assert instances.gt_masks.tensor.dtype == torch.bool
+    assert instances.gt_masks.tensor.shape == (len(expected), *instances.image_size)
+    for mask, (_, expected_mask, _) in zip(instances.gt_masks.tensor, expected, strict=True):
+        np.testing.assert_array_equal(mask.numpy(), expected_mask)
+
+
+# ------------------------------------------------------------------------------------- targets
+
+
+@pytest.mark.parametrize("annotated", [True, False])
+def test_an_image_without_segments(tmp_path, annotated):
+    record = write(tmp_path, np.zeros((3, 5), dtype=int))
+    if not annotated:
+        record["pan_seg_file_name"] = None
+    instances = make_mapper()(record)["instances"]
+    assert instances.image_size == (3, 5)
+    assert_targets(instances, [])
+
+
+def test_only_a_crowd(tmp_path):
+    record = write(tmp_path, np.full((3, 5), 2))
+    record["segments_info"] = [segment(2, 0, iscrowd=1)]
+    assert_targets(make_mapper()(record)["instances"], [])
+
+
+def test_targets_by_hand(record):
+    """Order of the JSON; the two skies are one target; boxes end after the last pixel."""
+    result = make_mapper()(record)
+    instances = result["instances"]
+    assert instances.gt_classes.tolist() == [3, 1, 2, 1]  # grass, dog, sky, dog
+    assert instances.gt_boxes.tensor.tolist() == [
+        [0, 2, 4, 4],
+        [0, 1, 2, 3],
+        [0, 0, 6, 2],
+        [4, 2, 6, 4],
+    ]
+    assert instances.gt_masks.tensor.sum((1, 2)).tolist() == [7, 3, 7, 3]
+    assert_targets(instances, reference_targets(IDS, SEGMENTS, CLASS_MAP))
+
+
+def test_the_record_is_kept_and_not_modified(record):
+    before = copy.deepcopy(record)
+    result = make_mapper(T.Resize((8, 12)))(record)
+    assert record == before
+    for key in ("file_name", "image_id", "height", "width"):
+        assert result[key] == before[key]
+    assert result["image"].shape == (3, 8, 12)
+    assert result["image"].dtype == torch.uint8
+    assert result["instances"].image_size == (8, 12)
+
+
+def test_inference_reads_no_annotations(record):
+    for key in ("pan_seg_file_name", "segments_info", "height", "width"):
+        del record[key]
+    result = make_mapper(class_map=None)(record)
+    assert "instances" not in result
+    assert (result["height"], result["width"]) == IDS.shape
+
+
+def test_classes_follow_the_class_map(record):
+    """The same picture in a data set whose contiguous ids interleave."""
+    class_map = ClassMap(thing_ids=(0, 3), stuff_ids=(1, 2))
+    contiguous = {0: 0, 1: 3, 2: 1, 3: 2}
+    for s in record["segments_info"]:
+        s["category_id"] = contiguous[s["category_id"]]
+    instances = make_mapper(class_map=class_map)(record)["instances"]
+    assert instances.gt_classes.tolist() == [3, 1, 2, 1]
+
+
+@pytest.mark.parametrize("count", [254, 255, 256, 600])
+def test_many_segments(tmp_path, count):
+    ids = np.zeros((30, 24), dtype=int)
+    ids.ravel()[:count] = 1 + np.random.default_rng(0).choice((1 << 24) - 1, count, replace=False)
+    record = write(tmp_path, ids)
+    record["segments_info"] = [segment(int(i), 1) for i in ids.ravel()[:count]]
+    flipped = make_mapper(T.RandomFlip(prob=1.0))(record)["instances"]
+    assert_targets(flipped, reference_targets(ids[:, ::-1], record["segments_info"], CLASS_MAP))
+
+
+# ------------------------------------------------------------------------------- augmentations
+
+AUGMENTATIONS = {
+    "horizontal flip": [T.RandomFlip(prob=1.0)],
+    "vertical flip": [T.RandomFlip(prob=1.0, horizontal=False, vertical=True)],
+    "crop": [T.RandomCrop("absolute", (2, 3))],
+    "enlarge": [T.Resize((12, 18), interp=Image.NEAREST)],
+    "reduce": [T.Resize((2, 3), interp=Image.NEAREST)],
+    "all": [
+        T.RandomFlip(),
+        T.RandomCrop("relative", (0.6, 0.6)),
+        T.Resize((9, 7), interp=Image.NEAREST),
+    ],
+}
+
+
+@pytest.mark.parametrize("augmentations", AUGMENTATIONS.values(), ids=AUGMENTATIONS)
+@pytest.mark.parametrize("seed", range(5))
+def test_image_and_targets_are_transformed_alike(record, augmentations, seed):
+    """The image shows the ids as colours: the targets must be those of the image's ids."""
+    np.random.seed(seed)
+    result = make_mapper(*augmentations)(record)
+    r, g, b = result["image"].numpy().astype(np.int64)
+    ids = r + 256 * g + 65536 * b
+    assert_targets(result["instances"], reference_targets(ids, SEGMENTS, CLASS_MAP))
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (20, 400), (400, 20)])
+def test_extreme_shapes(tmp_path, height, width):
+    record = write(tmp_path, np.full((height, width), 9))
+    record["segments_info"] = [segment(9, 2)]
+    result = make_mapper(T.ResizeShortestEdge(64, 96), T.RandomFlip())(record)
+    h, w = result["image"].shape[1:]
+    assert max(h, w) <= 96
+    assert_targets(result["instances"], [(2, np.ones((h, w), dtype=bool), [0, 0, w, h])])
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    for name in ("test_mapper", "test_mapper_other"):
+        register_panoptic(
+            name,
+            image_root=str(tmp_path),
+            panoptic_root=str(tmp_path),
+            panoptic_json=str(tmp_path / "panoptic.json"),
+            categories=CATEGORIES if name == "test_mapper" else CATEGORIES[1:],
+        )
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN = ("test_mapper",)
+    cfg.DATASETS.TEST = ()
+    cfg.INPUT.MIN_SIZE_TRAIN = (64,)
+    cfg.INPUT.MIN_SIZE_TEST = 48
+    cfg.INPUT.CROP.TYPE = "absolute_range"
+    cfg.INPUT.CROP.SIZE = [384, 600]
+    yield cfg
+    for name in ("test_mapper", "test_mapper_other"):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def test_from_config(cfg, record):
+    trained = PanopticDatasetMapper(cfg, is_train=True)
+    assert trained.class_map == CLASS_MAP
+    assert trained(record)["image"].shape == (3, 64, 96)
+    tested = PanopticDatasetMapper(cfg, is_train=False)(record)
+    assert tested["image"].shape == (3, 48, 72)
+    assert "instances" not in tested
+
+
+@pytest.mark.parametrize("image_format", ["RGB", "BGR"])
+def test_channel_order(cfg, tmp_path, image_format):
+    cfg.INPUT.FORMAT = image_format
+    record = write(tmp_path, np.zeros((4, 4), dtype=int), Image.new("RGB", (4, 4), (10, 20, 30)))
+    image = PanopticDatasetMapper(cfg, is_train=True)(record)["image"]
+    expected = [10, 20, 30] if image_format == "RGB" else [30, 20, 10]
+    assert image[:, 0, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(("flip", "expected"), [("none", 0), ("horizontal", 1), ("vertical", 1)])
+def test_flip_of_the_config(cfg, flip, expected):
+    cfg.INPUT.RANDOM_FLIP = flip
+    flips = [a for a in build_augmentations(cfg, True) if isinstance(a, T.RandomFlip)]
+    assert len(flips) == expected
+    assert all(
+        (f.horizontal, f.vertical) == (flip == "horizontal", flip == "vertical") for f in flips
+    )
+
+
+def test_half_of_the_images_are_cropped_as_in_detr(cfg):
+    cfg.INPUT.RANDOM_FLIP = "none"
+    cfg.INPUT.CROP.ENABLED = True
+    augmentations = T.AugmentationList(build_augmentations(cfg, is_train=True))
+    np.random.seed(0)
+    image = np.zeros((800, 1000, 3), dtype=np.uint8)
+    cropped = 0
+    for _ in range(60):
+        aug_input = T.AugInput(image)
+        transforms = augmentations(aug_input).transforms
+        assert min(aug_input.image.shape[:2]) == 64
+        if len(transforms) == 3:
+            resize, crop, _ = transforms
+            cropped += 1
+            assert resize.new_h in (400, 500, 600)
+            assert 384 <= crop.h <= 600
+            assert 384 <= crop.w <= 600
+    assert 18 <= cropped <= 42
+
+
+def test_data_sets_of_different_classes_cannot_be_mixed(cfg):
+    cfg.DATASETS.TRAIN = ("test_mapper", "test_mapper_other")
+    message = "DATASETS.TRAIN: the classes of 'test_mapper' and 'test_mapper_other' differ"
+    with pytest.raises(ValueError, match=message):
+        PanopticDatasetMapper(cfg, is_train=True)
+    cfg.DATASETS.TRAIN = ()
+    with pytest.raises(ValueError, match=r"DATASETS\.TRAIN is empty"):
+        PanopticDatasetMapper(cfg, is_train=True)
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize("key", ["file_name", "pan_seg_file_name"])
+def test_missing_files_are_named(record, key):
+    Path(record[key]).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{Path(record[key]).name}' does not exist"):
+        make_mapper()(record)
+
+
+@pytest.mark.parametrize("key", ["file_name", "pan_seg_file_name"])
+def test_truncated_files_are_named(record, key):
+    path = Path(record[key])
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ValueError, match=f"{path.name}' is not a readable image"):
+        make_mapper()(record)
+
+
+def test_size_that_differs_from_the_json(record):
+    record["width"] = 99
+    with pytest.raises(SizeMismatchError, match=r"image\.png, got \(6, 4\), expect \(99, 4\)"):
+        make_mapper()(record)
+
+
+def test_size_that_differs_from_the_png(record):
+    Image.new("RGB", (5, 4)).save(record["pan_seg_file_name"])
+    message = r"panoptic\.png' is 5x4 pixels, but its image '.*image\.png' is 6x4"
+    with pytest.raises(ValueError, match=message):
+        make_mapper()(record)
+
+
+def test_segment_that_the_json_lacks(record):
+    del record["segments_info"][4]
+    message = rf"panoptic\.png' contains segment ids \[{BIG_ID}\] that its JSON lacks"
+    with pytest.raises(ValueError, match=message):
+        make_mapper()(record)
+
+
+def test_segment_that_the_png_lacks(record):
+    record["segments_info"].append(segment(77, 0))
+    message = r"panoptic\.png' has no pixel of the segments \[77\] of its JSON"
+    with pytest.raises(ValueError, match=message):
+        make_mapper()(record)
+
+
+# ----------------------------------------------------------------------------------- real images
+
+
+@pytest.mark.skipif(not COCO_SAMPLE.is_dir(), reason="needs ../shared/data/coco_sample")
+def test_real_coco_images():
+    json_file = COCO_SAMPLE / "panoptic.json"
+    categories = json.loads(json_file.read_text())["categories"]
+    num_things = sum(c["isthing"] for c in categories)
+    class_map = ClassMap(
+        thing_ids=tuple(range(num_things)), stuff_ids=tuple(range(num_things, len(categories)))
+    )
+    roots = (str(COCO_SAMPLE / "images"), str(COCO_SAMPLE / "panoptic"))
+    records = load_coco_panoptic(str(json_file), *roots)
+    assert [len(r["segments_info"]) for r in records] == [18, 32]
+    flip = T.RandomFlip(prob=1.0)
+    for record in records:
+        ids = read_panoptic_ids(record["pan_seg_file_name"]).astype(np.int64)
+        expected = reference_targets(ids[:, ::-1], record["segments_info"], class_map)
+        assert_targets(make_mapper(flip, class_map=class_map)(record)["instances"], expected)
+        assert any(s["iscrowd"] for s in record["segments_info"])

@@ -1,0 +1,76 @@
+"""Instance AP with thing ids that are neither contiguous nor in the data set's order."""
+
+import math
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, Instances
+from tiny_panoptic import ANT, CAT, GRASS, Layout
+
+from psf.evaluation import InstanceEvaluator
+
+# A cat and an ant of 2 x 2 pixels on grass.
+LAYOUT: Layout = (
+    [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 3, 3]],
+    {1: (CAT, 0), 2: (ANT, 0), 3: (GRASS, 0)},
+)
+
+
+def instances(*classes: int) -> dict[str, Instances]:
+    """The left and the right square, with these classes."""
+    ids = torch.tensor(LAYOUT[0])
+    result = Instances((3, 4))
+    result.pred_masks = torch.stack([ids == 1, ids == 2])[: len(classes)]
+    result.pred_boxes = Boxes(torch.tensor([[0.0, 0, 2, 2], [2, 0, 4, 2]])[: len(classes)])
+    result.scores = torch.ones(len(classes))
+    result.pred_classes = torch.tensor(classes, dtype=torch.int64)
+    return {"instances": result}
+
+
+def evaluate(name: str, output: dict[str, Instances]):
+    evaluator = InstanceEvaluator(name)
+    evaluator.reset()
+    evaluator.process(DatasetCatalog.get(name), [output])
+    return evaluator.evaluate()
+
+
+def test_no_instances(make_dataset):
+    result = evaluate(make_dataset([LAYOUT], instances=True), instances())
+    assert math.isnan(result["segm"]["AP"])
+
+
+def test_perfect_prediction(make_dataset):
+    output = instances(CAT, ANT)
+    result = evaluate(make_dataset([LAYOUT], instances=True), output)
+    for task in ("bbox", "segm"):
+        assert result[task]["AP"] == pytest.approx(100)
+        assert result[task]["AP-cat"] == result[task]["AP-ant"] == pytest.approx(100)
+    assert output["instances"].pred_classes.tolist() == [CAT, ANT]
+
+
+def test_one_class_wrong(make_dataset):
+    result = evaluate(make_dataset([LAYOUT], instances=True), instances(CAT, CAT))
+    assert result["segm"]["AP-cat"] == pytest.approx(100)
+    assert result["segm"]["AP-ant"] == 0
+    assert result["segm"]["AP"] == pytest.approx(50)
+
+
+def test_without_instances_json(make_dataset):
+    with pytest.raises(ValueError, match=r"json_file.*INSTANCE_ON"):
+        InstanceEvaluator(make_dataset([LAYOUT]))
+
+
+def test_instances_json_without_a_thing_class(make_dataset):
+    name = make_dataset([LAYOUT], instances=True)
+    MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id[99] = 4
+    with pytest.raises(ValueError, match=r"instances\.json' lacks .* \[99\]"):
+        InstanceEvaluator(name)
+
+
+def test_output_without_instances(make_dataset):
+    name = make_dataset([LAYOUT], instances=True)
+    evaluator = InstanceEvaluator(name)
+    evaluator.reset()
+    with pytest.raises(ValueError, match=r"no 'instances'.*INSTANCE_ON"):
+        evaluator.process(DatasetCatalog.get(name), [{}])

@@ -1,0 +1,257 @@
+"""PQ: hand-computed numbers, and equality with panopticapi and Detectron2."""
+
+import copy
+import json
+import logging
+import math
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOPanopticEvaluator, DatasetEvaluators
+from detectron2.utils import comm
+from tiny_panoptic import ANT, CAT, CATEGORIES, GRASS, SKY, Layout, panoptic_output
+
+from psf.evaluation import InstanceEvaluator, PanopticEvaluator, build_evaluators
+
+# Two rows of grass over two rows of cat.
+HALVES: Layout = (
+    [[1, 1, 1, 1], [1, 1, 1, 1], [300, 300, 300, 300], [300, 300, 300, 300]],
+    {1: (GRASS, 0), 300: (CAT, 0)},
+)
+NOTHING: Layout = ([[0] * 4] * 4, {})
+
+
+@pytest.fixture
+def measure(make_dataset):
+    """PQ of predicted layouts against the layouts of a data set."""
+
+    def run(truth: list[Layout], predicted: list[Layout], output_dir: Path | None = None):
+        name = make_dataset(truth)
+        evaluator = PanopticEvaluator(name, output_dir and str(output_dir))
+        evaluator.reset()
+        for record, layout in zip(DatasetCatalog.get(name), predicted, strict=True):
+            evaluator.process([record], [panoptic_output(layout)])
+        return evaluator.evaluate()["panoptic_seg"]
+
+    return run
+
+
+def test_empty_data_set_has_no_quality(measure):
+    assert all(math.isnan(value) for value in measure([], []).values())
+
+
+def test_images_without_segments_have_no_quality(measure):
+    assert all(math.isnan(value) for value in measure([NOTHING], [NOTHING]).values())
+
+
+def test_perfect_prediction(measure):
+    result = measure([HALVES, HALVES], [HALVES, HALVES])
+    for key in ("PQ", "SQ", "RQ", "PQ_th", "SQ_th", "RQ_th", "PQ_st", "SQ_st", "RQ_st"):
+        assert result[key] == 100
+    assert result["PQ-grass"] == result["PQ-cat"] == 100
+    assert math.isnan(result["PQ-sky"])
+    assert math.isnan(result["PQ-ant"])
+
+
+def test_empty_prediction(measure):
+    result = measure([HALVES], [NOTHING])
+    assert result["PQ"] == result["PQ_th"] == result["PQ_st"] == 0
+
+
+def test_numbers_by_hand(measure):
+    """
+    Grass of 8 pixels is predicted with 12: IoU 8/12, a match. Cat of 8 pixels is predicted with 4:
+    IoU 4/8 is not above 0.5, so there are a false positive and a false negative.
+    """
+    predicted: Layout = (
+        [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [2, 2, 2, 2]],
+        {1: (GRASS, 0), 2: (CAT, 0)},
+    )
+    result = measure([HALVES], [predicted])
+    assert result["PQ"] == pytest.approx(100 / 3)  # (2/3 + 0) / 2
+    assert result["SQ"] == pytest.approx(100 / 3)
+    assert result["RQ"] == 50
+    assert result["PQ_st"] == result["PQ-grass"] == pytest.approx(200 / 3)
+    assert result["PQ_th"] == result["PQ-cat"] == 0
+
+
+def test_a_class_that_is_only_predicted_counts(measure):
+    """Cat is called ant: each has PQ 0, so that three classes share grass's 1."""
+    predicted: Layout = (HALVES[0], {1: (GRASS, 0), 300: (ANT, 0)})
+    result = measure([HALVES], [predicted])
+    assert result["PQ"] == pytest.approx(100 / 3)
+    assert result["PQ_th"] == result["PQ-cat"] == result["PQ-ant"] == 0
+
+
+@pytest.mark.parametrize(
+    "segments", [{1: (GRASS, 0)}, {1: (GRASS, 0), 300: (CAT, 1)}], ids=["void", "crowd"]
+)
+def test_a_prediction_in_void_or_crowd_is_ignored(measure, segments):
+    ids = [[i if i in segments else 0 for i in row] for row in HALVES[0]]
+    result = measure([(ids, segments)], [HALVES])
+    assert result["PQ"] == result["PQ_st"] == 100
+    assert math.isnan(result["PQ_th"])
+
+
+@pytest.mark.parametrize(("category", "absent"), [(SKY, "PQ_th"), (ANT, "PQ_st")])
+def test_data_set_with_only_stuff_or_only_things(measure, category, absent):
+    layout: Layout = ([[5] * 4] * 4, {5: (category, 0)})
+    result = measure([layout], [layout])
+    assert result["PQ"] == 100
+    assert math.isnan(result[absent])
+
+
+def test_table_and_json_are_written_and_logged_once(measure, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="psf"):
+        measure([HALVES], [NOTHING], tmp_path / "out")
+    assert sum("| class" in message for message in caplog.messages) == 1
+    lines = (tmp_path / "out" / "pq.txt").read_text().splitlines()
+    names = [line.split("|")[1].strip() for line in lines]
+    assert names[2:] == ["all", "things", "stuff", *(c["name"] for c in CATEGORIES)]
+    rows = json.loads((tmp_path / "out" / "panoptic_results.json").read_text())
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["cat"] == {
+        "name": "cat", "kind": "thing", "pq": 0, "sq": 0, "rq": 0, "tp": 0, "fp": 0, "fn": 1,
+    }  # fmt: skip
+    assert by_name["all"]["fn"] == 2
+    assert by_name["sky"]["pq"] is None
+
+
+def random_layout(generator: np.random.Generator, *, crowds: bool) -> Layout:
+    """Blocks of 4 x 4 pixels of eight segments, and void."""
+    ids = generator.integers(0, 9, (6, 6)).repeat(4, axis=0).repeat(4, axis=1)
+    segments = {
+        int(i): (int(generator.integers(4)), int(crowds and i == 8)) for i in np.unique(ids) if i
+    }
+    return ids.tolist(), segments
+
+
+def disturbed(layout: Layout, generator: np.random.Generator) -> Layout:
+    """Some pixels get another id, some segments another class."""
+    ids = np.array(layout[0])
+    changed = generator.random(ids.shape) < 0.2
+    ids[changed] = generator.choice(ids.flatten(), changed.sum())
+    segments = {
+        int(i): layout[1][i] if generator.random() < 0.8 else (int(generator.integers(4)), 0)
+        for i in np.unique(ids)
+        if i
+    }
+    return ids.tolist(), segments
+
+
+def test_equals_detectron2_and_panopticapi(make_dataset, monkeypatch):
+    """Detectron2's evaluator is panopticapi's ``pq_compute``; it also works on the same output."""
+    generator = np.random.default_rng(0)
+    truth = [random_layout(generator, crowds=True) for _ in range(6)]
+    name = make_dataset(truth)
+    outputs = [panoptic_output(disturbed(layout, generator)) for layout in truth]
+    results = []
+    monkeypatch.setattr(multiprocessing, "cpu_count", lambda: 2)
+    for kind in (PanopticEvaluator, COCOPanopticEvaluator):
+        evaluator = kind(name)
+        evaluator.reset()
+        evaluator.process(DatasetCatalog.get(name), copy.deepcopy(outputs))
+        results.append(evaluator.evaluate()["panoptic_seg"])
+    ours, reference = results
+    assert 0 < reference["PQ"] < 100
+    # The sums of two processes are added up in another order.
+    assert {key: ours[key] for key in reference} == pytest.approx(reference, rel=1e-12)
+
+
+def test_no_process_is_left_behind(measure):
+    before = multiprocessing.active_children()
+    measure([HALVES], [HALVES])
+    assert multiprocessing.active_children() == before
+
+
+def test_the_output_is_not_changed(make_dataset):
+    name = make_dataset([HALVES])
+    output = panoptic_output(HALVES)
+    before = copy.deepcopy(output)
+    evaluator = PanopticEvaluator(name)
+    evaluator.reset()
+    evaluator.process(DatasetCatalog.get(name), [output])
+    evaluator.evaluate()
+    assert output["panoptic_seg"][1] == before["panoptic_seg"][1]
+    assert torch.equal(output["panoptic_seg"][0], before["panoptic_seg"][0])
+
+
+def test_images_of_one_name_in_two_folders(make_dataset):
+    name = make_dataset([HALVES, NOTHING], file_name="{}/same.jpg")
+    evaluator = PanopticEvaluator(name)
+    evaluator.reset()
+    outputs = [panoptic_output(HALVES), panoptic_output(NOTHING)]
+    evaluator.process(DatasetCatalog.get(name), outputs)
+    assert evaluator.evaluate()["panoptic_seg"]["PQ"] == 100
+
+
+def test_predictions_of_all_processes_are_gathered(make_dataset, monkeypatch):
+    name = make_dataset([HALVES, HALVES])
+    evaluators = []
+    for record in DatasetCatalog.get(name):
+        evaluator = PanopticEvaluator(name)
+        evaluator.reset()
+        evaluator.process([record], [panoptic_output(HALVES)])
+        evaluators.append(evaluator)
+    everything = [evaluator._predictions for evaluator in evaluators]
+    monkeypatch.setattr(comm, "gather", lambda _: everything)
+    assert evaluators[0].evaluate()["panoptic_seg"]["PQ"] == 100
+    monkeypatch.setattr(comm, "gather", lambda _: [])
+    monkeypatch.setattr(comm, "is_main_process", lambda: False)
+    assert evaluators[1].evaluate() is None
+
+
+def test_missing_prediction(make_dataset):
+    name = make_dataset([HALVES, HALVES])
+    evaluator = PanopticEvaluator(name)
+    evaluator.reset()
+    evaluator.process(DatasetCatalog.get(name)[:1], [panoptic_output(HALVES)])
+    with pytest.raises(ValueError, match=r"No prediction for 1 of the 2 images .* \[101\]"):
+        evaluator.evaluate()
+
+
+def test_output_without_panoptic_seg(make_dataset):
+    name = make_dataset([HALVES])
+    evaluator = PanopticEvaluator(name)
+    evaluator.reset()
+    with pytest.raises(ValueError, match=r"0\.jpg' has no 'panoptic_seg'.*PANOPTIC_ON"):
+        evaluator.process(DatasetCatalog.get(name), [{"instances": None}])
+
+
+def test_data_set_that_is_not_panoptic(make_dataset):
+    name = make_dataset([HALVES])
+    MetadataCatalog.get(name).__dict__["panoptic_json"] = None
+    with pytest.raises(ValueError, match="'panoptic_json'"):
+        PanopticEvaluator(name)
+
+
+def test_missing_annotations(make_dataset):
+    name = make_dataset([HALVES])
+    path = Path(MetadataCatalog.get(name).panoptic_json)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"panoptic\.json.*DETECTRON2_DATASETS"):
+        PanopticEvaluator(name)
+    path.write_text(json.dumps({"images": [], "categories": []}))
+    evaluator = PanopticEvaluator(name)
+    evaluator.reset()
+    with pytest.raises(ValueError, match="no annotations"):
+        evaluator.evaluate()
+
+
+def test_build_evaluators(make_dataset, tmp_path):
+    name = make_dataset([HALVES], instances=True)
+
+    def build(**switches: bool) -> Any:
+        off = {"panoptic": False, "instances": False, "sem_seg": False}
+        return build_evaluators(name, **(off | switches), output_dir=str(tmp_path))
+
+    assert isinstance(build(panoptic=True), PanopticEvaluator)
+    assert isinstance(build(instances=True), InstanceEvaluator)
+    assert isinstance(build(panoptic=True, instances=True, sem_seg=True), DatasetEvaluators)
+    with pytest.raises(ValueError, match="Nothing to evaluate"):
+        build()

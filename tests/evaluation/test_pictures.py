@@ -1,0 +1,210 @@
+"""Pictures: sizes, repeatability, and what they are drawn from."""
+
+import copy
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+from tiny_panoptic import ANT, CAT, GRASS, SKY, Layout
+
+from psf.evaluation import pictures
+from psf.evaluation.ground_truth import PanopticSegmentation, load_ground_truth
+from psf.evaluation.pictures import (
+    Sample,
+    draw_panoptic,
+    read_metrics,
+    write_contact_sheet,
+    write_curves,
+)
+
+NOTHING: Layout = ([[0] * 40] * 30, {})
+# 30 x 40 pixels: grass and sky, a cat, a crowd of ants, void.
+SCENE: Layout = (
+    [[1] * 20 + [2] * 20] * 10 + [[3] * 30 + [70000] * 10] * 10 + [[1] * 40] * 5 + [[0] * 40] * 5,
+    {1: (GRASS, 0), 2: (SKY, 0), 3: (CAT, 0), 70000: (ANT, 1)},
+)
+
+
+@pytest.fixture
+def scene(make_dataset):
+    """Metadata, and records without and with segments."""
+    name = make_dataset([NOTHING, SCENE])
+    return MetadataCatalog.get(name), *DatasetCatalog.get(name)
+
+
+def test_ground_truth_without_segments(scene):
+    truth = load_ground_truth(scene[1])
+    assert truth.panoptic_seg.tolist() == NOTHING[0]
+    assert truth.segments_info == []
+
+
+def test_ground_truth(scene):
+    record = scene[2]
+    truth = load_ground_truth(record)
+    assert truth.panoptic_seg.dtype == torch.int32
+    assert truth.panoptic_seg.tolist() == SCENE[0]
+    assert truth.segments_info == record["segments_info"]
+    truth.segments_info[0]["id"] = -1
+    assert record["segments_info"][0]["id"] == 1
+
+
+def test_ground_truth_that_is_missing_or_damaged(scene):
+    record = scene[2]
+    with pytest.raises(ValueError, match=r"PNG .*1\.png' has segment ids \[70000\]"):
+        load_ground_truth({**record, "segments_info": record["segments_info"][:3]})
+    with pytest.raises(ValueError, match="no panoptic ground truth"):
+        load_ground_truth({**record, "pan_seg_file_name": None})
+    path = Path(record["pan_seg_file_name"])
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"1\.png' is not readable"):
+        load_ground_truth(record)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"1\.png' does not exist"):
+        load_ground_truth(record)
+
+
+def gray(height: int, width: int) -> np.ndarray:
+    return np.full((height, width, 3), 128, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1, 3])
+def test_an_image_without_segments_is_drawn_as_it_is(scene, scale):
+    metadata, record, _ = scene
+    drawn = draw_panoptic(gray(30, 40), *load_ground_truth(record), metadata, scale=scale)
+    assert drawn.shape == (30 * scale, 40 * scale, 3)
+    assert (drawn == 128).all()
+
+
+def test_drawing_is_repeatable_and_changes_no_argument(scene):
+    metadata, _, record = scene
+    image, truth = gray(30, 40), load_ground_truth(record)
+    before = copy.deepcopy(truth)
+    random_state = np.random.get_state()[1].copy()
+    first, second = (draw_panoptic(image, *truth, metadata, scale=4) for _ in range(2))
+    assert first.shape == (120, 160, 3)
+    assert (first == second).all()
+    assert (first != 128).any()
+    assert (image == 128).all()
+    assert truth.segments_info == before.segments_info
+    assert (np.random.get_state()[1] == random_state).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 400), (400, 20)])
+def test_extreme_sizes(scene, size):
+    ids = torch.ones(size, dtype=torch.int32)
+    infos = [{"id": 1, "category_id": CAT, "isthing": True, "score": 0.9}]
+    assert draw_panoptic(gray(*size), ids, infos, scene[0]).shape == (*size, 3)
+
+
+def test_sizes_that_differ(scene):
+    truth = load_ground_truth(scene[2])
+    with pytest.raises(ValueError, match=r"\(10, 10\).*\(30, 40\)"):
+        draw_panoptic(gray(10, 10), *truth, scene[0])
+
+
+def picture(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def test_contact_sheet_without_samples(scene, tmp_path):
+    write_contact_sheet([], scene[0], tmp_path / "new" / "sheet.png")
+    assert picture(tmp_path / "new" / "sheet.png").shape[0] == pictures._CAPTION
+
+
+def test_contact_sheet(scene, tmp_path):
+    """A row is a caption, pictures enlarged to 384 pixels (288 high) and a gap."""
+    metadata, *records = scene
+    nothing = PanopticSegmentation(torch.zeros(30, 40, dtype=torch.int32), [])
+    samples = [Sample(record, load_ground_truth(record), nothing) for record in records]
+    write_contact_sheet(samples, metadata, tmp_path / "sheet.png")
+    sheet = picture(tmp_path / "sheet.png")
+    assert sheet.shape == (24 + 2 * (24 + 288 + 8), 3 * 384 + 4 * 8, 3)
+    image, truth, prediction = (
+        sheet[24 + 320 + 24 :][:288, 8 + i * 392 :][:, :384] for i in range(3)
+    )
+    assert (abs(image.astype(int) - 128) < 3).all()
+    assert (image == prediction).all()
+    assert (image != truth).any()
+
+
+def test_contact_sheet_of_a_photo(scene, tmp_path):
+    """A photo of 2000 x 1000 pixels becomes 640 x 320."""
+    Image.fromarray(gray(1000, 2000)).save(tmp_path / "photo.jpg")
+    truth = PanopticSegmentation(
+        torch.ones(1000, 2000, dtype=torch.int32), [{"id": 1, "category_id": SKY, "isthing": False}]
+    )
+    sample = Sample({"file_name": str(tmp_path / "photo.jpg")}, truth, truth)
+    write_contact_sheet([sample], scene[0], tmp_path / "sheet.png")
+    assert picture(tmp_path / "sheet.png").shape == (24 + 24 + 320 + 8, 3 * 640 + 4 * 8, 3)
+
+
+def write_log(path: Path, *records: dict[str, float], tail: str = "") -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + tail)
+    return path
+
+
+def test_metrics_of_an_empty_log(tmp_path):
+    assert read_metrics(write_log(tmp_path / "metrics.json")) == {}
+
+
+def test_metrics_of_a_killed_and_resumed_training(tmp_path, caplog):
+    """The last values of an iteration count; a line cut off by the kill is skipped and told."""
+    records = [
+        {"iteration": 19, "total_loss": 9.0},
+        {"iteration": 39, "total_loss": 8.0},
+        {"iteration": 19, "total_loss": 7.0},
+        {"iteration": 19, "panoptic_seg/PQ": 50.0},
+    ]
+    log = write_log(tmp_path / "metrics.json", *records, tail='{"iteration": 59, "total_l')
+    with caplog.at_level(logging.WARNING, logger="psf"):
+        assert read_metrics(log) == {
+            19: {"iteration": 19, "total_loss": 7.0, "panoptic_seg/PQ": 50.0},
+            39: {"iteration": 39, "total_loss": 8.0},
+        }
+    assert "Skipped 1 damaged lines" in caplog.text
+
+
+def test_losses_of_all_layers_are_added_up():
+    record = {"total_loss": 6.0, "loss_a": 1.0, "loss_a_0": 2.0, "loss_b_10": 3.0, "lr": 0.1}
+    assert pictures._loss_curves({9: record}) == {
+        "total_loss": [(9, 6.0)],
+        "loss_a": [(9, 3.0)],
+        "loss_b": [(9, 3.0)],
+    }
+
+
+def test_quality_of_one_and_of_several_data_sets():
+    nan = float("nan")
+    records = {
+        9: {"panoptic_seg/PQ": 10.0, "panoptic_seg/PQ_th": nan, "panoptic_seg/PQ-cat": 5.0},
+        19: {"val/panoptic_seg/PQ": 20.0, "PQ": 1.0},
+    }
+    assert pictures._quality_curves(records) == {"PQ": [(9, 10.0)], "val/PQ": [(19, 20.0)]}
+
+
+def test_running_mean_by_hand():
+    values = np.array([0.0, 3.0, 6.0, 0.0])
+    assert pictures._running_mean(values, 3).tolist() == [0, 3, 3, 0]
+    assert pictures._running_mean(values[:1], 9).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [],
+        [{"iteration": 19, "total_loss": 3.0, "loss_a": -1.0}],
+        [{"iteration": 0, "panoptic_seg/PQ": 12.0}],
+        [{"iteration": i, "total_loss": 30.0 / (i + 1), "loss_a_0": 0.1} for i in range(50)],
+    ],
+    ids=["empty", "one", "only PQ", "no PQ"],
+)
+def test_curves_of_any_log(tmp_path, records, recwarn):
+    log = write_log(tmp_path / "metrics.json", *records)
+    write_curves(log, tmp_path / "new" / "curves.png")
+    assert picture(tmp_path / "new" / "curves.png").shape == (450, 1200, 3)
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]

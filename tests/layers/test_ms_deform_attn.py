@@ -1,0 +1,581 @@
+"""The operator on whichever path is active (kernels, or plain PyTorch without the extension)."""
+
+import itertools
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+from psf.layers import MSDeformAttn, ms_deform_attn, ms_deform_attn_reference
+from psf.layers.ms_deform_attn import has_extension
+
+needs_extension = pytest.mark.skipif(not has_extension(), reason="psf._C is not in use")
+both_paths = pytest.mark.parametrize("op", [ms_deform_attn, ms_deform_attn_reference])
+
+SHAPES = [(5, 4), (1, 3), (1, 1)]
+SIZES = [5, 4, 1, 3, 1, 1]
+
+
+def off_the_knots(locations, shapes):
+    """Move each coordinate to the nearest at least 1/4 pixel from where the derivative jumps."""
+    sizes = torch.tensor(shapes).view(-1, 2).flip(-1)[:, None].to(locations)  # (L, 1, 2)
+    pixels = locations * sizes - 0.5
+    return (pixels.floor() + (pixels - pixels.floor()).clamp(0.25, 0.75) + 0.5) / sizes
+
+
+def inputs(
+    shapes=SHAPES, images=2, queries=7, heads=2, channels=3, points=2, dtype=torch.float64, seed=0
+):
+    """Locations reach half a level beyond every border."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = {"generator": generator, "dtype": torch.float64}
+    positions = sum(h * w for h, w in shapes)
+    value = torch.randn(images, positions, heads, channels, **draw)
+    locations = 2 * torch.rand(images, queries, heads, len(shapes), points, 2, **draw) - 0.5
+    weights = torch.rand(images, queries, heads, len(shapes), points, **draw)
+    return (
+        value.to(dtype),
+        shapes,
+        off_the_knots(locations, shapes).to(dtype),
+        weights.to(dtype),
+    )
+
+
+def loop(value, shapes, locations, weights):
+    """The definition, one sample and one pixel at a time, differentiable."""
+    images, _, heads, channels = value.shape
+    queries, levels, points = locations.shape[1], locations.shape[3], locations.shape[4]
+    out = value.new_zeros(images, queries, heads, channels)
+    starts = list(itertools.accumulate((h * w for h, w in shapes), initial=0))
+    for n, q, m, level, p in itertools.product(
+        *map(range, (images, queries, heads, levels, points))
+    ):
+        height, width = shapes[level]
+        x = locations[n, q, m, level, p, 0] * width - 0.5
+        y = locations[n, q, m, level, p, 1] * height - 0.5
+        for row, column in itertools.product(range(height), range(width)):
+            if abs(x - column) < 1 and abs(y - row) < 1:
+                share = (1 - abs(x - column)) * (1 - abs(y - row)) * weights[n, q, m, level, p]
+                pixel = value[n, starts[level] + row * width + column, m]
+                index = tuple(map(torch.tensor, (n, q, m)))
+                out = out.index_put(index, share * pixel, accumulate=True)
+    return out.flatten(2)
+
+
+def gradients(op, value, shapes, locations, weights):
+    leaves = [t.detach().clone().requires_grad_() for t in (value, locations, weights)]
+    out = op(leaves[0], shapes, *leaves[1:])
+    grad = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    return out.detach(), torch.autograd.grad(out, leaves, grad)
+
+
+@both_paths
+@pytest.mark.parametrize(
+    "empty",
+    [
+        {"images": 0},
+        {"queries": 0},
+        {"heads": 0},
+        {"channels": 0},
+        {"points": 0},
+        {"shapes": [(0, 0)]},
+        {"shapes": [(0, 3), (2, 2), (3, 0)]},
+    ],
+    ids=str,
+)
+def test_empty_inputs_give_zeros_and_gradients(op, empty):
+    value, shapes, locations, weights = inputs(**{"dtype": torch.float32, **empty})
+    out, grads = gradients(op, value, shapes, locations, weights)
+    assert out.shape == (value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
+    torch.testing.assert_close(out, loop(value, shapes, locations, weights))
+    for grad, tensor in zip(grads, (value, locations, weights), strict=True):
+        assert grad.shape == tensor.shape
+        assert grad.isfinite().all()
+
+
+@both_paths
+def test_no_levels_give_zeros(op):
+    out = op(*inputs([]))
+    torch.testing.assert_close(out, torch.zeros(2, 7, 6).double())
+
+
+@both_paths
+def test_by_hand(op):
+    """A 1 x 2 level with values 10, 30: three quarters of the way, then beyond the right pixel."""
+    value = torch.tensor([10.0, 30.0]).view(1, 2, 1, 1)
+    locations = torch.tensor([[0.625, 0.5], [1.0, 0.5]]).view(1, 2, 1, 1, 1, 2)
+    weights = torch.tensor([1.0, 0.5]).view(1, 2, 1, 1, 1)
+    # Pixel coordinates 0.75 and 1.5: 0.25 * 10 + 0.75 * 30, and 0.5 * (0.5 * 30).
+    torch.testing.assert_close(
+        op(value, [(1, 2)], locations, weights), torch.tensor([[[25.0], [7.5]]])
+    )
+
+
+@both_paths
+def test_equals_the_loop_and_its_gradients(op):
+    args = inputs(channels=5)
+    out, grads = gradients(op, *args)
+    expected, expected_grads = gradients(loop, *args)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(grads, expected_grads)
+
+
+@both_paths
+@settings(max_examples=15, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=5),
+    images=st.integers(1, 3),
+    queries=st.integers(1, 5),
+    heads=st.sampled_from([1, 2, 3, 16]),
+    channels=st.sampled_from([1, 3, 4, 7, 8, 12]),
+    points=st.integers(1, 8),
+    seed=st.integers(0, 1000),
+)
+def test_derivatives_are_those_of_the_output(
+    op, shapes, images, queries, heads, channels, points, seed
+):
+    value, shapes, *rest = inputs(shapes, images, queries, heads, channels, points, seed=seed)
+    leaves = [t.requires_grad_() for t in (value, *rest)]
+    assert torch.autograd.gradcheck(
+        lambda v, x, w: op(v, shapes, x, w), leaves, eps=1e-6, fast_mode=True
+    )
+
+
+@needs_extension
+@pytest.mark.parametrize("channels", [1, 3, 4, 7, 8, 12, 16, 30, 32, 33, 64, 71, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernel_is_as_accurate_as_the_reference(channels, dtype):
+    """Error against float64 at most twice that of plain PyTorch in the same precision."""
+    value, shapes, *rest = inputs(channels=channels)
+    value = value.to(dtype)
+    rest = [t.float() for t in rest]
+    exact, exact_grads = gradients(
+        ms_deform_attn_reference, value.double(), shapes, *(t.double() for t in rest)
+    )
+    results = {}
+    for op in (ms_deform_attn, ms_deform_attn_reference):
+        out, grads = gradients(op, value, shapes, *rest)
+        assert [t.dtype for t in (out, *grads)] == [dtype, dtype, torch.float32, torch.float32]
+        results[op] = [
+            (a.double() - b).norm() / b.norm()
+            for a, b in zip((out, *grads), (exact, *exact_grads), strict=True)
+        ]
+    # Two roundings of the arithmetic are allowed where plain PyTorch is exact by luck.
+    floor = 2 * torch.finfo(torch.float32).eps
+    for error, bound in zip(*results.values(), strict=True):
+        assert error <= 2 * bound + floor
+
+
+@needs_extension
+def test_many_queries_equal_the_reference():
+    """Enough work for several threads and for tasks of unequal size; queries prime, images odd."""
+    shapes = [(16, 13), (8, 7), (4, 4)]
+    args = inputs(shapes, images=3, queries=331, heads=8, channels=12, points=4)
+    out, grads = gradients(ms_deform_attn, *args)
+    expected, expected_grads = gradients(ms_deform_attn_reference, *args)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(grads, expected_grads)
+
+
+@both_paths
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_knots(op, dtype):
+    """At pixel centres, at the borders of the level and of the band that touches it."""
+    shapes = [(4, 8)]
+    value = inputs(shapes, images=1, heads=1, channels=3, dtype=dtype)[0]
+    # Exact in binary: centres of the first and last pixel, borders, and one pixel beyond the
+    # outermost centres, where the contribution has just become 0.
+    x, y = [1 / 16, 15 / 16, 0.0, 1.0, -1 / 16, 17 / 16], [1 / 8, 7 / 8, 0.0, 1.0, -1 / 8, 9 / 8]
+    locations = torch.cartesian_prod(torch.tensor(x, dtype=dtype), torch.tensor(y, dtype=dtype))
+    locations = locations.view(1, -1, 1, 1, 1, 2)
+    weights = torch.ones(locations.shape[:-1], dtype=dtype)
+    out = op(value, shapes, locations, weights)
+    torch.testing.assert_close(out, loop(value, shapes, locations, weights))
+    grads = gradients(op, value, shapes, locations, weights)[1]
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+FAR = [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 3e9, 5.0, -4.0]
+
+
+@both_paths
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("coordinate", FAR)
+def test_far_and_undefined_locations_contribute_nothing(op, dtype, axis, coordinate):
+    value, shapes, locations, weights = inputs(dtype=dtype)
+    locations[:, :, :, 1, 0, axis] = coordinate
+    weights[:, :, :, 1, 0] = float("nan")  # nor does the weight of such a point count
+    without = weights.clone()
+    without[:, :, :, 1, 0] = 0
+    sane = locations.clone()
+    sane[:, :, :, 1, 0, axis] = 5.0
+    out, grads = gradients(op, value, shapes, locations, weights)
+    expected, expected_grads = gradients(op, value, shapes, sane, without)
+    torch.testing.assert_close(out, expected)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad.nan_to_num(99.0), expected_grad)
+    assert (grads[1][:, :, :, 1, 0] == 0).all()
+    assert (grads[2][:, :, :, 1, 0] == 0).all()
+
+
+@both_paths
+def test_denormal_location(op):
+    value, shapes, locations, weights = inputs(dtype=torch.float32)
+    locations[...] = 1e-42
+    torch.testing.assert_close(
+        op(value, shapes, locations, weights),
+        op(value, shapes, torch.zeros_like(locations), weights),
+    )
+
+
+@both_paths
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_only_sampled_pixels_count(op, poison):
+    """Around the border and away from it: a poisoned pixel reaches those that touch it alone."""
+    shapes = [(4, 4)]
+    value = torch.ones(1, 16, 1, 8)
+    value[:, 5] = poison  # row 1, column 1
+    pixels = torch.tensor(
+        [[1.0, 1.0], [0.5, 1.5], [2.5, 2.5], [-0.5, 1.0], [3.5, 3.5], [2.5, -0.5]]
+    )
+    locations = ((pixels + 0.5) / 4).view(1, -1, 1, 1, 1, 2)
+    out = op(value, shapes, locations, torch.ones(locations.shape[:-1]))
+    finite = out.isfinite().all(-1)[0]
+    assert finite.tolist() == [False, False, True, True, True, True]
+
+
+@both_paths
+def test_identical_points_add_up(op):
+    value, shapes, locations, weights = inputs(queries=1, points=1)
+    many = (locations.repeat(1, 500, 1, 1, 1, 1), weights.repeat(1, 500, 1, 1, 1))
+    _, grads = gradients(
+        lambda v, s, x, w: op(v, s, x, w).sum(1, keepdim=True), value, shapes, *many
+    )
+    _, grads_of_one = gradients(op, value, shapes, locations, weights)
+    torch.testing.assert_close(grads[0], 500 * grads_of_one[0])
+
+
+def transposed(tensor):
+    return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@both_paths
+def test_any_strides(op):
+    value, shapes, locations, weights = inputs()
+    head_major = value.transpose(1, 2).contiguous().transpose(1, 2)
+    strided = (head_major, shapes, transposed(locations), transposed(weights))
+    assert not any(t.is_contiguous() for t in (strided[0], *strided[2:]))
+    expected, expected_grads = gradients(op, value, shapes, locations, weights)
+    torch.testing.assert_close(op(*strided), expected)
+    leaves = [t.requires_grad_() for t in (strided[0], *strided[2:])]
+    grad = torch.linspace(-1, 1, expected.numel(), dtype=expected.dtype).view_as(expected)
+    grads = torch.autograd.grad(op(leaves[0], shapes, *leaves[1:]), leaves, transposed(grad))
+    torch.testing.assert_close(grads, expected_grads)
+
+
+@both_paths
+def test_expanded_gradient(op):
+    """sum().backward() hands the operator a gradient with strides 0."""
+    value, shapes, locations, weights = inputs()
+    value.requires_grad_()
+    op(value, shapes, locations, weights).sum().backward()
+    expected = torch.autograd.functional.vjp(
+        lambda v: loop(v, shapes, locations, weights), value.detach(), torch.ones(2, 7, 6).double()
+    )[1]
+    torch.testing.assert_close(value.grad, expected)
+
+
+@both_paths
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_gradients_of_some_inputs_only(op, wanted):
+    args = inputs()
+    _, expected = gradients(op, *args)
+    leaves = [
+        t.detach().clone().requires_grad_(flag)
+        for t, flag in zip((args[0], *args[2:]), wanted, strict=True)
+    ]
+    out = op(leaves[0], args[1], *leaves[1:])
+    assert out.requires_grad == any(wanted)
+    if any(wanted):
+        out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out))
+    for leaf, grad, flag in zip(leaves, expected, wanted, strict=True):
+        if flag:
+            torch.testing.assert_close(leaf.grad, grad)
+        else:
+            assert leaf.grad is None
+
+
+@both_paths
+def test_inference_mode(op):
+    args = inputs()
+    with torch.inference_mode():
+        torch.testing.assert_close(op(*args), loop(*args))
+
+
+@both_paths
+def test_locations_and_weights_of_other_types(op):
+    """They are computed with in value's precision, at least single; gradients come in their own."""
+    value, shapes, locations, weights = inputs()
+    out, grads = gradients(op, value.float(), shapes, locations, weights.half())
+    assert out.dtype == torch.float32
+    assert [g.dtype for g in grads] == [torch.float32, torch.float64, torch.float16]
+    expected, _ = gradients(op, value.float(), shapes, locations.float(), weights.half().float())
+    torch.testing.assert_close(out, expected)
+
+
+def test_spatial_shapes_may_be_a_tensor():
+    value, shapes, locations, weights = inputs()
+    torch.testing.assert_close(
+        ms_deform_attn(value, torch.tensor(shapes), locations, weights),
+        ms_deform_attn(value, shapes, locations, weights),
+        rtol=0,
+        atol=0,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_converts_the_value_and_not_the_locations(dtype):
+    value, shapes, locations, weights = inputs(dtype=torch.float32)
+    value.requires_grad_()
+    with torch.autocast("cpu", dtype):
+        out = ms_deform_attn(value, shapes, locations, weights)
+    assert out.dtype == dtype
+    expected = ms_deform_attn(value.to(dtype), shapes, locations, weights)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    out.sum().backward()
+    assert value.grad.dtype == torch.float32
+
+
+def test_autocast_leaves_double_alone():
+    args = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ms_deform_attn(*args)
+    torch.testing.assert_close(out, ms_deform_attn(*args))
+
+
+@needs_extension
+def test_same_bits_for_any_number_of_threads():
+    shapes = [(16, 16), (8, 8), (4, 4)]
+    args = inputs(shapes, images=2, queries=336, heads=8, channels=12, points=4)
+    args = (args[0].float(), shapes, args[2].float(), args[3].float())
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            out, grads = gradients(ms_deform_attn, *args)
+            results.append((out, *grads))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+@needs_extension
+def test_second_derivative_is_refused_with_a_reason():
+    args = [t.requires_grad_() if torch.is_tensor(t) else t for t in inputs()]
+    out = ms_deform_attn(*args)
+    (grad,) = torch.autograd.grad(out.sum(), args[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"ms_deform_attn.*second derivatives"):
+        grad.square().sum().backward()
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_operator_check(dtype, requires_grad):
+    value, _, *rest = inputs(dtype=torch.float32)
+    args = [t.requires_grad_(requires_grad) for t in (value.to(dtype), *rest)]
+    opcheck(torch.ops.psf.ms_deform_attn.default, (args[0], SIZES, *args[1:]))
+
+
+@needs_extension
+@pytest.mark.parametrize("mask", [[True, True, True], [True, False, False], [False, True, True]])
+def test_operator_check_of_the_backward(mask):
+    value, _, *rest = inputs(dtype=torch.float32)
+    args = (torch.randn(2, 7, 6), value, SIZES, *rest, mask)
+    opcheck(torch.ops.psf.ms_deform_attn_backward.default, args)
+
+
+@needs_extension
+def test_meta_tensors():
+    value, shapes, locations, weights = inputs()
+    out = ms_deform_attn(value.to("meta"), shapes, locations.to("meta"), weights.to("meta"))
+    assert (out.shape, out.dtype, out.device.type) == ((2, 7, 6), torch.float64, "meta")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(dynamic):
+    def function(value, locations, weights):
+        return ms_deform_attn(value, SHAPES, locations, weights)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for queries in (7, 9):
+        value, _, *rest = inputs(queries=queries)
+        leaves = [t.requires_grad_() for t in (value, *rest)]
+        grads = torch.autograd.grad(compiled(*leaves).square().sum(), leaves)
+        expected = torch.autograd.grad(function(*leaves).square().sum(), leaves)
+        torch.testing.assert_close(grads, expected)
+
+
+def test_exports():
+    class Model(torch.nn.Module):
+        def forward(self, value, locations, weights):
+            return ms_deform_attn(value, SHAPES, locations, weights)
+
+    value, _, *rest = inputs()
+    queries = torch.export.Dim("queries", min=2, max=100)
+    program = torch.export.export(
+        Model(), (value, *rest), dynamic_shapes=(None, {1: queries}, {1: queries})
+    )
+    args = inputs(queries=11)
+    torch.testing.assert_close(program.module()(args[0], *args[2:]), ms_deform_attn(*args))
+
+
+def broken(**changes):
+    value, shapes, locations, weights = inputs(dtype=torch.float32)
+    args = {"value": value, "shapes": shapes, "locations": locations, "weights": weights}
+    return {**args, **{name: change(args[name]) for name, change in changes.items()}}.values()
+
+
+@both_paths
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (broken(value=lambda t: t.flatten(2)), r"value must have shape \(N, S, M, D\), got"),
+        (broken(value=lambda t: t.long()), "value must be floating point"),
+        (broken(value=lambda t: t[:, 1:]), "value has S = 23 positions.*sum to 24"),
+        (broken(shapes=lambda s: s[:-1]), "value has S = 24 positions.*sum to 23"),
+        (broken(shapes=lambda s: [*s, (0, 1)]), r"sampling_locations must.*\[2, 7, 2, 4, 2, 2\]"),
+        (broken(shapes=lambda s: [(-5, -4), *s[1:]]), "spatial_shapes must not be negative"),
+        (broken(locations=lambda t: t[..., 0]), "sampling_locations must have shape"),
+        (broken(locations=lambda t: t[..., :1]), "sampling_locations must have shape"),
+        (broken(locations=lambda t: t[:1]), r"got \[1, 7, 2, 3, 2, 2\]"),
+        (broken(locations=lambda t: t[:, :, :1]), r"\[2, 7, 2, 3, 2, 2\] to match value"),
+        (broken(locations=lambda t: t.long()), "sampling_locations must be floating point"),
+        (broken(weights=lambda t: t[:, 1:]), "attention_weights must have shape"),
+        (broken(weights=lambda t: t.flatten(3)), "attention_weights must have shape"),
+        (broken(weights=lambda t: t.bool()), "attention_weights must be floating point"),
+    ],
+)
+def test_bad_input_is_named(op, args, message):
+    with pytest.raises(RuntimeError, match=message):
+        op(*args)
+
+
+@both_paths
+@pytest.mark.parametrize("shapes", [[(5, 4, 1)], torch.tensor([5, 4])], ids=["triple", "flat"])
+def test_bad_spatial_shapes(op, shapes):
+    value, _, locations, weights = inputs()
+    with pytest.raises(ValueError, match="spatial_shapes must be"):
+        op(value, shapes, locations, weights)
+
+
+@needs_extension
+def test_gradient_of_the_wrong_shape_is_named():
+    value, _, *rest = inputs()
+    with pytest.raises(RuntimeError, match=r"grad_output must have shape .*\[2, 7, 6\], got"):
+        torch.ops.psf.ms_deform_attn_backward(
+            torch.zeros(2, 7, 5).double(), value, SIZES, *rest, [True, True, True]
+        )
+
+
+class TestModule:
+    dim = 12
+    positions = sum(h * w for h, w in SHAPES)
+
+    @pytest.fixture
+    def module(self):
+        torch.manual_seed(0)
+        module = MSDeformAttn(dim=self.dim, num_levels=3, num_heads=4, num_points=2)
+        for parameter in module.parameters():  # all different, so that each matters
+            torch.nn.init.normal_(parameter, std=0.3)
+        return module
+
+    def arguments(self, queries=5, coordinates=2):
+        torch.manual_seed(1)
+        return (
+            torch.randn(2, queries, self.dim),
+            torch.rand(2, queries, 3, coordinates),
+            torch.randn(2, self.positions, self.dim),
+            SHAPES,
+        )
+
+    @pytest.mark.parametrize("coordinates", [2, 4])
+    @pytest.mark.parametrize("queries", [0, 5])
+    def test_output_shape(self, module, queries, coordinates):
+        out = module(*self.arguments(queries, coordinates))
+        assert out.shape == (2, queries, self.dim)
+
+    def test_parameter_names_are_those_of_released_checkpoints(self, module):
+        projections = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
+        names = {f"{name}.{kind}" for name in projections for kind in ("weight", "bias")}
+        assert set(module.state_dict()) == names
+
+    def test_initial_offsets(self):
+        """Four heads look right, down, left, up; point p + 1 pixels far, in every level."""
+        module = MSDeformAttn(dim=8, num_levels=2, num_heads=4, num_points=3)
+        offsets = module.sampling_offsets(torch.randn(8)).view(4, 2, 3, 2)
+        for head, direction in enumerate([(1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0)]):
+            expected = torch.tensor(direction) * torch.tensor([[1.0], [2.0], [3.0]])
+            torch.testing.assert_close(offsets[head], expected.expand(2, 3, 2))
+        # Diagonal heads reach the corners of the square.
+        module = MSDeformAttn(dim=8, num_levels=1, num_heads=8, num_points=1)
+        torch.testing.assert_close(module.sampling_offsets.bias[2:4], torch.tensor([1.0, 1.0]))
+        assert not module.attention_weights(torch.randn(8)).any()
+
+    @pytest.mark.parametrize("coordinates", [2, 4])
+    def test_sampling_locations(self, module, coordinates):
+        """Offsets are pixels around points, and halves of the box divided by P around boxes."""
+        query, reference, value, _ = self.arguments(coordinates=coordinates)
+        offsets = module.sampling_offsets(query).view(2, 5, 4, 3, 2, 2)
+        locations = torch.empty_like(offsets)
+        for level, (h, w) in enumerate(SHAPES):
+            point = reference[:, :, None, level, None]  # (N, Q, 1, 1, 2 or 4)
+            unit = torch.tensor([1 / w, 1 / h]) if coordinates == 2 else point[..., 2:] / 2 / 2
+            locations[:, :, :, level] = point[..., :2] + offsets[:, :, :, level] * unit
+        weights = module.attention_weights(query).view(2, 5, 4, 6).softmax(-1).view(2, 5, 4, 3, 2)
+        values = module.value_proj(value).view(2, -1, 4, 3)
+        expected = module.output_proj(loop(values, SHAPES, locations, weights))
+        out = module(query, reference, value, SHAPES)
+        torch.testing.assert_close(out, expected)
+        tensor_shapes = torch.tensor(SHAPES)
+        torch.testing.assert_close(module(query, reference, value, tensor_shapes), out)
+
+    def test_padding_is_not_seen(self, module):
+        query, reference, value, shapes = self.arguments()
+        mask = torch.rand(2, self.positions) < 0.3
+        changed = torch.where(mask[..., None], 100.0, value)
+        out = module(query, reference, value, shapes, mask)
+        torch.testing.assert_close(module(query, reference, changed, shapes, mask), out)
+        assert not torch.allclose(module(query, reference, value, shapes), out)
+
+    def test_coordinates_stay_single_precision_under_autocast(self, module, monkeypatch):
+        seen = []
+
+        def spy(value, spatial_shapes, locations, weights):
+            seen.append((value.dtype, locations.dtype))
+            return ms_deform_attn(value, spatial_shapes, locations, weights)
+
+        # Not by the dotted name: in the package that name is the function.
+        monkeypatch.setattr(sys.modules["psf.layers.ms_deform_attn"], "ms_deform_attn", spy)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = module(*self.arguments())
+        assert seen == [(torch.bfloat16, torch.float32)]
+        assert out.dtype == torch.bfloat16
+
+    def test_compiles_to_one_graph(self, module):
+        torch._dynamo.reset()
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*self.arguments()), module(*self.arguments()))
+
+    def test_bad_arguments(self, module):
+        with pytest.raises(ValueError, match="10 and 4"):
+            MSDeformAttn(dim=10, num_levels=1, num_heads=4)
+        with pytest.raises(ValueError, match=r"\[2, 5, 3, 3\]"):
+            module(*self.arguments(coordinates=3))

@@ -1,0 +1,152 @@
+import pytest
+import torch
+
+from psf.modeling.criterion import Criterion, LossWeights, Targets, mask_queries
+from psf.modeling.location_decoder import Locations
+from psf.modeling.mask_decoder import MaskPredictions
+from psf.modeling.matcher import Assignment, MatchingWeights
+
+NUM_QUERIES, NUM_THINGS, NUM_STUFF, LAYERS = 5, 3, 2, 2
+CRITERION = Criterion(
+    matching_weights=MatchingWeights(2, 5, 2),
+    loss_weights=LossWeights(
+        class_weight=2, l1_weight=5, giou_weight=2, mask_weight=2, things_weight=1, stuff_weight=1
+    ),
+)
+
+
+def targets(things: list[int], stuff: list[int], size=(16, 24)) -> Targets:
+    return Targets(
+        thing_labels=torch.tensor(things, dtype=torch.int64),
+        thing_boxes=torch.rand(len(things), 4) / 2 + 0.1,
+        thing_masks=torch.rand(len(things), *size) > 0.5,
+        stuff_labels=torch.tensor(stuff, dtype=torch.int64),
+        stuff_masks=torch.rand(len(stuff), *size) > 0.5,
+    )
+
+
+def predict(all_targets: list[Targets]) -> tuple[Locations, list, list, dict]:
+    """Random predictions for the targets, with gradients, and their losses."""
+    n = len(all_targets)
+    locations = Locations(
+        query=torch.zeros(n, NUM_QUERIES, 4),
+        logits=torch.randn(LAYERS, n, NUM_QUERIES, NUM_THINGS, requires_grad=True),
+        boxes=torch.rand(LAYERS, n, NUM_QUERIES, 4).requires_grad_(),
+    )
+    assignments = CRITERION.assign(locations, all_targets)
+    selected = mask_queries(assignments[-1], all_targets, NUM_QUERIES)
+    predictions = [
+        MaskPredictions(
+            thing_logits=torch.randn(n, NUM_QUERIES, NUM_THINGS, requires_grad=True),
+            stuff_logits=torch.randn(n, NUM_STUFF, requires_grad=True),
+            masks=[torch.rand(len(index), 2, 3).requires_grad_() for index in selected],
+        )
+        for _ in range(LAYERS)
+    ]
+    return (
+        locations,
+        predictions,
+        assignments,
+        CRITERION(locations, predictions, all_targets, assignments),
+    )
+
+
+CASES = {
+    "nothing": [targets([], [])],
+    "only things": [targets([0, 2], [])],
+    "only stuff": [targets([], [1])],
+    "more things than queries": [targets([0, 1, 2, 0, 1, 2, 0], [0])],
+    "mixed": [targets([], []), targets([1], [0, 1]), targets([2, 2], [])],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_are_finite_and_reach_every_prediction(case):
+    locations, predictions, _, losses = predict(CASES[case])
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    leaves = [locations.logits, locations.boxes]
+    for prediction in predictions:
+        leaves += [prediction.thing_logits, prediction.stuff_logits, *prediction.masks]
+    assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
+
+
+def test_names_follow_detr():
+    *_, losses = predict(CASES["mixed"])
+    location = {"loss_class", "loss_bbox", "loss_giou"}
+    masks = {"loss_thing_class", "loss_stuff_class", "loss_thing_mask", "loss_stuff_mask"}
+    assert losses.keys() == {name + suffix for name in location | masks for suffix in ("", "_0")}
+
+
+def test_segments_that_are_not_there_cost_only_their_classes():
+    *_, losses = predict(CASES["nothing"])
+    assert losses["loss_thing_mask"] == losses["loss_stuff_mask"] == losses["loss_bbox"] == 0
+    assert losses["loss_thing_class"] > 0
+    assert losses["loss_stuff_class"] > 0
+
+
+def test_losses_of_perfect_predictions_vanish():
+    target = targets([1], [0], size=(4, 4))
+    target = target._replace(
+        thing_masks=torch.ones(1, 4, 4).bool(), stuff_masks=torch.ones(1, 4, 4).bool()
+    )
+    logits = torch.full((1, 1, NUM_QUERIES, NUM_THINGS), -30.0)
+    logits[0, 0, 2, 1] = 30
+    boxes = torch.rand(1, 1, NUM_QUERIES, 4)
+    boxes[0, 0, 2] = target.thing_boxes[0]
+    locations = Locations(torch.zeros(1, NUM_QUERIES, 4), logits, boxes)
+    assignments = CRITERION.assign(locations, [target])
+    assert assignments[0][0].query.tolist() == [2]
+    prediction = MaskPredictions(logits[0], torch.tensor([[30.0, -30.0]]), [torch.ones(2, 2, 2)])
+    losses = CRITERION(locations, [prediction], [target], assignments)
+    assert sum(losses.values()) < 1e-5
+
+
+def test_masks_are_compared_with_their_own_targets():
+    """A prediction equal to the thing's mask costs nothing in its place, much elsewhere."""
+    target = targets([0], [1])
+    left, right = torch.zeros(1, 8, 8).bool(), torch.zeros(1, 8, 8).bool()
+    left[:, :, :4] = True
+    right[:, :, 4:] = True
+    target = target._replace(thing_masks=left, stuff_masks=right)
+    assignments = [[Assignment(torch.tensor([3]), torch.tensor([0]))]]
+    (index,) = mask_queries(assignments[-1], [target], NUM_QUERIES)
+    assert index.tolist() == [3, NUM_QUERIES + 1]
+    locations = Locations(
+        torch.zeros(1, NUM_QUERIES, 4),
+        torch.zeros(1, 1, NUM_QUERIES, NUM_THINGS),
+        torch.rand(1, 1, NUM_QUERIES, 4),
+    )
+    masks = torch.cat([left, right]).float()
+    losses = {}
+    for name, order in (("right", [0, 1]), ("wrong", [1, 0])):
+        prediction = MaskPredictions(
+            torch.zeros(1, NUM_QUERIES, NUM_THINGS), torch.zeros(1, NUM_STUFF), [masks[order]]
+        )
+        losses[name] = CRITERION(locations, [prediction], [target], assignments)
+    # The predictions are upsampled twofold, hence not zero at the edge.
+    assert losses["right"]["loss_thing_mask"] < 0.1 < 0.9 < losses["wrong"]["loss_thing_mask"]
+    assert losses["right"]["loss_stuff_mask"] < 0.1 < 0.9 < losses["wrong"]["loss_stuff_mask"]
+
+
+def test_batch_loss_is_the_mean_over_segments():
+    """Sums over images, divided by all segments: independent images just add up."""
+    cases = [targets([0, 1], [1]), targets([2], [0, 1])]
+    locations, predictions, assignments, together = predict(cases)
+    sums = dict.fromkeys(together, 0)
+    for i, target in enumerate(cases):
+        alone = CRITERION(
+            Locations(*(x[:, i : i + 1] for x in (locations.logits, *locations[1:]))),
+            [
+                MaskPredictions(
+                    p.thing_logits[i : i + 1], p.stuff_logits[i : i + 1], p.masks[i : i + 1]
+                )
+                for p in predictions
+            ],
+            [target],
+            [layer[i : i + 1] for layer in assignments],
+        )
+        for name, loss in alone.items():
+            sums[name] += loss * 3  # each image has three segments
+    for name, loss in together.items():
+        torch.testing.assert_close(loss, sums[name] / 6)

@@ -1,0 +1,68 @@
+import pytest
+import torch
+
+from psf.modeling.pixel_encoder import InputProjection, PixelEncoder
+
+DIM, SHAPES = 32, [(6, 8), (3, 4), (2, 2)]
+
+
+@pytest.fixture
+def encoder() -> PixelEncoder:
+    torch.manual_seed(0)
+    return PixelEncoder(
+        dim=DIM,
+        num_levels=3,
+        num_layers=2,
+        num_heads=4,
+        num_points=2,
+        feedforward_dim=48,
+        dropout=0.1,
+    ).eval()
+
+
+def maps(batch_size: int, shapes=SHAPES) -> list[torch.Tensor]:
+    return [torch.randn(batch_size, DIM, *shape) for shape in shapes]
+
+
+def test_no_images(encoder):
+    memory = encoder(maps(0), [])
+    assert memory.features.shape == (0, 64, DIM)
+
+
+def test_tokens_of_all_levels(encoder):
+    memory = encoder(maps(2), [SHAPES, SHAPES])
+    assert memory.features.shape == (2, 48 + 12 + 4, DIM)
+    assert memory.padding_mask is None
+    assert memory.spatial_shapes == SHAPES
+    assert torch.equal(memory.valid_ratios, torch.ones(2, 3, 2))
+
+
+def test_padding_changes_nothing_in_the_valid_part(encoder):
+    small = [(4, 5), (2, 3), (1, 2)]
+    alone = encoder(own := maps(1, small), [small])
+    padded = [torch.randn(2, DIM, *shape) for shape in SHAPES]  # noise in the padding
+    for level, (h, w) in enumerate(small):
+        padded[level][0, :, :h, :w] = own[level][0]
+    together = encoder(padded, [small, SHAPES])
+    assert together.valid_ratios[0, 0].tolist() == pytest.approx([5 / 8, 4 / 6])
+    valid = ~together.padding_mask[0]
+    assert valid.sum() == 4 * 5 + 2 * 3 + 1 * 2
+    torch.testing.assert_close(together.features[0, valid], alone.features[0], atol=1e-5, rtol=1e-5)
+    assert together.features.isfinite().all()
+
+
+def test_position_tells_equal_pixels_apart(encoder):
+    constant = [torch.ones(1, DIM, *shape) for shape in SHAPES]
+    memory = encoder(constant, [SHAPES])
+    assert memory.features[0, 0].ne(memory.features[0, 20]).any()
+
+
+def test_wrong_number_of_maps(encoder):
+    with pytest.raises(ValueError, match="expected 3 feature maps, got 2"):
+        encoder(maps(1)[:2], [SHAPES[:2]])
+
+
+def test_input_projection_maps_every_level_to_the_same_channels():
+    projection = InputProjection([4, 8], DIM)
+    out = projection([torch.randn(2, 4, 6, 8), torch.randn(2, 8, 3, 4)])
+    assert [x.shape for x in out] == [(2, DIM, 6, 8), (2, DIM, 3, 4)]

@@ -1,0 +1,60 @@
+import ast
+from pathlib import Path
+
+import pytest
+from detectron2.config import get_cfg
+
+from psf import add_psf_config
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def psf_cfg():
+    cfg = get_cfg()
+    add_psf_config(cfg)
+    return cfg
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_config_loads(path):
+    cfg = psf_cfg()
+    cfg.merge_from_file(str(path))
+    assert cfg.MODEL.META_ARCHITECTURE == "PanopticSegFormer"
+    assert cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == "full_model"
+
+
+def test_the_paper_recipe():
+    cfg = psf_cfg()
+    cfg.merge_from_file(str(ROOT / "configs/coco/panoptic_segformer_R50_24ep.yaml"))
+    psf, solver = cfg.MODEL.PSF, cfg.SOLVER
+    assert (psf.HIDDEN_DIM, psf.ENC_LAYERS, psf.NUM_OBJECT_QUERIES) == (256, 6, 300)
+    assert (psf.LOCATION_DECODER.DEC_LAYERS, psf.MASK_DECODER.DEC_LAYERS) == (6, 6)
+    assert (solver.BASE_LR, solver.WEIGHT_DECAY, solver.IMS_PER_BATCH) == (1.4e-4, 1e-4, 8)
+    epoch = 118287 / solver.IMS_PER_BATCH
+    assert solver.MAX_ITER / epoch == pytest.approx(24, abs=0.01)
+    assert solver.STEPS[0] / epoch == pytest.approx(18, abs=0.01)
+
+
+def test_adding_twice_gives_the_same():
+    assert psf_cfg() == psf_cfg()
+
+
+def test_every_key_is_used():
+    """A key that no code reads is a promise that nothing keeps."""
+    source = "".join(
+        path.read_text(encoding="utf-8")
+        for path in (ROOT / "psf").rglob("*.py")
+        if path.name != "config.py"
+    )
+    attributes = {n.attr for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute)}
+
+    def unused(node, prefix=""):
+        for key, value in node.items():
+            if isinstance(value, dict):
+                yield from unused(value, f"{prefix}{key}.")
+            elif key not in attributes:
+                yield prefix + key
+
+    assert list(unused(psf_cfg().MODEL.PSF)) == []
+    assert {"BACKBONE_MULTIPLIER", "SAMPLING_MULTIPLIER"} <= attributes

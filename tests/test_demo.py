@@ -1,0 +1,164 @@
+"""The demo's command line, and its pictures with a fake predictor."""
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import Metadata
+from PIL import Image
+
+FILE = Path(__file__).parents[1] / "demo" / "demo.py"
+METADATA = Metadata(name="demo", thing_classes=["cat", "sky"], stuff_classes=["cat", "sky"])
+
+
+@pytest.fixture
+def demo():
+    spec = importlib.util.spec_from_file_location("demo", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Three images and a text in a folder."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("b.png", "a.jpg", "c.JPG"):
+        Image.new("RGB", (60, 40), (10, 20, 200)).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+class FakePredictor:
+    """Calls the whole image sky and remembers its colour."""
+
+    metadata = METADATA
+
+    def __init__(self, cfg=None) -> None:
+        self.colors: list[list[int]] = []
+
+    def __call__(self, image_bgr):
+        self.colors.append(image_bgr[0, 0].tolist())
+        ids = torch.ones(image_bgr.shape[:2], dtype=torch.int32)
+        infos = [{"id": 1, "category_id": 1, "isthing": False, "score": 0.9}]
+        return {"panoptic_seg": (ids, infos)}
+
+
+def test_no_image_is_found(demo, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for pattern in ("missing.jpg", "*.png", "empty"):
+        with pytest.raises(SystemExit, match=r"--input: no image at '.*(missing|\*|empty)"):
+            demo.find_images([str(tmp_path / pattern)])
+
+
+def test_images_of_files_folders_and_globs(demo, photos):
+    def names(*patterns: str) -> list[str]:
+        return [path.name for path in demo.find_images([str(photos / p) for p in patterns])]
+
+    assert names("") == ["a.jpg", "b.png", "c.JPG"]
+    assert names("b.png", "*.jpg", "a.jpg") == ["b.png", "a.jpg"]
+    assert names("notes.txt") == ["notes.txt"]  # named explicitly: reported when it is read
+    assert [p.name for p in demo.find_images([str(photos.parent / "**" / "*.png")])] == ["b.png"]
+
+
+def test_where_pictures_go(demo, tmp_path):
+    a, b, text = Path("x/a.jpg"), Path("y/b.png"), Path("c.raw")
+    out = tmp_path / "out"
+    assert demo.plan([a], None) == [(a, None)]
+    assert demo.plan([a], tmp_path / "new.png") == [(a, tmp_path / "new.png")]
+    assert demo.plan([a, b, text], out) == [
+        (a, out / "a.jpg"),
+        (b, out / "b.png"),
+        (text, out / "c.raw.png"),
+    ]
+
+
+def test_outputs_that_cannot_be_written(demo, photos):
+    with pytest.raises(SystemExit, match="2 images do not fit into one file"):
+        demo.plan([Path("a.jpg"), Path("b.jpg")], Path("result.png"))
+    with pytest.raises(SystemExit, match="would both become"):
+        demo.plan([Path("x/a.jpg"), Path("y/a.jpg")], Path("out"))
+    with pytest.raises(SystemExit, match="would overwrite the input"):
+        demo.plan([photos / "a.jpg"], photos)
+    with pytest.raises(SystemExit, match="would overwrite the input"):
+        demo.plan([photos / "a.jpg"], photos / "a.jpg")
+
+
+def test_pictures_are_written_and_bad_images_reported(demo, photos, capsys):
+    """Images are given as BGR; 60 x 40 pixels are enlarged to 512."""
+    (photos / "b.png").write_bytes((photos / "b.png").read_bytes()[:50])
+    jobs = demo.plan(demo.find_images([str(photos)]), photos.parent / "out")
+    predictor = FakePredictor()
+    assert demo.run(jobs, predictor, METADATA) == [photos / "b.png"]
+    assert np.allclose(predictor.colors, [[200, 20, 10]] * 2, atol=3)
+    assert sorted(p.name for p in (photos.parent / "out").iterdir()) == ["a.jpg", "c.JPG"]
+    assert Image.open(photos.parent / "out" / "a.jpg").size == (512, 341)
+    out, err = capsys.readouterr()
+    assert "[1/3]" in out
+    assert "a.jpg: 1 segments" in out
+    assert "[2/3]" in err
+    assert "b.png" in err
+
+
+def test_command_exits_with_an_error_after_the_other_images(demo, photos, monkeypatch):
+    monkeypatch.setattr(demo, "DefaultPredictor", FakePredictor)
+    monkeypatch.setattr(demo, "setup", lambda config_file, opts: None)
+    out = photos.parent / "out"
+    files = [str(photos / name) for name in ("notes.txt", "a.jpg")]
+    with pytest.raises(SystemExit, match=r"1 of 2 images could not be read: .*notes\.txt"):
+        demo.main(["--config-file", "x", "--input", *files, "--output", str(out)])
+    assert (out / "a.jpg").is_file()
+
+
+def test_opts_take_the_rest(demo):
+    line = ["--config-file", "c", "--input", "a", "b", "--opts", "SEED", "1"]
+    args = demo.parse_args(line)
+    assert args.input == ["a", "b"]
+    assert args.opts == ["SEED", "1"]
+    assert args.output is None
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["MODEL.NO_KEY", "1"], "NO_KEY"),
+        (["SEED"], "Unknown config key or wrong value"),
+        ([], "No weights"),
+        (["MODEL.WEIGHTS", "missing.pth"], r"no file 'missing\.pth'"),
+        (["MODEL.WEIGHTS", __file__, "DATASETS.TEST", "()"], "DATASETS.TEST is empty"),
+    ],
+)
+def test_config_that_cannot_work(demo, tmp_path, opts, message):
+    (tmp_path / "config.yaml").write_text("SEED: 3\n")
+    with pytest.raises(SystemExit, match=message):
+        demo.setup(str(tmp_path / "config.yaml"), opts)
+
+
+def test_config(demo, tmp_path):
+    (tmp_path / "config.yaml").write_text("VERSION: 2\nSEED: 3\nDATASETS:\n  TEST: ('some_set',)\n")
+    opts = ["MODEL.WEIGHTS", __file__, "MODEL.PSF.TEST.PANOPTIC_ON", "False"]
+    cfg = demo.setup(str(tmp_path / "config.yaml"), opts)
+    assert cfg.SEED == 3
+    assert cfg.MODEL.PSF.TEST.PANOPTIC_ON
+    with pytest.raises(SystemExit, match=r"no file '.*other\.yaml'"):
+        demo.setup(str(tmp_path / "other.yaml"), [])
+
+
+def test_no_window(demo, monkeypatch):
+    monkeypatch.setattr(demo.cv2, "getBuildInformation", lambda: "  GUI:         NONE\n")
+    with pytest.raises(SystemExit, match=r"headless.*--output"):
+        demo.check_window()
+    monkeypatch.setattr(demo.cv2, "getBuildInformation", lambda: "  GUI:         GTK3\n")
+    monkeypatch.setattr(demo, "sys", SimpleNamespace(platform="linux"))
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    with pytest.raises(SystemExit, match=r"no display.*--output"):
+        demo.check_window()
+    monkeypatch.setenv("DISPLAY", ":0")
+    demo.check_window()

@@ -1,0 +1,71 @@
+"""The arrows of docs/architecture.md: who may import whom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "psf"
+SHELL = {"config", "data", "evaluation", "solver", "trainer", "modeling.panoptic_segformer"}
+CORE_MAY_IMPORT = {"torch", "scipy", "numpy"}
+# Which other parts of the shell a part of the shell may import.
+SHELL_ARROWS = {
+    "config": set(),
+    "data": {"data"},
+    "evaluation": {"evaluation"},
+    "solver": set(),
+    "modeling.panoptic_segformer": {"data"},
+    "trainer": {"data", "evaluation", "solver"},
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Absolute names of the modules that a file imports."""
+    package = ["psf", *path.relative_to(ROOT).parts[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def part_of(module: str) -> str | None:
+    """The part of the shell that a module of psf belongs to; None for the core and others."""
+    name = module.removeprefix("psf.")
+    if name == module:
+        return None
+    return next((p for p in SHELL if f"{name}.".startswith(f"{p}.")), None)
+
+
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in sorted(ROOT.rglob("*.py"))
+    if path != ROOT / "__init__.py"
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_arrows(name):
+    imported = imports_of(MODULES[name])
+    part = part_of(f"psf.{name}")
+    parts = {p for module in imported if (p := part_of(module))} - {part}
+    if part is not None:
+        assert parts <= SHELL_ARROWS[part], f"{name} imports {parts}"
+        return
+    assert not parts, f"{name} is core but imports the shell: {parts}"
+    foreign = {module.split(".")[0] for module in imported} - CORE_MAY_IMPORT - {"psf"}
+    foreign = {module for module in foreign if module not in STANDARD}
+    assert not foreign, f"{name} is core but imports {foreign}"
+    if name.startswith("layers"):
+        assert not any(module.startswith("psf.modeling") for module in imported)
+
+
+STANDARD = {"collections", "functools", "importlib", "logging", "math", "os", "typing"}
+
+
+def test_every_module_is_seen():
+    assert {"layers.ms_deform_attn", "modeling.criterion", "trainer", "config"} <= MODULES.keys()

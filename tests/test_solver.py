@@ -1,0 +1,71 @@
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from psf.solver import build_optimizer, full_model_clip_norm
+
+
+def rates(cfg, model):
+    """Learning rate and weight decay of every parameter by name."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(cfg, model)
+    return {
+        names[parameter]: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+@pytest.fixture
+def solver_cfg(tiny_cfg):
+    tiny_cfg.SOLVER.BASE_LR = 0.01
+    tiny_cfg.SOLVER.WEIGHT_DECAY = 0.001
+    tiny_cfg.SOLVER.WEIGHT_DECAY_NORM = 0.002
+    tiny_cfg.SOLVER.BACKBONE_MULTIPLIER = 0.5
+    tiny_cfg.SOLVER.SAMPLING_MULTIPLIER = 0.1
+    return tiny_cfg
+
+
+def test_every_parameter_has_its_rate(solver_cfg):
+    model = build_model(solver_cfg)
+    found = rates(solver_cfg, model)
+    assert found.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    expected = {
+        "backbone.stem.conv1.weight": (0.005, 0.001),
+        "backbone.stem.conv1.norm.weight": (0.005, 0.002),
+        "pixel_encoder.layers.0.self_attn.sampling_offsets.weight": (0.001, 0.001),
+        "pixel_encoder.layers.0.self_attn.value_proj.weight": (0.01, 0.001),
+        "pixel_encoder.layers.0.norm1.weight": (0.01, 0.002),
+        "location_decoder.reference_points.bias": (0.001, 0.001),
+        "location_decoder.query_embed.weight": (0.01, 0.001),
+        "mask_decoder.thing_heads.0.weight": (0.01, 0.001),
+    }
+    for name, (rate, decay) in expected.items():
+        assert found[name] == (pytest.approx(rate), pytest.approx(decay)), name
+
+
+def test_frozen_parameters_are_left_out(solver_cfg):
+    solver_cfg.MODEL.BACKBONE.FREEZE_AT = 2
+    model = build_model(solver_cfg)
+    assert not any(name.startswith("backbone.stem") for name in rates(solver_cfg, model))
+
+
+def test_clipping(solver_cfg):
+    clip = solver_cfg.SOLVER.CLIP_GRADIENTS
+    assert full_model_clip_norm(solver_cfg) is None
+    clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE = True, "full_model", 0.1
+    assert full_model_clip_norm(solver_cfg) == 0.1
+    clip.CLIP_VALUE = 0.0
+    with pytest.raises(ValueError, match="CLIP_VALUE must be > 0, got 0"):
+        full_model_clip_norm(solver_cfg)
+
+
+def test_detectron2s_own_clipping_still_works(solver_cfg):
+    clip = solver_cfg.SOLVER.CLIP_GRADIENTS
+    clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE = True, "value", 1e-3
+    model = build_model(solver_cfg)
+    optimizer = build_optimizer(solver_cfg, model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert max(p.grad.max() for p in model.parameters()) == pytest.approx(1e-3)

@@ -1,0 +1,121 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import train_net  # noqa: E402  a script, not a module of the package
+
+CONFIG = str(ROOT / "configs/shapes/panoptic_segformer_shapes.yaml")
+# The default model and data set, made small: images of 64 pixels, one layer of everything.
+SMALL = [
+    *("MODEL.PSF.ENC_LAYERS", "1", "MODEL.PSF.LOCATION_DECODER.DEC_LAYERS", "1"),
+    *("MODEL.PSF.MASK_DECODER.DEC_LAYERS", "1", "MODEL.PSF.NUM_OBJECT_QUERIES", "10"),
+    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
+    *("SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0", "TEST.EVAL_PERIOD", "0"),
+]
+
+
+def arguments(*arguments: str):
+    return train_net.default_argument_parser().parse_args(["--config-file", CONFIG, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["MODEL.PSF.NUM_OBJECT_QUERY", "7"], "NUM_OBJECT_QUERY.*MODEL.PSF.NUM_OBJECT_QUERIES"),
+        (["SOLVER.BASE_RL", "7"], "SOLVER.BASE_RL.*the command line"),
+        (["MODEL.WEIGHTS", "no/such.pth"], "MODEL.WEIGHTS: there is no file 'no/such.pth'"),
+    ],
+)
+def test_bad_command_lines(given, message):
+    with pytest.raises(SystemExit) as error:
+        train_net.setup(arguments(*given))
+    assert re.search(message, str(error.value), re.DOTALL)
+
+
+def test_missing_config_file():
+    args = train_net.default_argument_parser().parse_args(["--config-file", "no/such.yaml"])
+    with pytest.raises(SystemExit, match=r"there is no file 'no/such\.yaml'"):
+        train_net.setup(args)
+
+
+def test_unknown_key_in_a_file_names_the_file(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(f"_BASE_: {CONFIG}\nMODEL:\n  PSF:\n    ENC_LAYER: 3\n")
+    args = train_net.default_argument_parser().parse_args(["--config-file", str(path)])
+    with pytest.raises(SystemExit, match=r"(?s)bad\.yaml.*ENC_LAYER.*Did you mean .*ENC_LAYERS"):
+        train_net.setup(args)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 63, reason="has that many GPUs")
+def test_more_gpus_than_there_are():
+    with pytest.raises(SystemExit, match=r"--num-gpus 64.*torchrun"):
+        train_net.run(arguments("--num-gpus", "64"))
+
+
+@pytest.fixture(scope="module")
+def shapes_root(tmp_path_factory):
+    """A folder of data sets with a small ``shapes`` of the size that the package registers."""
+    return tmp_path_factory.mktemp("datasets")
+
+
+def command(root, output, *more, launcher=(sys.executable,)):
+    options = [*SMALL, "OUTPUT_DIR", str(output), *more]
+    env = {**os.environ, "DETECTRON2_DATASETS": str(root), "OMP_NUM_THREADS": "1"}
+    return {
+        "args": [*launcher, str(ROOT / "train_net.py"), "--config-file", CONFIG, *options],
+        "env": env,
+        "cwd": ROOT,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+    }
+
+
+def test_resume_after_kill(shapes_root, tmp_path):
+    """Killed with SIGKILL after a checkpoint, training goes on from it and ends as planned."""
+    solver = ["SOLVER.CHECKPOINT_PERIOD", "5", "SOLVER.STEPS", "()", "SOLVER.MAX_ITER"]
+    checkpoint = tmp_path / "last_checkpoint"
+    with subprocess.Popen(**command(shapes_root, tmp_path, *solver, "100000")) as process:
+        deadline = time.time() + 120
+        while not checkpoint.is_file() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGKILL)
+        log, _ = process.communicate()
+    assert checkpoint.is_file(), log[-3000:]
+    iteration = int(re.search(r"model_(\d+)", checkpoint.read_text()).group(1))
+    limit = str(iteration + 3)
+    resumed = subprocess.run(
+        **command(shapes_root, tmp_path, *solver, limit, "DATASETS.TEST", "()", "--resume"),
+        check=False,
+    )
+    assert resumed.returncode == 0, resumed.stdout[-3000:]
+    assert f"Starting training from iteration {iteration + 1}" in resumed.stdout
+    assert (tmp_path / "model_final.pth").is_file()
+    assert torch.load(tmp_path / "model_final.pth", weights_only=False)["iteration"] == (
+        iteration + 2
+    )
+
+
+def test_two_cpu_processes_with_torchrun(shapes_root, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        **command(
+            shapes_root,
+            tmp_path,
+            *("SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()", "DATASETS.TEST", "()"),
+            launcher=torchrun,
+        ),
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert "World size: 2" in result.stdout
+    assert (tmp_path / "model_final.pth").is_file()

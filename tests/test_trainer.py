@@ -1,0 +1,158 @@
+import json
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+from torch import nn
+
+from psf.data import register_shapes
+from psf.solver import build_optimizer
+from psf.trainer import Trainer, TrainStep, summary
+
+NUM_THINGS, NUM_STUFF = 5, 5
+
+
+@pytest.fixture
+def shapes_cfg(tiny_cfg, tmp_path):
+    """The tiny model on eight images of 64 x 64 pixels."""
+    prefix = f"tiny_{tmp_path.name}"
+    register_shapes(str(tmp_path / "shapes"), prefix=prefix, num_train=8, num_val=4, size=64)
+    names = [f"{prefix}_train", f"{prefix}_val"]
+    tiny_cfg.merge_from_list(
+        [
+            *("DATASETS.TRAIN", (names[0],)),
+            *("DATASETS.TEST", (names[1],)),
+            *("MODEL.PSF.NUM_THING_CLASSES", NUM_THINGS),
+            *("MODEL.PSF.NUM_STUFF_CLASSES", NUM_STUFF),
+            *("MODEL.PSF.TEST.SCORE_THRESHOLD", 0.05),
+            *("DATALOADER.NUM_WORKERS", 0),
+            *("DATALOADER.FILTER_EMPTY_ANNOTATIONS", False),
+            *("INPUT.MIN_SIZE_TRAIN", (64,)),
+            *("INPUT.MIN_SIZE_TEST", 64),
+            *("SOLVER.IMS_PER_BATCH", 2),
+            *("SOLVER.BASE_LR", 1e-3),
+            *("SOLVER.WARMUP_ITERS", 0),
+            *("SOLVER.MAX_ITER", 4),
+            *("SOLVER.STEPS", ()),
+            *("SOLVER.CHECKPOINT_PERIOD", 2),
+            *("SOLVER.CLIP_GRADIENTS.ENABLED", True),
+            *("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"),
+            *("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.1),
+            *("OUTPUT_DIR", str(tmp_path / "output")),
+        ]
+    )
+    yield tiny_cfg
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+class Losses(nn.Module):
+    """A model with one parameter w and the losses a w and b."""
+
+    def __init__(self, a: float, b: float) -> None:
+        super().__init__()
+        self.w, self.a, self.b = nn.Parameter(torch.ones(())), a, b
+
+    def forward(self, data):
+        return {"loss_mask": self.w * self.a, "loss_class": self.w * self.b}
+
+
+def step_of(model, **options):
+    options = {"amp": False, "clip_norm": None, **options}
+    step = TrainStep(model, [None] * 9, torch.optim.SGD(model.parameters(), lr=1.0), **options)
+    step.iter = 3
+    step._write_metrics = lambda *args: None
+    return step
+
+
+def test_a_step_clips_the_whole_gradient():
+    model = Losses(3.0, 5.0)
+    step_of(model, clip_norm=0.25).run_step()
+    assert model.w.item() == pytest.approx(1 - 0.25)
+    step_of(model).run_step()
+    assert model.w.item() == pytest.approx(1 - 0.25 - 8)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_named_before_any_weight_changes(bad):
+    model = Losses(1.0, bad)
+    with pytest.raises(FloatingPointError, match=rf"iteration 3: loss_class = {bad}\.") as error:
+        step_of(model).run_step()
+    assert "--resume" in str(error.value)
+    assert model.w.item() == 1
+
+
+def test_mixed_precision_runs_on_this_device(tiny_cfg):
+    from conftest import make_input
+
+    model = build_model(tiny_cfg)
+    optimizer = build_optimizer(tiny_cfg, model)
+    data = [[make_input(40, 60, [0, 3])]]
+    step = TrainStep(model, data, optimizer, amp=True, clip_norm=0.1)
+    step.iter, written = 0, {}
+    step._write_metrics = lambda losses, data_time: written.update(losses)
+    before = next(model.parameters()).clone()
+    step.run_step()
+    assert step.amp_dtype == torch.bfloat16
+    assert not torch.equal(before, next(model.parameters()))
+    assert "loss_thing_mask" in written
+
+
+def losses_of(cfg, iterations):
+    """Total losses of the first iterations, from metrics.json (written every 20 iterations)."""
+    from detectron2.utils.env import seed_all_rng
+    from detectron2.utils.events import EventStorage
+
+    seed_all_rng(cfg.SEED)
+    trainer = Trainer(cfg)
+    found = []
+    with EventStorage(0) as storage:
+        trainer._trainer.iter = 0
+        for i in range(iterations):
+            trainer.iter = storage.iter = i
+            trainer.run_step()
+            found.append(storage.latest()["total_loss"][0])
+    return found
+
+
+def test_the_same_seed_gives_the_same_losses(shapes_cfg):
+    first = losses_of(shapes_cfg, 20)
+    assert len(set(first)) == 20
+    assert losses_of(shapes_cfg, 20) == first
+    shapes_cfg.SEED += 1
+    assert losses_of(shapes_cfg, 1) != first[:1]
+
+
+def test_training_leaves_everything_to_look_at(shapes_cfg, tmp_path):
+    shapes_cfg.MODEL.PSF.TEST.INSTANCE_ON = shapes_cfg.MODEL.PSF.TEST.SEMANTIC_ON = True
+    trainer = Trainer(shapes_cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    output = tmp_path / "output"
+    names = {path.name for path in output.iterdir()}
+    assert {"metrics.json", "contact_sheet.png", "curves.png", "model_final.pth"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert any((output / "inference").rglob("pq*"))
+    results = trainer._last_eval_results
+    assert {"panoptic_seg", "segm", "sem_seg"} <= results.keys()
+    assert summary(results).startswith("PQ ")
+    with (output / "metrics.json").open() as file:
+        last = json.loads(file.readlines()[-1])
+    assert last["panoptic_seg/PQ"] == results["panoptic_seg"]["PQ"]
+
+    evaluated = Trainer.test(shapes_cfg, load_final(shapes_cfg, output))
+    assert evaluated["panoptic_seg"] == results["panoptic_seg"], "--eval-only repeats the numbers"
+
+
+def load_final(cfg, output):
+    model = build_model(cfg)
+    model.load_state_dict(torch.load(output / "model_final.pth", weights_only=False)["model"])
+    return model
+
+
+def test_summary_without_pq():
+    assert summary({"sem_seg": {"mIoU": 3.0}}) is None
+    line = summary({"panoptic_seg": {"PQ": 61.234, "PQ_th": 50.0, "PQ_st": 90.5, "SQ": 1.0}})
+    assert line == "PQ 61.23 PQ_th 50.00 PQ_st 90.50"

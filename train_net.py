@@ -1,0 +1,132 @@
+#!/usr/bin/env python3
+"""Train and evaluate Panoptic SegFormer.
+
+python train_net.py --config-file configs/shapes/panoptic_segformer_shapes.yaml
+python train_net.py --config-file ... --num-gpus 8
+torchrun --nproc-per-node 2 train_net.py --config-file ...   # also on CPUs
+python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
+"""
+
+import argparse
+import difflib
+import logging
+import os
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+
+from psf import add_psf_config
+from psf.trainer import CONTACT_SHEET, CURVES, Trainer, summary, write_pictures
+
+logger = logging.getLogger("psf.train_net")
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The frozen config of the command line, checked; logging and seeds set up."""
+    cfg = get_cfg()
+    add_psf_config(cfg)
+    if args.config_file and not os.path.isfile(args.config_file):
+        raise SystemExit(f"--config-file: there is no file '{args.config_file}'")
+    try:
+        if args.config_file:
+            cfg.merge_from_file(args.config_file)
+        cfg.merge_from_list(args.opts)
+    except (KeyError, AssertionError) as error:
+        raise SystemExit(_explain_unknown_key(cfg, args, str(error))) from error
+    check_weights(cfg.MODEL.WEIGHTS)
+    cfg.freeze()
+    default_setup(cfg, args)
+    return cfg
+
+
+def check_weights(path: str) -> None:
+    """Stop with one line when ``MODEL.WEIGHTS`` names a local file that is not there."""
+    if path and "://" not in path and not PathManager.isfile(path):
+        raise SystemExit(
+            f"MODEL.WEIGHTS: there is no file '{path}'. Correct the path, or pass MODEL.WEIGHTS '' "
+            "to start from random weights."
+        )
+
+
+def _explain_unknown_key(cfg: CfgNode, args: argparse.Namespace, message: str) -> str:
+    key = message.strip("'\"").rpartition(": ")[2]
+    close = difflib.get_close_matches(key, list(_keys(cfg)), n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    where = args.config_file if key not in args.opts else "the command line"
+    return f"Unknown or misplaced config key in {where}: {message.strip(chr(39))}.{hint}"
+
+
+def _keys(node: CfgNode, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key, value in node.items():
+        keys += _keys(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else [prefix + key]
+    return keys
+
+
+def main(args: argparse.Namespace) -> OrderedDict[str, Any] | None:
+    """Train, or evaluate with ``--eval-only``; prints PQ and the paths of the pictures."""
+    cfg = setup(args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            write_pictures(cfg, model)
+    else:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        trainer.train()
+        results = getattr(trainer, "_last_eval_results", None)
+    if results and comm.is_main_process():
+        report(results, Path(cfg.OUTPUT_DIR))
+    return results
+
+
+def report(results: OrderedDict[str, Any], output_dir: Path) -> None:
+    """Print the one line of numbers and the paths of the pictures."""
+    line = summary(results)
+    if line is not None:
+        sys.stdout.write(f"{line}\n")
+    for name in (CONTACT_SHEET, CURVES):
+        if (output_dir / name).is_file():
+            sys.stdout.write(f"{output_dir / name}\n")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Start :func:`main` in this process, in the processes of torchrun, or in spawned ones."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+        main(args)
+        torch.distributed.destroy_process_group()
+        return
+    available = torch.cuda.device_count()
+    if args.num_gpus > max(available, 1):
+        raise SystemExit(
+            f"--num-gpus {args.num_gpus}, but this machine has {available} CUDA devices. For "
+            "several CPU processes use: torchrun --nproc-per-node N train_net.py ..."
+        )
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+
+
+if __name__ == "__main__":
+    run(default_argument_parser().parse_args())
