@@ -1,10 +1,13 @@
 """Training and evaluation with Detectron2's engine, on a CPU as on GPUs."""
 
+import contextlib
 import logging
 import math
+import os
 import time
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -169,13 +172,16 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         """Training images with their panoptic ground truth."""
-        return build_detection_train_loader(cfg, mapper=PanopticDatasetMapper(cfg, True))
+        mapper = PanopticDatasetMapper(cfg, True)
+        with _hint_at_data_root():
+            return build_detection_train_loader(cfg, mapper=mapper)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """Test images without ground truth, one at a time."""
         mapper = PanopticDatasetMapper(cfg, False)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        with _hint_at_data_root():
+            return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(
@@ -190,6 +196,22 @@ class Trainer(DefaultTrainer):
             sem_seg=test.SEMANTIC_ON,
             output_dir=str(Path(cfg.OUTPUT_DIR) / "inference" / dataset_name),
         )
+
+
+@contextlib.contextmanager
+def _hint_at_data_root() -> Iterator[None]:
+    """Detectron2's own data sets name the missing file, but not what decides where it is sought."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        variable = "DETECTRON2_DATASETS"
+        if variable in str(error):
+            raise
+        root = os.environ.get(variable, "datasets")
+        raise FileNotFoundError(
+            f"{error}. Data sets are sought under '{root}': put the data there, or set the "
+            f"environment variable {variable} to the folder that holds it."
+        ) from error
 
 
 def write_pictures(cfg: CfgNode, model: nn.Module, num_images: int = 12) -> list[Path]:

@@ -146,6 +146,12 @@ def test_training_leaves_everything_to_look_at(shapes_cfg, tmp_path):
     assert evaluated["panoptic_seg"] == results["panoptic_seg"], "--eval-only repeats the numbers"
 
 
+def test_missing_data_root_names_the_file_and_the_variable(tiny_cfg):
+    tiny_cfg.DATASETS.TRAIN = ("coco_2017_train_panoptic",)
+    with pytest.raises(FileNotFoundError, match=r"panoptic_train2017\.json.*DETECTRON2_DATASETS"):
+        Trainer.build_train_loader(tiny_cfg)
+
+
 def load_final(cfg, output):
     model = build_model(cfg)
     model.load_state_dict(torch.load(output / "model_final.pth", weights_only=False)["model"])

@@ -159,11 +159,13 @@ def panoptic_metadata(categories: Sequence[dict[str, Any]]) -> dict[str, Any]:
         }
         for isthing in (True, False)
     )
-    # Both lists name all the classes: a contiguous id then means the same class everywhere.
+    # The lists are indexed by contiguous id, so that of the stuff starts with the things. Unlike
+    # Detectron2's registration of COCO, that of the things has no stuff: its COCOEvaluator demands
+    # as many names as the instance annotations have categories.
     return {
-        "thing_classes": names,
+        "thing_classes": names[: len(things)],
         "stuff_classes": names,
-        "thing_colors": colors,
+        "thing_colors": colors[: len(things)],
         "stuff_colors": colors,
         "thing_dataset_id_to_contiguous_id": things,
         "stuff_dataset_id_to_contiguous_id": stuff,

@@ -166,14 +166,15 @@ class PanopticEvaluator(COCOPanopticEvaluator):
         logger.info("Panoptic quality:\n%s", table)
         if self._output_dir is None:
             return
-        with PathManager.open(os.path.join(self._output_dir, "pq.txt"), "w") as file:
-            file.write(table + "\n")
-        with PathManager.open(os.path.join(self._output_dir, "panoptic_results.json"), "w") as file:
-            json.dump([_without_nan(row) for row in rows], file, indent=1)
+        rows_json = json.dumps([_without_nan(row) for row in rows], indent=1)
+        for name, text in (("pq.txt", table), ("panoptic_results.json", rows_json)):
+            path = os.path.join(self._output_dir, name)
+            with PathManager.open(path, "w", encoding="utf-8") as file:
+                file.write(text + "\n")
 
 
 def _load_annotations(path: str) -> dict[str, Any]:
-    with PathManager.open(path, "r") as file:
+    with PathManager.open(path, "r", encoding="utf-8") as file:
         content = json.load(file)
     if "annotations" not in content:
         raise ValueError(

@@ -107,8 +107,10 @@ def test_images_without_an_annotation_are_left_out_unless_there_are_none_at_all(
 
 def test_metadata_has_things_first_in_the_order_of_the_list():
     metadata = panoptic_metadata(CATEGORIES)
-    assert metadata["thing_classes"] == metadata["stuff_classes"] == ["cat", "dog", "sky", "grass"]
-    assert metadata["thing_colors"] == [[4, 5, 6], [10, 11, 12], [1, 2, 3], [7, 8, 9]]
+    assert metadata["thing_classes"] == ["cat", "dog"]
+    assert metadata["stuff_classes"] == ["cat", "dog", "sky", "grass"]
+    assert metadata["thing_colors"] == [[4, 5, 6], [10, 11, 12]]
+    assert metadata["stuff_colors"] == [[4, 5, 6], [10, 11, 12], [1, 2, 3], [7, 8, 9]]
     assert metadata["thing_dataset_id_to_contiguous_id"] == {5: 0, 2: 1}
     assert metadata["stuff_dataset_id_to_contiguous_id"] == {90: 2, 7: 3}
 
@@ -124,7 +126,7 @@ def test_renumbering_the_categories_changes_no_contiguous_id(files):
 
 def test_categories_without_colours_get_different_ones():
     categories = [{"id": i, "name": str(i), "isthing": i % 2} for i in range(30)]
-    colors = panoptic_metadata(categories)["thing_colors"]
+    colors = panoptic_metadata(categories)["stuff_colors"]
     assert len({tuple(c) for c in colors}) == 30
     assert np.asarray(colors).min() >= 0
     assert np.asarray(colors).max() <= 255

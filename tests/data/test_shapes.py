@@ -350,7 +350,7 @@ def test_the_default_root_follows_detectron2(monkeypatch):
 
 def test_importing_registers():
     metadata = MetadataCatalog.get("shapes_panoptic_val")
-    assert metadata.thing_classes[:5] == ["circle", "square", "triangle", "star", "ring"]
+    assert metadata.thing_classes == ["circle", "square", "triangle", "star", "ring"]
     assert {"shapes_panoptic_train", "shapes_panoptic_val"} <= set(DatasetCatalog.list())
 
 

@@ -28,6 +28,13 @@ handler = logging.Handler()
 handler.emit = lambda record: lines.append((record.name, record.levelname, record.getMessage()))
 logging.getLogger().addHandler(handler)
 
+# An editable installation would find its own psf._C for a copy that has none.
+sys.meta_path[:] = [
+    finder
+    for finder in sys.meta_path
+    if not getattr(finder, "__module__", "").startswith("__editable__")
+]
+
 import torch
 import psf.layers
 from psf.layers.ms_deform_attn import has_extension

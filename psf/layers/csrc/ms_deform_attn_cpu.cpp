@@ -1,4 +1,4 @@
-// CPU kernels. Portable C++: the loops over channels are written for the compiler's vectoriser.
+// CPU kernels, for any processor.
 #include "ms_deform_attn.h"
 
 #include <ATen/Parallel.h>
@@ -6,6 +6,7 @@
 #include <c10/util/Half.h>
 
 #include <array>
+#include <cstring>
 #include <type_traits>
 
 namespace psf {
@@ -14,51 +15,101 @@ namespace {
 // Samples a thread should have at least, to be worth waking.
 constexpr int64_t kGrainSamples = 2048;
 
-// Calls f with the number of channels as a compile-time constant for the common ones, else with 0.
-template <typename F>
-void specialise_channels(int64_t channels, const F& f) {
-  switch (channels) {
-    case 8:
-      return f(std::integral_constant<int, 8>());
-    case 12:
-      return f(std::integral_constant<int, 12>());
-    case 16:
-      return f(std::integral_constant<int, 16>());
-    case 32:
-      return f(std::integral_constant<int, 32>());
-    case 64:
-      return f(std::integral_constant<int, 64>());
-    default:
-      return f(std::integral_constant<int, 0>());
-  }
-}
+// Vectors of kLanes values, by GCC's and clang's extension: left to themselves they compile short
+// loops over channels to scalar code. Other compilers get vectors of one value.
+#ifdef __GNUC__
+constexpr int kVectorBytes = 16;  // what every x86-64 and ARM64 processor has
 
-// The channels of one head: kChannels of them, or as many as given when kChannels is 0.
-template <typename A, int kChannels>
-class Channels {
- public:
-  explicit Channels(int64_t channels) : channels_(channels) {
+template <typename A, int kLanes>
+struct Vector {
+  typedef A Type __attribute__((vector_size(kLanes * sizeof(A))));
+};
+
+template <typename A>
+struct Vector<A, 1> {
+  using Type = A;
+};
+#else
+constexpr int kVectorBytes = 1;
+
+template <typename A, int kLanes>
+struct Vector {
+  using Type = A;
+};
+#endif
+
+// The channels of one head, kLanes at a time: kChannels of them, or as many as given when kChannels
+// is 0. The number is a multiple of kLanes.
+template <typename ScalarType, int kChannelCount, int kLaneCount>
+struct Channels {
+  using A = ScalarType;
+  using Lanes = typename Vector<A, kLaneCount>::Type;
+  static constexpr int kChannels = kChannelCount;
+  static constexpr int kLanes = kLaneCount;
+
+  explicit Channels(int64_t channels) : count(channels) {
     if constexpr (kChannels == 0) {
-      data_.resize(channels);
+      lanes.resize(channels / kLanes);
     }
   }
 
   int64_t size() const {
-    return kChannels == 0 ? channels_ : kChannels;
+    return kChannels == 0 ? count : kChannels;
   }
 
-  A& operator[](int64_t d) {
-    return data_[d];
+  int64_t vectors() const {
+    return size() / kLanes;
   }
 
-  A operator[](int64_t d) const {
-    return data_[d];
-  }
-
- private:
-  int64_t channels_;
-  std::conditional_t<kChannels == 0, std::vector<A>, std::array<A, kChannels>> data_;
+  int64_t count;
+  std::conditional_t<kChannels == 0, std::vector<Lanes>, std::array<Lanes, kChannels / kLanes>>
+      lanes;
 };
+
+// Calls f with a Channels type (as a null pointer) that fits the number of channels.
+template <typename A, typename F>
+void specialise_channels(int64_t channels, const F& f) {
+  constexpr int kLanes = kVectorBytes < sizeof(A) ? 1 : kVectorBytes / sizeof(A);
+  switch (channels) {
+    case 8:
+      return f(static_cast<Channels<A, 8, kLanes>*>(nullptr));
+    case 12:
+      return f(static_cast<Channels<A, 12, kLanes>*>(nullptr));
+    case 16:
+      return f(static_cast<Channels<A, 16, kLanes>*>(nullptr));
+    case 32:
+      return f(static_cast<Channels<A, 32, kLanes>*>(nullptr));
+    case 64:
+      return f(static_cast<Channels<A, 64, kLanes>*>(nullptr));
+    default:
+      return channels % kLanes == 0 ? f(static_cast<Channels<A, 0, kLanes>*>(nullptr))
+                                    : f(static_cast<Channels<A, 0, 1>*>(nullptr));
+  }
+}
+
+template <typename C, typename T>
+typename C::Lanes load(const T* from) {
+  typename C::Lanes lanes;
+  if constexpr (std::is_same_v<T, typename C::A>) {
+    std::memcpy(&lanes, from, sizeof(lanes));  // from may be unaligned
+  } else {
+    typename C::A converted[C::kLanes];
+    for (int i = 0; i < C::kLanes; ++i) {
+      converted[i] = static_cast<typename C::A>(from[i]);
+    }
+    std::memcpy(&lanes, converted, sizeof(lanes));
+  }
+  return lanes;
+}
+
+template <typename C, typename T>
+void store(const typename C::Lanes& lanes, T* to) {
+  typename C::A values[C::kLanes];
+  std::memcpy(values, &lanes, sizeof(lanes));
+  for (int i = 0; i < C::kLanes; ++i) {
+    to[i] = static_cast<T>(values[i]);
+  }
+}
 
 // The four pixels around a sample in one head's value rows, and their interpolation weights.
 template <typename A>
@@ -81,28 +132,22 @@ Corners<A> corners(const Axis<A>& y, const Axis<A>& x, const Level& level, int64
   return result;
 }
 
-// Sum of products in a fixed order that a vectoriser can follow: kLanes partial sums.
-template <typename A, typename T, int kChannels>
-A dot(const Channels<A, kChannels>& a, const T* b) {
-  constexpr int kLanes = kChannels % 8 == 0 && kChannels > 0 ? 8 : 4;
-  const int64_t whole = a.size() / kLanes * kLanes;
-  std::array<A, kLanes> partial{};
-  for (int64_t d = 0; d < whole; d += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      partial[lane] += a[d + lane] * static_cast<A>(b[d + lane]);
-    }
+template <typename C, typename T>
+typename C::A dot(const C& a, const T* b) {
+  typename C::Lanes products{};
+  for (int64_t i = 0; i < a.vectors(); ++i) {
+    products += a.lanes[i] * load<C>(b + i * C::kLanes);
   }
-  A sum = 0;
-  for (int64_t d = whole; d < a.size(); ++d) {
-    sum += a[d] * static_cast<A>(b[d]);
-  }
-  for (const A lane : partial) {
-    sum += lane;
+  typename C::A values[C::kLanes];
+  store<C>(products, values);
+  typename C::A sum = values[0];
+  for (int i = 1; i < C::kLanes; ++i) {
+    sum += values[i];
   }
   return sum;
 }
 
-template <typename T, typename A, int kChannels>
+template <typename C, typename T, typename A>
 void forward_rows(
     const Sizes& sizes,
     const std::vector<Level>& levels,
@@ -112,15 +157,15 @@ void forward_rows(
     T* output,
     int64_t begin,
     int64_t end) {
-  Channels<A, kChannels> sum(sizes.channels);
+  C sum(sizes.channels);
   const int64_t channels = sum.size();
   const int64_t stride = sizes.heads * channels;
   for (int64_t row = begin; row < end; ++row) {  // (n, q, m)
     const int64_t n = row / (sizes.queries * sizes.heads);
     const int64_t m = row % sizes.heads;
     const T* head = value + n * sizes.positions * stride + m * channels;
-    for (int64_t d = 0; d < channels; ++d) {
-      sum[d] = 0;
+    for (typename C::Lanes& lanes : sum.lanes) {
+      lanes = typename C::Lanes{};
     }
     int64_t sample = row * sizes.levels * sizes.points;
     for (const Level& level : levels) {
@@ -140,21 +185,22 @@ void forward_rows(
         const T* v1 = head + at.offset[1];
         const T* v2 = head + at.offset[2];
         const T* v3 = head + at.offset[3];
-        for (int64_t d = 0; d < channels; ++d) {
-          sum[d] += (w0 * static_cast<A>(v0[d]) + w1 * static_cast<A>(v1[d])) +
-              (w2 * static_cast<A>(v2[d]) + w3 * static_cast<A>(v3[d]));
+        for (int64_t i = 0; i < sum.vectors(); ++i) {
+          const int64_t d = i * C::kLanes;
+          sum.lanes[i] += (w0 * load<C>(v0 + d) + w1 * load<C>(v1 + d)) +
+              (w2 * load<C>(v2 + d) + w3 * load<C>(v3 + d));
         }
       }
     }
-    for (int64_t d = 0; d < channels; ++d) {
-      output[row * channels + d] = static_cast<T>(sum[d]);
+    for (int64_t i = 0; i < sum.vectors(); ++i) {
+      store<C>(sum.lanes[i], output + row * channels + i * C::kLanes);
     }
   }
 }
 
 // All queries of one (image, head, level): what a thread owns, so that no two threads ever add to
 // the same element.
-template <typename T, typename A, int kChannels>
+template <typename C, typename T, typename A>
 void backward_level(
     const Sizes& sizes,
     const Level& level,
@@ -168,14 +214,14 @@ void backward_level(
     A* grad_value,
     A* grad_locations,
     A* grad_weights) {
-  Channels<A, kChannels> grad(sizes.channels);
+  C grad(sizes.channels);
   const int64_t channels = grad.size();
   const int64_t stride = sizes.heads * channels;
   const int64_t head = n * sizes.positions * stride + m * channels;
   for (int64_t q = 0; q < sizes.queries; ++q) {
     const int64_t row = (n * sizes.queries + q) * sizes.heads + m;
-    for (int64_t d = 0; d < channels; ++d) {
-      grad[d] = static_cast<A>(grad_output[row * channels + d]);
+    for (int64_t i = 0; i < grad.vectors(); ++i) {
+      grad.lanes[i] = load<C>(grad_output + row * channels + i * C::kLanes);
     }
     for (int64_t p = 0; p < sizes.points; ++p) {
       const int64_t sample = (row * sizes.levels + l) * sizes.points + p;
@@ -189,11 +235,12 @@ void backward_level(
         const Axis<A> y = bilinear_axis(location_y, level.height);
         const Corners<A> at = corners(y, x, level, stride);
         if (grad_value) {
-          for (int i = 0; i < 4; ++i) {
-            const A weight = weights[sample] * at.weight[i];
-            A* pixel = grad_value + head + at.offset[i];
-            for (int64_t d = 0; d < channels; ++d) {
-              pixel[d] += weight * grad[d];
+          for (int corner = 0; corner < 4; ++corner) {
+            const A weight = weights[sample] * at.weight[corner];
+            A* pixel = grad_value + head + at.offset[corner];
+            for (int64_t i = 0; i < grad.vectors(); ++i) {
+              A* to = pixel + i * C::kLanes;
+              store<C>(load<C>(to) + weight * grad.lanes[i], to);
             }
           }
         }
@@ -232,9 +279,10 @@ void ms_deform_attn_cpu(
   const int64_t rows = sizes.images * sizes.queries * sizes.heads;
   const int64_t samples = sizes.levels * sizes.points;
   const int64_t grain = kGrainSamples / (samples + 1) + 1;
-  specialise_channels(sizes.channels, [&](auto channels) {
+  specialise_channels<A>(sizes.channels, [&](auto* channels) {
+    using C = std::remove_pointer_t<decltype(channels)>;
     at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-      forward_rows<T, A, decltype(channels)::value>(
+      forward_rows<C, T, A>(
           sizes, levels, value, locations, weights, output, begin, end);
     });
   });
@@ -253,13 +301,14 @@ void ms_deform_attn_backward_cpu(
     A* grad_weights) {
   const int64_t tasks = sizes.images * sizes.heads * sizes.levels;
   const int64_t grain = kGrainSamples / (sizes.queries * sizes.points + 1) + 1;
-  specialise_channels(sizes.channels, [&](auto channels) {
+  specialise_channels<A>(sizes.channels, [&](auto* channels) {
+    using C = std::remove_pointer_t<decltype(channels)>;
     at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t l = task % sizes.levels;
         const int64_t m = task / sizes.levels % sizes.heads;
         const int64_t n = task / (sizes.levels * sizes.heads);
-        backward_level<T, A, decltype(channels)::value>(
+        backward_level<C, T, A>(
             sizes,
             levels[l],
             n,
