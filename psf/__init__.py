@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if find_spec("detectron2") is not None:
     from . import data as _data  # noqa: F401  registers the data sets
     from .config import add_psf_config
+    from .modeling import backbone as _backbone  # noqa: F401  registers the backbones
     from .modeling import panoptic_segformer as _panoptic_segformer  # noqa: F401  registers it
 
     __all__ = ["add_psf_config"]

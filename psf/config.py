@@ -43,6 +43,8 @@ def add_psf_config(cfg: CN) -> None:
     cfg.MODEL.PSF.L1_WEIGHT = 5.0
     cfg.MODEL.PSF.GIOU_WEIGHT = 2.0
     cfg.MODEL.PSF.DICE_WEIGHT = 2.0
+    # The Dice loss is taken at this many times the masks' resolution (official code: 2, stride 4).
+    cfg.MODEL.PSF.MASK_LOSS_SCALE = 2
     # lambda_things and lambda_stuff (paper, equation 1), on top of the weighting by counts.
     cfg.MODEL.PSF.THINGS_WEIGHT = 1.0
     cfg.MODEL.PSF.STUFF_WEIGHT = 1.0

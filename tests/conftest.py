@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BitMasks, Instances
 
 from psf import add_psf_config
+from psf.data import register_shapes
 
 # Interleaved on purpose: no code may assume that things come first.
 THING_IDS, STUFF_IDS = {10: 1, 30: 3, 50: 4}, {20: 0, 40: 2}
@@ -57,6 +58,41 @@ def tiny_cfg() -> CfgNode:
         ]
     )
     return cfg
+
+
+@pytest.fixture
+def shapes_cfg(tiny_cfg, tmp_path):
+    """The tiny model on eight images of 64 x 64 pixels."""
+    prefix = f"tiny_{tmp_path.name}"
+    register_shapes(str(tmp_path / "shapes"), prefix=prefix, num_train=8, num_val=4, size=64)
+    names = [f"{prefix}_train", f"{prefix}_val"]
+    tiny_cfg.merge_from_list(
+        [
+            *("DATASETS.TRAIN", (names[0],)),
+            *("DATASETS.TEST", (names[1],)),
+            *("MODEL.PSF.NUM_THING_CLASSES", 5),
+            *("MODEL.PSF.NUM_STUFF_CLASSES", 5),
+            *("MODEL.PSF.TEST.SCORE_THRESHOLD", 0.05),
+            *("DATALOADER.NUM_WORKERS", 0),
+            *("DATALOADER.FILTER_EMPTY_ANNOTATIONS", False),
+            *("INPUT.MIN_SIZE_TRAIN", (64,)),
+            *("INPUT.MIN_SIZE_TEST", 64),
+            *("SOLVER.IMS_PER_BATCH", 2),
+            *("SOLVER.BASE_LR", 1e-3),
+            *("SOLVER.WARMUP_ITERS", 0),
+            *("SOLVER.MAX_ITER", 4),
+            *("SOLVER.STEPS", ()),
+            *("SOLVER.CHECKPOINT_PERIOD", 2),
+            *("SOLVER.CLIP_GRADIENTS.ENABLED", True),
+            *("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"),
+            *("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.1),
+            *("OUTPUT_DIR", str(tmp_path / "output")),
+        ]
+    )
+    yield tiny_cfg
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 def make_input(

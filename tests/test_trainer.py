@@ -2,50 +2,12 @@ import json
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from conftest import make_input
 from detectron2.modeling import build_model
 from torch import nn
 
-from psf.data import register_shapes
 from psf.solver import build_optimizer
 from psf.trainer import Trainer, TrainStep, summary
-
-NUM_THINGS, NUM_STUFF = 5, 5
-
-
-@pytest.fixture
-def shapes_cfg(tiny_cfg, tmp_path):
-    """The tiny model on eight images of 64 x 64 pixels."""
-    prefix = f"tiny_{tmp_path.name}"
-    register_shapes(str(tmp_path / "shapes"), prefix=prefix, num_train=8, num_val=4, size=64)
-    names = [f"{prefix}_train", f"{prefix}_val"]
-    tiny_cfg.merge_from_list(
-        [
-            *("DATASETS.TRAIN", (names[0],)),
-            *("DATASETS.TEST", (names[1],)),
-            *("MODEL.PSF.NUM_THING_CLASSES", NUM_THINGS),
-            *("MODEL.PSF.NUM_STUFF_CLASSES", NUM_STUFF),
-            *("MODEL.PSF.TEST.SCORE_THRESHOLD", 0.05),
-            *("DATALOADER.NUM_WORKERS", 0),
-            *("DATALOADER.FILTER_EMPTY_ANNOTATIONS", False),
-            *("INPUT.MIN_SIZE_TRAIN", (64,)),
-            *("INPUT.MIN_SIZE_TEST", 64),
-            *("SOLVER.IMS_PER_BATCH", 2),
-            *("SOLVER.BASE_LR", 1e-3),
-            *("SOLVER.WARMUP_ITERS", 0),
-            *("SOLVER.MAX_ITER", 4),
-            *("SOLVER.STEPS", ()),
-            *("SOLVER.CHECKPOINT_PERIOD", 2),
-            *("SOLVER.CLIP_GRADIENTS.ENABLED", True),
-            *("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"),
-            *("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.1),
-            *("OUTPUT_DIR", str(tmp_path / "output")),
-        ]
-    )
-    yield tiny_cfg
-    for name in names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
 
 
 class Losses(nn.Module):
@@ -85,8 +47,6 @@ def test_a_loss_that_is_not_finite_is_named_before_any_weight_changes(bad):
 
 
 def test_mixed_precision_runs_on_this_device(tiny_cfg):
-    from conftest import make_input
-
     model = build_model(tiny_cfg)
     optimizer = build_optimizer(tiny_cfg, model)
     data = [[make_input(40, 60, [0, 3])]]

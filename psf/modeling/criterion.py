@@ -11,13 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.nn import functional as F
 
 from psf.layers.boxes import cxcywh_to_xyxy, generalized_box_iou
 from psf.modeling.location_decoder import Locations
 from psf.modeling.losses import dice_loss, sigmoid_focal_loss
 from psf.modeling.mask_decoder import MaskPredictions
 from psf.modeling.matcher import Assignment, MatchingWeights, match_things
+from psf.modeling.postprocessing import resize_maps
 
 
 class Targets(NamedTuple):
@@ -44,9 +44,23 @@ class LossWeights(NamedTuple):
 class Criterion:
     """Turns predictions and targets into the weighted losses; holds no parameters."""
 
-    def __init__(self, *, matching_weights: MatchingWeights, loss_weights: LossWeights) -> None:
+    def __init__(
+        self,
+        *,
+        matching_weights: MatchingWeights,
+        loss_weights: LossWeights,
+        mask_loss_scale: int,
+    ) -> None:
+        """
+        Args:
+            matching_weights: of the matching cost.
+            loss_weights: of the losses.
+            mask_loss_scale: the Dice loss is taken at so many times the resolution of the
+                predicted masks.
+        """
         self.matching_weights = matching_weights
         self.loss_weights = loss_weights
+        self.mask_loss_scale = mask_loss_scale
 
     def assign(self, locations: Locations, targets: Sequence[Targets]) -> list[list[Assignment]]:
         """
@@ -78,7 +92,7 @@ class Criterion:
         """
         Args:
             locations: of the location decoder.
-            predictions: of every layer of the mask decoder; masks are those of
+            predictions: of every layer of the mask decoder; mask logits are those of
                 :func:`mask_queries`.
             targets: one an image.
             assignments: of :meth:`assign`.
@@ -97,9 +111,9 @@ class Criterion:
             for layer, value in enumerate(values)
         }
         mask_targets = [
-            _mask_targets(target, assignment, masks.shape[-2:])
-            for target, assignment, masks in zip(
-                targets, assignments[-1], predictions[0].masks, strict=True
+            self._mask_targets(target, assignment, logits.shape[-2:])
+            for target, assignment, logits in zip(
+                targets, assignments[-1], predictions[0].mask_logits, strict=True
             )
         ]
         for layer, prediction in enumerate(predictions):
@@ -157,8 +171,11 @@ class Criterion:
             labels = target.thing_labels[assignment.segment]
             thing_classes[image, assignment.query, labels] = 1
             stuff_classes[image, target.stuff_labels] = 1
-            masks = _upsample(prediction.masks[image].float())
-            dice = dice_loss(masks, mask_targets[image])
+            # Logits are upsampled, not masks: their slope places the edge within a cell.
+            logits = resize_maps(
+                prediction.mask_logits[image].float(), mask_targets[image].shape[-2:]
+            )
+            dice = dice_loss(logits.sigmoid(), mask_targets[image])
             num_things = len(assignment.query)
             thing_dice.append(dice[:num_things])
             stuff_dice.append(dice[num_things:])
@@ -173,6 +190,18 @@ class Criterion:
             "loss_thing_mask": things * weights.mask_weight * torch.cat(thing_dice).sum(),
             "loss_stuff_mask": stuff * weights.mask_weight * torch.cat(stuff_dice).sum(),
         }
+
+    def _mask_targets(
+        self, target: Targets, assignment: Assignment, shape: Sequence[int]
+    ) -> Tensor:
+        """
+        The masks that the queries of :func:`mask_queries` should predict.
+
+        Returns:
+            (R, scale * h, scale * w) in [0, 1], for predictions of ``shape`` (h, w).
+        """
+        masks = torch.cat([target.thing_masks[assignment.segment], target.stuff_masks])
+        return resize_maps(masks.float(), [self.mask_loss_scale * side for side in shape])
 
 
 def mask_queries(
@@ -192,31 +221,6 @@ def mask_queries(
     return [
         torch.cat([assignment.query, num_things + target.stuff_labels])
         for assignment, target in zip(assignments, targets, strict=True)
-    ]
-
-
-# The Dice loss is taken at twice the resolution of the predicted masks (official code: stride 4).
-MASK_LOSS_SCALE = 2
-
-
-def _upsample(masks: Tensor) -> Tensor:
-    """(R, h, w) predicted masks to the resolution of the mask loss."""
-    return F.interpolate(
-        masks[:, None], scale_factor=MASK_LOSS_SCALE, mode="bilinear", align_corners=False
-    )[:, 0]
-
-
-def _mask_targets(target: Targets, assignment: Assignment, shape: Sequence[int]) -> Tensor:
-    """
-    The masks that the queries of :func:`mask_queries` should predict.
-
-    Returns:
-        (R, scale * h, scale * w) in [0, 1], for predictions of ``shape`` (h, w).
-    """
-    masks = torch.cat([target.thing_masks[assignment.segment], target.stuff_masks])
-    size = [MASK_LOSS_SCALE * side for side in shape]
-    return F.interpolate(masks[:, None].float(), size=size, mode="bilinear", align_corners=False)[
-        :, 0
     ]
 
 

@@ -25,7 +25,7 @@ class MaskPredictions(NamedTuple):
 
     thing_logits: Tensor  # (N, Q, K)
     stuff_logits: Tensor  # (N, T), each stuff query for its own class
-    masks: list[Tensor]  # N x (R, h, w) soft masks in [0, 1] at the finest level, unpadded
+    mask_logits: list[Tensor]  # N x (R, h, w) at the finest level, unpadded
 
 
 class MaskAttention(nn.Module):
@@ -60,7 +60,7 @@ class MaskAttention(nn.Module):
                 masks.
 
         Returns:
-            Attended queries (N, Q + T, C), and N x (R, h, w) soft masks (empty without
+            Attended queries (N, Q + T, C), and N x (R, h, w) mask logits (empty without
             ``mask_queries``).
         """
         q = self._split_heads(self.q_proj(query))  # (N, M, Q + T, D)
@@ -80,7 +80,7 @@ class MaskAttention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def _masks(self, q: Tensor, k: Tensor, memory: Memory, image: int) -> Tensor:
-        """Masks (R, h, w) of one image from queries (M, R, D) and keys (M, S, D)."""
+        """Mask logits (R, h, w) of one image from queries (M, R, D) and keys (M, S, D)."""
         logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (M, R, S)
         target = memory.valid_shapes[image][0]
         weights = self.mask_proj.weight.split(self.num_heads, dim=1)  # L x (1, M)
@@ -94,7 +94,7 @@ class MaskAttention(nn.Module):
             if score.shape[-2:] != target:
                 score = F.interpolate(score, size=target, mode="bilinear", align_corners=False)
             fused = fused + score[:, 0]
-        return fused.sigmoid()
+        return fused
 
     @staticmethod
     def _level_logits(logits: Tensor, memory: Memory, image: int, level: int) -> Tensor:
@@ -126,7 +126,7 @@ class MaskDecoderLayer(nn.Module):
             mask_queries: N x (R,) int64 queries whose masks are wanted, or None.
 
         Returns:
-            Refined queries (N, Q + T, C), and N x (R, h, w) soft masks in [0, 1].
+            Refined queries (N, Q + T, C), and N x (R, h, w) mask logits.
         """
         attended, masks = self.cross_attn(query, memory, mask_queries)
         query = self.norm1(query + attended)
@@ -209,7 +209,7 @@ class JointMaskDecoder(nn.Module):
                     MaskPredictions(
                         thing_logits=thing_head(query[:, :num_things]),
                         stuff_logits=stuff_head(query[:, num_things:]).squeeze(-1),
-                        masks=masks,
+                        mask_logits=masks,
                     )
                 )
         return predictions

@@ -29,6 +29,7 @@ from psf.modeling.postprocessing import (
     Segments,
     merge_mask_wise,
     merge_pixel_wise,
+    resize_maps,
     segment_scores,
 )
 
@@ -153,6 +154,7 @@ class PanopticSegFormer(nn.Module):
                     things_weight=psf.THINGS_WEIGHT,
                     stuff_weight=psf.STUFF_WEIGHT,
                 ),
+                mask_loss_scale=psf.MASK_LOSS_SCALE,
             ),
             "class_map": class_map,
             "in_features": psf.IN_FEATURES,
@@ -255,15 +257,15 @@ class PanopticSegFormer(nn.Module):
         The outputs for one image.
 
         Args:
-            prediction: of the last used layer, with masks of all queries.
+            prediction: of the last used layer, with mask logits of all queries.
             image: which image of the batch.
             size: (height, width) of the output.
         """
         options = self.inference_options
         thing_scores = prediction.thing_logits[image].float().sigmoid()  # (Q, K)
         stuff_scores = prediction.stuff_logits[image].float().sigmoid()  # (T,)
-        masks = prediction.masks[image].float()  # (Q + T, h, w)
-        candidates = self._candidates(thing_scores, stuff_scores, masks, size)
+        mask_logits = prediction.mask_logits[image].float()  # (Q + T, h, w)
+        candidates = self._candidates(thing_scores, stuff_scores, mask_logits, size)
         output: dict[str, Any] = {}
         if options.panoptic_on:
             segments = MERGING[options.merging](
@@ -277,17 +279,17 @@ class PanopticSegFormer(nn.Module):
         if options.instance_on:
             output["instances"] = self._instances(candidates, size)
         if options.semantic_on:
-            output["sem_seg"] = self._semantic(thing_scores, stuff_scores, masks, size)
+            output["sem_seg"] = self._semantic(thing_scores, stuff_scores, mask_logits, size)
         return output
 
     def _candidates(
-        self, thing_scores: Tensor, stuff_scores: Tensor, masks: Tensor, size: Shape
+        self, thing_scores: Tensor, stuff_scores: Tensor, mask_logits: Tensor, size: Shape
     ) -> Candidates:
         """Queries that can reach the score threshold, or the best things when these are wanted."""
         options = self.inference_options
         num_thing_classes = len(self.class_map.thing_ids)
         best, thing_labels = thing_scores.max(-1)
-        stuff_labels = torch.arange(len(stuff_scores), device=masks.device) + num_thing_classes
+        stuff_labels = torch.arange(len(stuff_scores), device=best.device) + num_thing_classes
         class_scores = torch.cat([best, stuff_scores])
         labels = torch.cat([thing_labels, stuff_labels])
         # A segment's score is at most its class factor, so the others need no mask of full size.
@@ -295,13 +297,13 @@ class PanopticSegFormer(nn.Module):
         if options.instance_on:
             keep[best.topk(min(options.max_instances, len(best))).indices] = True
         query = keep.nonzero()[:, 0]
-        resized = _resize(masks[query], size)
+        masks = resize_maps(mask_logits[query], size).sigmoid()
         return Candidates(
             query=query,
             labels=labels[query],
             class_scores=class_scores[query],
-            masks=resized,
-            scores=segment_scores(class_scores[query], resized, options.rules),
+            masks=masks,
+            scores=segment_scores(class_scores[query], masks, options.rules),
         )
 
     def _segments_info(self, segments: Segments) -> list[dict[str, Any]]:
@@ -337,15 +339,15 @@ class PanopticSegFormer(nn.Module):
         return instances
 
     def _semantic(
-        self, thing_scores: Tensor, stuff_scores: Tensor, masks: Tensor, size: Shape
+        self, thing_scores: Tensor, stuff_scores: Tensor, mask_logits: Tensor, size: Shape
     ) -> Tensor:
         """(K + T, H, W) sums of class probability times mask, in the order of contiguous ids."""
-        num_queries = len(thing_scores)
+        num_queries, masks = len(thing_scores), mask_logits.sigmoid()
         things = torch.einsum("qk,qhw->khw", thing_scores, masks[:num_queries])
         stuff = stuff_scores[:, None, None] * masks[num_queries:]
         by_class = torch.cat([things, stuff])
         contiguous = torch.tensor([*self.class_map.thing_ids, *self.class_map.stuff_ids])
-        return _resize(by_class[contiguous.argsort().to(by_class.device)], size)
+        return resize_maps(by_class[contiguous.argsort().to(by_class.device)], size)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -459,8 +461,3 @@ def _targets(instances: Instances, class_map: ClassMap) -> Targets:
 
 def _output_size(inputs: dict[str, Any], image: Tensor) -> Shape:
     return inputs.get("height", image.shape[-2]), inputs.get("width", image.shape[-1])
-
-
-def _resize(masks: Tensor, size: Shape) -> Tensor:
-    """(R, h, w) to (R, *size), bilinear; R may be 0."""
-    return F.interpolate(masks[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]

@@ -3,10 +3,12 @@
 Paper, section 3.7. Shapes: R candidate segments of one image, H x W the size of the output.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 # A pixel belongs to a segment where its soft mask exceeds this (paper, section 3.7).
 MASK_THRESHOLD = 0.5
@@ -29,6 +31,11 @@ class MergingRules(NamedTuple):
     score_threshold: float  # t_cnf: segments that score less are dropped
     thing_keep_fraction: float  # t_keep: least fraction of a thing's mask that must be free
     stuff_keep_fraction: float
+
+
+def resize_maps(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """(R, h, w) to (R, *size), bilinear; R may be 0."""
+    return F.interpolate(maps[:, None], size=list(size), mode="bilinear", align_corners=False)[:, 0]
 
 
 def segment_scores(class_scores: Tensor, masks: Tensor, rules: MergingRules) -> Tensor:

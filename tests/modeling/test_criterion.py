@@ -12,6 +12,7 @@ CRITERION = Criterion(
     loss_weights=LossWeights(
         class_weight=2, l1_weight=5, giou_weight=2, mask_weight=2, things_weight=1, stuff_weight=1
     ),
+    mask_loss_scale=2,
 )
 
 
@@ -39,7 +40,7 @@ def predict(all_targets: list[Targets]) -> tuple[Locations, list, list, dict]:
         MaskPredictions(
             thing_logits=torch.randn(n, NUM_QUERIES, NUM_THINGS, requires_grad=True),
             stuff_logits=torch.randn(n, NUM_STUFF, requires_grad=True),
-            masks=[torch.rand(len(index), 2, 3).requires_grad_() for index in selected],
+            mask_logits=[torch.randn(len(index), 2, 3, requires_grad=True) for index in selected],
         )
         for _ in range(LAYERS)
     ]
@@ -67,7 +68,7 @@ def test_losses_are_finite_and_reach_every_prediction(case):
     assert all(loss.isfinite() for loss in losses.values())
     leaves = [locations.logits, locations.boxes]
     for prediction in predictions:
-        leaves += [prediction.thing_logits, prediction.stuff_logits, *prediction.masks]
+        leaves += [prediction.thing_logits, prediction.stuff_logits, *prediction.mask_logits]
     assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
 
 
@@ -97,7 +98,9 @@ def test_losses_of_perfect_predictions_vanish():
     locations = Locations(torch.zeros(1, NUM_QUERIES, 4), logits, boxes)
     assignments = CRITERION.assign(locations, [target])
     assert assignments[0][0].query.tolist() == [2]
-    prediction = MaskPredictions(logits[0], torch.tensor([[30.0, -30.0]]), [torch.ones(2, 2, 2)])
+    prediction = MaskPredictions(
+        logits[0], torch.tensor([[30.0, -30.0]]), [torch.full((2, 2, 2), 30.0)]
+    )
     losses = CRITERION(locations, [prediction], [target], assignments)
     assert sum(losses.values()) < 1e-5
 
@@ -117,11 +120,11 @@ def test_masks_are_compared_with_their_own_targets():
         torch.zeros(1, 1, NUM_QUERIES, NUM_THINGS),
         torch.rand(1, 1, NUM_QUERIES, 4),
     )
-    masks = torch.cat([left, right]).float()
+    logits = torch.cat([left, right]).float() * 60 - 30
     losses = {}
     for name, order in (("right", [0, 1]), ("wrong", [1, 0])):
         prediction = MaskPredictions(
-            torch.zeros(1, NUM_QUERIES, NUM_THINGS), torch.zeros(1, NUM_STUFF), [masks[order]]
+            torch.zeros(1, NUM_QUERIES, NUM_THINGS), torch.zeros(1, NUM_STUFF), [logits[order]]
         )
         losses[name] = CRITERION(locations, [prediction], [target], assignments)
     # The predictions are upsampled twofold, hence not zero at the edge.
@@ -139,7 +142,7 @@ def test_batch_loss_is_the_mean_over_segments():
             Locations(*(x[:, i : i + 1] for x in (locations.logits, *locations[1:]))),
             [
                 MaskPredictions(
-                    p.thing_logits[i : i + 1], p.stuff_logits[i : i + 1], p.masks[i : i + 1]
+                    p.thing_logits[i : i + 1], p.stuff_logits[i : i + 1], p.mask_logits[i : i + 1]
                 )
                 for p in predictions
             ],

@@ -65,7 +65,7 @@ def test_masks_equal_the_papers_order_of_operations(attention):
     ):
         heads = projection(level.permute(1, 2, 0)).relu().transpose(1, 2).reshape(5, HEADS, h, w)
         maps.append(F.interpolate(heads, size=SHAPES[0], mode="bilinear"))
-    fused = attention.mask_proj(torch.cat(maps, 1).permute(0, 2, 3, 1))[..., 0].sigmoid()
+    fused = attention.mask_proj(torch.cat(maps, 1).permute(0, 2, 3, 1))[..., 0]
     masks = attention(query, tokens, everything(1, 5))[1][0]
     torch.testing.assert_close(masks, fused)
 
@@ -91,8 +91,8 @@ def test_only_the_wanted_masks_are_made(decoder):
     every = decoder(tokens, locate(query), everything(2, 7), deep_supervision=True)
     some = decoder(tokens, locate(query), wanted, deep_supervision=True)
     for a, b in zip(every, some, strict=True):
-        torch.testing.assert_close(b.masks[0], a.masks[0][[6, 1]])
-        assert b.masks[1].shape == (0, 8, 6)
+        torch.testing.assert_close(b.mask_logits[0], a.mask_logits[0][[6, 1]])
+        assert b.mask_logits[1].shape == (0, 8, 6)
         assert torch.equal(a.thing_logits, b.thing_logits)
 
 
@@ -105,7 +105,7 @@ def test_inference_gives_the_last_used_layer(decoder, num_layers):
     )
     expected = every[(num_layers or LAYERS) - 1]
     assert len(every) == LAYERS
-    torch.testing.assert_close(last.masks[0], expected.masks[0])
+    torch.testing.assert_close(last.mask_logits[0], expected.mask_logits[0])
     torch.testing.assert_close(last.thing_logits, expected.thing_logits)
     torch.testing.assert_close(last.stuff_logits, expected.stuff_logits)
 
@@ -125,7 +125,7 @@ def test_thing_queries_are_a_set(decoder):
     (a,) = decoder(tokens, locate(query), everything(2, 5), deep_supervision=False)
     (b,) = decoder(tokens, locate(query[:, order]), everything(2, 5), deep_supervision=False)
     torch.testing.assert_close(b.thing_logits, a.thing_logits[:, order])
-    torch.testing.assert_close(b.masks[1], a.masks[1][order])
+    torch.testing.assert_close(b.mask_logits[1], a.mask_logits[1][order])
 
 
 def test_padding_changes_nothing(decoder):
@@ -145,6 +145,6 @@ def test_padding_changes_nothing(decoder):
     query = torch.randn(2, 5, DIM)
     (a,) = decoder(own, locate(query[:1]), everything(1, 7), deep_supervision=False)
     (b,) = decoder(together, locate(query), everything(2, 7), deep_supervision=False)
-    assert [m.shape for m in b.masks] == [(7, 4, 5), (7, 8, 6)]
-    torch.testing.assert_close(b.masks[0], a.masks[0], atol=1e-5, rtol=1e-5)
+    assert [m.shape for m in b.mask_logits] == [(7, 4, 5), (7, 8, 6)]
+    torch.testing.assert_close(b.mask_logits[0], a.mask_logits[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(b.stuff_logits[:1], a.stuff_logits, atol=1e-5, rtol=1e-5)
