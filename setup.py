@@ -12,6 +12,8 @@ their own names. INSTALL.md says where to get them.
 
 import os
 import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,8 +39,16 @@ def compile_args() -> list[str]:
     args = ["-O3", "-g0", "-Wall", "-fno-math-errno", "-fno-trapping-math"]
     # at::parallel_for is compiled into the extension. Only the compiler gets -fopenmp: without it
     # at the link, the extension uses the OpenMP runtime that torch has loaded, and so obeys
-    # torch.set_num_threads. Apple's clang has no OpenMP; the kernels run on one thread there.
-    return [*args, "-fopenmp"] if sys.platform == "linux" else args
+    # torch.set_num_threads. Clang's OpenMP calls another runtime, which torch does not load (and
+    # Apple's clang has none): its kernels run on one thread.
+    return [*args, "-fopenmp"] if sys.platform == "linux" and not is_clang() else args
+
+
+def is_clang() -> bool:
+    from torch.utils.cpp_extension import get_cxx_compiler
+
+    command = [*shlex.split(get_cxx_compiler()), "--version"]
+    return "clang" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def extension_arguments() -> dict:

@@ -35,6 +35,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
     add_psf_config(cfg)
     if args.config_file and not os.path.isfile(args.config_file):
         raise SystemExit(f"--config-file: there is no file '{args.config_file}'")
+    misplaced = [option for option in args.opts if option.startswith("--")]
+    if misplaced:
+        raise SystemExit(
+            f"{misplaced[0]} stands after KEY VALUE pairs, which must come last on the command line"
+        )
     try:
         if args.config_file:
             cfg.merge_from_file(args.config_file)

@@ -214,37 +214,41 @@ def _hint_at_data_root() -> Iterator[None]:
         ) from error
 
 
-def write_pictures(cfg: CfgNode, model: nn.Module, num_images: int = 12) -> list[Path]:
+def write_pictures(cfg: CfgNode, model: nn.Module) -> None:
     """
-    Draw the contact sheet (image, ground truth, prediction) and the curves into ``OUTPUT_DIR``.
+    Draw into ``OUTPUT_DIR``: a contact sheet of predictions, and the curves of the training.
 
-    Args:
-        cfg: with the test data set and its loader.
-        model: gives ``panoptic_seg``; left in the mode it was in.
-        num_images: images on the sheet, evenly spaced over the data set.
-
-    Returns:
-        The files written.
+    Without a test data set, or with ``PANOPTIC_ON`` off, there is no sheet; without a
+    ``metrics.json`` there are no curves. The model keeps its mode.
     """
-    output_dir, dataset_name = Path(cfg.OUTPUT_DIR), cfg.DATASETS.TEST[0]
-    dicts = DatasetCatalog.get(dataset_name)
+    output_dir = Path(cfg.OUTPUT_DIR)
+    if cfg.DATASETS.TEST and cfg.MODEL.PSF.TEST.PANOPTIC_ON:
+        dataset_name = cfg.DATASETS.TEST[0]
+        samples = _predict_samples(cfg, model, DatasetCatalog.get(dataset_name))
+        write_contact_sheet(samples, MetadataCatalog.get(dataset_name), output_dir / CONTACT_SHEET)
+    if (output_dir / "metrics.json").is_file():
+        write_curves(output_dir / "metrics.json", output_dir / CURVES)
+
+
+@torch.no_grad()
+def _predict_samples(
+    cfg: CfgNode, model: nn.Module, dicts: list[dict[str, Any]], num_images: int = 12
+) -> list[Sample]:
+    """Predictions for images evenly spaced over a data set."""
     chosen = dicts[:: max(1, len(dicts) // num_images)][:num_images]
     mapper = PanopticDatasetMapper(cfg, False)
     was_training = model.training
     model.eval()
-    samples = []
-    with torch.no_grad():
-        for record in chosen:
-            output = model([mapper(record)])[0]["panoptic_seg"]
-            prediction = PanopticSegmentation(*output)
-            samples.append(Sample(record, load_ground_truth(record), prediction))
+    samples = [
+        Sample(
+            dataset_dict=record,
+            ground_truth=load_ground_truth(record),
+            prediction=PanopticSegmentation(*model([mapper(record)])[0]["panoptic_seg"]),
+        )
+        for record in chosen
+    ]
     model.train(was_training)
-    files = [output_dir / CONTACT_SHEET]
-    write_contact_sheet(samples, MetadataCatalog.get(dataset_name), files[0])
-    if (output_dir / "metrics.json").is_file():
-        files.append(output_dir / CURVES)
-        write_curves(output_dir / "metrics.json", files[1])
-    return files
+    return samples
 
 
 def summary(results: OrderedDict[str, Any]) -> str | None:

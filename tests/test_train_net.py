@@ -31,7 +31,8 @@ def arguments(*arguments: str):
     ("given", "message"),
     [
         (["MODEL.PSF.NUM_OBJECT_QUERY", "7"], "NUM_OBJECT_QUERY.*MODEL.PSF.NUM_OBJECT_QUERIES"),
-        (["SOLVER.BASE_RL", "7"], "SOLVER.BASE_RL.*the command line"),
+        (["SOLVER.BASE_RL", "7"], "the command line.*SOLVER.BASE_RL.*SOLVER.BASE_LR"),
+        (["SEED", "3", "--resume"], "--resume stands after KEY VALUE pairs"),
         (["MODEL.WEIGHTS", "no/such.pth"], "MODEL.WEIGHTS: there is no file 'no/such.pth'"),
     ],
 )
@@ -67,8 +68,8 @@ def shapes_root(tmp_path_factory):
     return tmp_path_factory.mktemp("datasets")
 
 
-def command(root, output, *more, launcher=(sys.executable,)):
-    options = [*SMALL, "OUTPUT_DIR", str(output), *more]
+def command(root, output, *more, flags=(), launcher=(sys.executable,)):
+    options = [*flags, *SMALL, "OUTPUT_DIR", str(output), *more]
     env = {**os.environ, "DETECTRON2_DATASETS": str(root), "OMP_NUM_THREADS": "1"}
     return {
         "args": [*launcher, str(ROOT / "train_net.py"), "--config-file", CONFIG, *options],
@@ -94,7 +95,7 @@ def test_resume_after_kill(shapes_root, tmp_path):
     iteration = int(re.search(r"model_(\d+)", checkpoint.read_text()).group(1))
     limit = str(iteration + 3)
     resumed = subprocess.run(
-        **command(shapes_root, tmp_path, *solver, limit, "DATASETS.TEST", "()", "--resume"),
+        **command(shapes_root, tmp_path, *solver, limit, "DATASETS.TEST", "()", flags=["--resume"]),
         check=False,
     )
     assert resumed.returncode == 0, resumed.stdout[-3000:]

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_input
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
+from random_input import make_input
 from torch import nn
 
 from psf.data import register_panoptic
@@ -136,6 +136,15 @@ def test_training_leaves_everything_to_look_at(shapes_cfg, tmp_path):
 
     evaluated = Trainer.test(shapes_cfg, load_final(shapes_cfg, output))
     assert evaluated["panoptic_seg"] == results["panoptic_seg"], "--eval-only repeats the numbers"
+
+
+def test_training_without_a_test_set_draws_the_curves_only(shapes_cfg, tmp_path):
+    shapes_cfg.DATASETS.TEST = ()
+    shapes_cfg.SOLVER.MAX_ITER = 2
+    Trainer(shapes_cfg).train()
+    names = {path.name for path in (tmp_path / "output").iterdir()}
+    assert "curves.png" in names
+    assert "contact_sheet.png" not in names
 
 
 def test_missing_data_root_names_the_file_and_the_variable(tiny_cfg):

@@ -2,9 +2,9 @@ import copy
 
 import pytest
 import torch
-from conftest import make_input
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
+from random_input import make_input
 from torch import distributed as dist
 from torch import multiprocessing as mp
 
