@@ -109,6 +109,22 @@ def test_neighbours_and_padding_change_no_prediction(tiny_cfg):
         assert differ.float().mean() < 1e-3  # pixels at a threshold may fall on either side
 
 
+def test_a_backbone_that_pads_its_images(tiny_cfg):
+    """FPN needs multiples of 32: an image is padded by itself, and its padding is masked."""
+    tiny_cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    tiny_cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    tiny_cfg.MODEL.FPN.OUT_CHANNELS = 32
+    tiny_cfg.MODEL.PSF.IN_FEATURES = ["p3", "p4", "p5"]
+    model = outputs_on(tiny_cfg, SEMANTIC_ON=True)
+    small, large = make_input(70, 90, []), make_input(128, 128, [])
+    maps, valid_shapes = model.extract_maps(model.preprocess_images([small, large]))
+    assert [tuple(m.shape[-2:]) for m in maps] == [(16, 16), (8, 8), (4, 4)]
+    assert valid_shapes == [[(9, 12), (5, 6), (3, 3)], [(16, 16), (8, 8), (4, 4)]]
+    together = predict(model, small, large)
+    (alone,) = predict(model, small)
+    torch.testing.assert_close(alone["sem_seg"], together[0]["sem_seg"], atol=1e-4, rtol=1e-4)
+
+
 def test_neighbours_and_padding_change_no_loss(model):
     """Sums over images divided by all segments: four of five and one of five here."""
     first = make_input(40, 60, [0, 1, 3, 4], seed=1)
