@@ -27,7 +27,7 @@ from .scene import CATEGORIES, Scene, draw_scene
 logger = logging.getLogger(__name__)
 
 # To be raised with every change of the images or of the files: older data is then made anew.
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 
 NUM_TRAIN = 2000
 NUM_VAL = 200

@@ -34,7 +34,7 @@ CATEGORIES: list[dict[str, Any]] = [
 _MIN_VISIBLE = 40  # pixels; what shows less is not drawn
 _MIN_STUFF_FRACTION = 0.05  # of the image, before things cover it
 _CROWD_PROBABILITY = 0.08
-_VOID_BAND_PROBABILITY = 0.5
+_VOID_BAND_PROBABILITY = 0.6
 _VOID_BLOB_PROBABILITY = 0.3
 _TOUCHING_PROBABILITY = 0.4
 
@@ -133,7 +133,7 @@ def _number_segments(
 
 def _stuff_layout(rng: np.random.Generator, size: int) -> tuple[list[str], NDArray[np.int64]]:
     """Names of the stuff classes in the image and, for each pixel (S, S), which of them it is."""
-    count = rng.integers(2, 5)
+    count = rng.integers(2, 4)
     names = [str(name) for name in rng.permutation(list(_STUFF))[:count]]
     fields = np.stack([_smooth_noise(rng, size, 3) + 1.5 * _ramp(rng, size) for _ in names])
     while True:
@@ -234,12 +234,12 @@ def _items(rng: np.random.Generator, size: int, scale: float) -> list[_Item]:
     if rng.random() < _CROWD_PROBABILITY:
         items.append(_crowd(rng, size, scale))
     placements: list[_Placement] = []
-    for _ in range(rng.integers(1, 7)):
+    for _ in range(rng.integers(1, 6)):
         if placements and rng.random() < _TOUCHING_PROBABILITY:
             placement = _beside(rng, placements[rng.integers(len(placements))])
         else:
             small = rng.random() < 0.15
-            radius = scale * (rng.uniform(7, 12) if small else rng.uniform(12, 28))
+            radius = scale * (rng.uniform(8, 13) if small else rng.uniform(14, 30))
             x, y = rng.uniform(0, size, 2).tolist()
             placement = _Placement(str(rng.choice(list(_THINGS))), x, y, radius)
         placements.append(placement)
