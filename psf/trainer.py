@@ -232,7 +232,7 @@ def write_pictures(cfg: CfgNode, model: nn.Module) -> None:
 
 @torch.no_grad()
 def _predict_samples(
-    cfg: CfgNode, model: nn.Module, dicts: list[dict[str, Any]], num_images: int = 12
+    cfg: CfgNode, model: nn.Module, dicts: list[dict[str, Any]], num_images: int = 6
 ) -> list[Sample]:
     """Predictions for images evenly spaced over a data set."""
     chosen = dicts[:: max(1, len(dicts) // num_images)][:num_images]

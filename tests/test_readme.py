@@ -46,7 +46,8 @@ def test_draw_on_images(trained):
 
 def test_every_file_that_the_docs_link_is_there():
     for page in ROOT.glob("*.md"):
-        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        text = page.read_text()
+        for link in re.findall(r"\]\(([^)#:]+)[)#]", text) + re.findall(r'src="([^":]+)"', text):
             assert (page.parent / link).exists(), f"{page.name} links {link}"
 
 
