@@ -75,10 +75,8 @@ def merge_mask_wise(
     for candidate in order[scores[order] >= rules.score_threshold].tolist():
         foreground = masks[candidate] > MASK_THRESHOLD
         free = foreground & (id_map == 0)
-        area, free_area = torch.stack([foreground.sum(), free.sum()]).tolist()
         is_thing = bool(labels[candidate] < num_thing_classes)
-        fraction = rules.thing_keep_fraction if is_thing else rules.stuff_keep_fraction
-        if free_area == 0 or free_area < fraction * area:
+        if not _keeps_enough(foreground, free, is_thing=is_thing, rules=rules):
             continue
         kept.append(candidate)
         id_map[free] = len(kept)
@@ -105,14 +103,19 @@ def merge_pixel_wise(
     for i, candidate in enumerate(candidates.tolist()):
         foreground = chosen[i] > MASK_THRESHOLD
         won = foreground & (winner == i)
-        area, won_area = torch.stack([foreground.sum(), won.sum()]).tolist()
         is_thing = bool(labels[candidate] < num_thing_classes)
-        fraction = rules.thing_keep_fraction if is_thing else rules.stuff_keep_fraction
-        if won_area == 0 or won_area < fraction * area:
+        if not _keeps_enough(foreground, won, is_thing=is_thing, rules=rules):
             continue
         kept.append(candidate)
         id_map[won] = len(kept)
     return _segments(id_map, kept, scores, labels)
+
+
+def _keeps_enough(mask: Tensor, remaining: Tensor, *, is_thing: bool, rules: MergingRules) -> bool:
+    """Whether what remains (H, W) of a mask (H, W) is a segment: not empty, and a fair part."""
+    area, remaining_area = torch.stack([mask.sum(), remaining.sum()]).tolist()
+    fraction = rules.thing_keep_fraction if is_thing else rules.stuff_keep_fraction
+    return bool(remaining_area > 0 and remaining_area >= fraction * area)
 
 
 def _segments(id_map: Tensor, kept: list[int], scores: Tensor, labels: Tensor) -> Segments:
