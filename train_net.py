@@ -8,11 +8,13 @@ python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_fin
 """
 
 import argparse
+import contextlib
 import difflib
 import logging
 import os
 import sys
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +42,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
         raise SystemExit(
             f"{misplaced[0]} stands after KEY VALUE pairs, which must come last on the command line"
         )
-    try:
-        if args.config_file:
+    if args.config_file:
+        with _explain(cfg, args.config_file):
             cfg.merge_from_file(args.config_file)
+    with _explain(cfg, "the command line"):
         cfg.merge_from_list(args.opts)
-    except (KeyError, AssertionError) as error:
-        raise SystemExit(_explain_unknown_key(cfg, args, str(error))) from error
     check_weights(cfg.MODEL.WEIGHTS)
     cfg.freeze()
     default_setup(cfg, args)
@@ -61,12 +62,16 @@ def check_weights(path: str) -> None:
         )
 
 
-def _explain_unknown_key(cfg: CfgNode, args: argparse.Namespace, message: str) -> str:
-    key = message.strip("'\"").rpartition(": ")[2]
-    close = difflib.get_close_matches(key, list(_keys(cfg)), n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
-    where = args.config_file if key not in args.opts else "the command line"
-    return f"Unknown or misplaced config key in {where}: {message.strip(chr(39))}.{hint}"
+@contextlib.contextmanager
+def _explain(cfg: CfgNode, where: str) -> Iterator[None]:
+    """Turn what yacs raises for a wrong key, type or pairing into one line that says where."""
+    try:
+        yield
+    except (KeyError, ValueError, AssertionError) as error:
+        message = str(error).strip("'\"")
+        close = difflib.get_close_matches(message.rpartition(": ")[2], _keys(cfg), n=1)
+        hint = f" Did you mean {close[0]}?" if message.startswith("Non-existent") and close else ""
+        raise SystemExit(f"Config error in {where}: {message}.{hint}") from error
 
 
 def _keys(node: CfgNode, prefix: str = "") -> list[str]:

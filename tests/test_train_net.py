@@ -32,6 +32,8 @@ def arguments(*arguments: str):
     [
         (["MODEL.PSF.NUM_OBJECT_QUERY", "7"], "NUM_OBJECT_QUERY.*MODEL.PSF.NUM_OBJECT_QUERIES"),
         (["SOLVER.BASE_RL", "7"], "the command line.*SOLVER.BASE_RL.*SOLVER.BASE_LR"),
+        (["SEED"], r"Config error in the command line: .*odd length"),
+        (["SOLVER.MAX_ITER", "many"], r"the command line: .*SOLVER\.MAX_ITER"),
         (["SEED", "3", "--resume"], "--resume stands after KEY VALUE pairs"),
         (["MODEL.WEIGHTS", "no/such.pth"], "MODEL.WEIGHTS: there is no file 'no/such.pth'"),
     ],
