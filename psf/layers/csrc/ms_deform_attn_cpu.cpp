@@ -1,9 +1,15 @@
 // CPU kernels, for any processor.
-#include "ms_deform_attn.h"
+#include "ms_deform_attn_inputs.h"
 
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
+
+#include <torch/library.h>
 
 #include <array>
 #include <cstring>
@@ -344,5 +350,88 @@ PSF_INSTANTIATE(double, double)
 PSF_INSTANTIATE(float, float)
 PSF_INSTANTIATE(c10::BFloat16, float)
 PSF_INSTANTIATE(c10::Half, float)
+
+namespace {
+
+using at::Tensor;
+
+// The CPU kernels are deterministic, so the flag changes nothing.
+Tensor forward_cpu(
+    const Tensor& value,
+    at::IntArrayRef spatial_shapes,
+    const Tensor& locations,
+    const Tensor& weights,
+    bool /*deterministic*/) {
+  const Inputs inputs = check_inputs(value, spatial_shapes, locations, weights);
+  const Sizes& sizes = inputs.sizes;
+  const Tensor v = value.contiguous();
+  const Tensor x = locations.to(accumulator_type(value)).contiguous();
+  const Tensor w = weights.to(accumulator_type(value)).contiguous();
+  Tensor output =
+      at::empty({sizes.images, sizes.queries, sizes.heads * sizes.channels}, value.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, value.scalar_type(), "ms_deform_attn", [&] {
+        using A = Accumulator<scalar_t>;
+        ms_deform_attn_cpu<scalar_t, A>(
+            sizes,
+            inputs.levels,
+            v.const_data_ptr<scalar_t>(),
+            x.const_data_ptr<A>(),
+            w.const_data_ptr<A>(),
+            output.mutable_data_ptr<scalar_t>());
+      });
+  return output;
+}
+
+// A gradient that is not asked for is returned as an empty tensor (0,), since the result of a
+// dispatched operator should be a defined tensor.
+Gradients backward_cpu(
+    const Tensor& grad_output,
+    const Tensor& value,
+    at::IntArrayRef spatial_shapes,
+    const Tensor& locations,
+    const Tensor& weights,
+    std::array<bool, 3> output_mask,
+    bool /*deterministic*/) {
+  const Inputs inputs = check_inputs(value, spatial_shapes, locations, weights);
+  const Sizes& sizes = inputs.sizes;
+  check_grad_output(grad_output, value, sizes);
+  const Tensor v = value.contiguous();
+  const Tensor x = locations.to(accumulator_type(value)).contiguous();
+  const Tensor w = weights.to(accumulator_type(value)).contiguous();
+  const Tensor grad = grad_output.to(value.scalar_type()).contiguous();
+  const auto options = x.options();  // of the arithmetic
+  const auto buffer = [&](bool wanted, const Tensor& like) {
+    return wanted ? at::empty_like(like) : at::empty({0}, options);
+  };
+  Tensor grad_value = at::zeros(output_mask[0] ? value.sizes() : at::IntArrayRef({0}), options);
+  Tensor grad_locations = buffer(output_mask[1], x);
+  Tensor grad_weights = buffer(output_mask[2], w);
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, value.scalar_type(), "ms_deform_attn_backward", [&] {
+        using A = Accumulator<scalar_t>;
+        ms_deform_attn_backward_cpu<scalar_t, A>(
+            sizes,
+            inputs.levels,
+            grad.const_data_ptr<scalar_t>(),
+            v.const_data_ptr<scalar_t>(),
+            x.const_data_ptr<A>(),
+            w.const_data_ptr<A>(),
+            output_mask[0] ? grad_value.mutable_data_ptr<A>() : nullptr,
+            output_mask[1] ? grad_locations.mutable_data_ptr<A>() : nullptr,
+            output_mask[2] ? grad_weights.mutable_data_ptr<A>() : nullptr);
+      });
+  return {
+      grad_value.to(value.scalar_type()),
+      grad_locations.to(locations.scalar_type()),
+      grad_weights.to(weights.scalar_type())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(psf, CPU, m) {
+  m.impl("ms_deform_attn", &forward_cpu);
+  m.impl("ms_deform_attn_backward", &backward_cpu);
+}
 
 }  // namespace psf
