@@ -11,13 +11,14 @@ their own names. INSTALL.md says where to get them.
 """
 
 import os
+import platform
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 CSRC = Path("psf/layers/csrc")
 
@@ -37,6 +38,10 @@ def compile_args() -> list[str]:
     # The last two let loops with comparisons and square roots vectorise; unlike -ffast-math they
     # keep NaN, infinities and the order of additions.
     args = ["-O3", "-g0", "-Wall", "-fno-math-errno", "-fno-trapping-math"]
+    # Products and sums may be contracted; vectors are passed between inlined functions only.
+    args += ["-ffp-contract=fast", "-Wno-psabi"]
+    if has_x86_kernels():
+        args.append("-DPSF_X86_KERNELS")
     # at::parallel_for is compiled into the extension. Only the compiler gets -fopenmp: without it
     # at the link, the extension uses the OpenMP runtime that torch has loaded, and so obeys
     # torch.set_num_threads. Clang's OpenMP calls another runtime, which torch does not load (and
@@ -51,10 +56,40 @@ def is_clang() -> bool:
     return "clang" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+# Files of kernels that are compiled for more than the platform's least processor; which of them
+# runs is decided when it runs.
+ISA_FLAGS = {
+    "ms_deform_attn_cpu_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "ms_deform_attn_cpu_avx512.cpp": [
+        *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"),
+        "-mprefer-vector-width=512",
+    ],
+}
+
+
+def has_x86_kernels() -> bool:
+    """Whether this compiler knows the flags above: GCC and clang on x86-64."""
+    return platform.machine() in ("x86_64", "AMD64") and sys.platform != "win32"
+
+
 def extension_arguments() -> dict:
     if os.environ.get("PSF_SKIP_EXTENSION") == "1":
         return {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    class BuildKernels(BuildExtension):
+        """Builds the files of :data:`ISA_FLAGS` with their own flags, which setuptools cannot."""
+
+        def build_extension(self, extension: Extension) -> None:
+            if has_x86_kernels():
+                isa_sources = [s for s in extension.sources if Path(s).name in ISA_FLAGS]
+                for source in isa_sources:
+                    extension.sources.remove(source)
+                    flags = [*extension.extra_compile_args["cxx"], *ISA_FLAGS[Path(source).name]]
+                    extension.extra_objects += self.compiler.compile(
+                        [source], output_dir=self.build_temp, extra_postargs=["-std=c++17", *flags]
+                    )
+            super().build_extension(extension)
 
     extension = CppExtension(
         name="psf._C",
@@ -62,7 +97,7 @@ def extension_arguments() -> dict:
         depends=[str(path) for path in sorted(CSRC.glob("*.h"))],
         extra_compile_args={"cxx": compile_args()},
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildKernels}}
 
 
 setup(
