@@ -164,7 +164,8 @@ PSF_INLINE Vector<A, kLanes> load_partial(const O* from, int64_t count) {
 
 template <typename A, int kLanes>
 PSF_INLINE IndexVector<A, kLanes> splat_index(int64_t x) {
-  return IndexVector<A, kLanes>{} + static_cast<typename IndexOf<A>::Type>(x);
+  using Index = typename IndexOf<A>::Type;
+  return splat<Index, kLanes>(static_cast<Index>(x));
 }
 
 // (x0, y0, x1, y1, ...) to (x0, x1, ...) and (y0, y1, ...).
