@@ -50,7 +50,7 @@ struct Adder {
 
   __device__ __forceinline__ Adder(const Problem& problem, const Gradients& gradients) : scale(0) {
     if constexpr (kFixedPoint) {
-      scale = std::ldexp(1.0, fixed_point_scale(problem, *gradients.exponent));
+      scale = std::ldexp(1.0, fixed_point_scale(problem, __ldg(gradients.exponent)));
     }
   }
 
@@ -327,18 +327,14 @@ __global__ void __launch_bounds__(kBackwardThreads) from_fixed_point_kernel(
     const int32_t* exponent,
     T* grad_value) {
   using A = Arithmetic<T>;
-  const int32_t scale = fixed_point_scale(problem, *exponent);
-  const double unit = *exponent >= kNotFinite / 2 ? NAN : std::ldexp(1.0, -scale);
+  const int32_t bound = __ldg(exponent);
+  const double unit =
+      bound >= kNotFinite / 2 ? NAN : std::ldexp(1.0, -fixed_point_scale(problem, bound));
   const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < elements;
        i += threads) {
-    A sum;
-    if constexpr (std::is_same_v<A, double>) {
-      sum = __ldcs(reinterpret_cast<const long long*>(fixed_point) + i) * unit;
-    } else {
-      sum = static_cast<A>(__ldcs(reinterpret_cast<const long long*>(fixed_point) + i) * unit);
-    }
-    const A result[1] = {sum};
+    const double sum = __ldcs(reinterpret_cast<const long long*>(fixed_point) + i) * unit;
+    const A result[1] = {static_cast<A>(sum)};
     store(result, grad_value + i);
   }
 }
@@ -375,7 +371,7 @@ __global__ void __launch_bounds__(kBackwardThreads) reference_kernel(
       sum += grad == A(0) ? A(0) : grad * factor;
     }
   }
-  grad_references[i] = sum;
+  __stcs(grad_references + i, sum);
 }
 
 template <typename T, int kLanes, int kVector, bool kFixedPoint>

@@ -1,0 +1,259 @@
+// The value gradient with few atomics: the samples of a tile of queries are sorted by pixel in
+// shared memory, and what they add to a pixel is summed in registers first. The neighbouring queries
+// of an encoder share most of their pixels; queries that sample at random share few.
+#include "ms_deform_attn_cuda_device.cuh"
+
+namespace psf {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kEntries = 4 * kThreads;  // one sample, four pixels, for each thread
+constexpr int kWindow = 32;             // side of the square of pixels that are sorted
+constexpr int kBins = kWindow * kWindow;
+constexpr int kBinsPerThread = kBins / kThreads;
+constexpr int kWarps = kThreads / 32;
+constexpr int64_t kMaxRows = 64;
+
+struct alignas(16) FourFloats {
+  float at[4];
+};
+
+// What a tile adds to one pixel: the weight times the output gradient of the row in a slot.
+struct Sorting {
+  int32_t starts[kBins + 1];  // counts of the pixels' entries, then where these begin
+  int32_t slots[kEntries];
+  float weights[kEntries];
+  int32_t far_pixels[kEntries];  // of entries outside the window, which fill the end, backwards
+  int32_t num_far;
+  float x_sums[kWarps];
+  float y_sums[kWarps];
+  float inside_sums[kWarps];
+  int32_t totals[kWarps];
+};
+
+struct Corner {
+  int32_t x;
+  int32_t y;
+};
+
+// The window's first pixel, so that its middle is the mean of the block's samples. A barrier.
+__device__ __forceinline__ Corner place_window(Sorting& sorting, const Sample<float>& sample) {
+  const auto join = [](float a, float b) { return a + b; };
+  const float x = reduce_group<32>(static_cast<float>(sample.x.index[0]), join);
+  const float y = reduce_group<32>(static_cast<float>(sample.y.index[0]), join);
+  const float inside = reduce_group<32>(sample.inside ? 1.0f : 0.0f, join);
+  if (threadIdx.x % 32 == 0) {
+    sorting.x_sums[threadIdx.x / 32] = x;
+    sorting.y_sums[threadIdx.x / 32] = y;
+    sorting.inside_sums[threadIdx.x / 32] = inside;
+  }
+  __syncthreads();
+  float x_sum = 0;
+  float y_sum = 0;
+  float inside_sum = 0;
+  for (int warp = 0; warp < kWarps; ++warp) {
+    x_sum += sorting.x_sums[warp];
+    y_sum += sorting.y_sums[warp];
+    inside_sum += sorting.inside_sums[warp];
+  }
+  const float count = inside_sum > 0 ? inside_sum : 1.0f;
+  return {
+      static_cast<int32_t>(x_sum / count) - kWindow / 2,
+      static_cast<int32_t>(y_sum / count) - kWindow / 2};
+}
+
+// Counts to starts. Begins and ends with a barrier.
+__device__ __forceinline__ void sum_counts(Sorting& sorting) {
+  __syncthreads();
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  int32_t* own = sorting.starts + threadIdx.x * kBinsPerThread;
+  int32_t total = 0;
+  for (int i = 0; i < kBinsPerThread; ++i) {
+    total += own[i];
+  }
+  int32_t up_to = total;  // sum of the lanes up to this one
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int32_t before = __shfl_up_sync(kWholeWarp, up_to, step);
+    up_to += lane >= step ? before : 0;
+  }
+  if (lane == 31) {
+    sorting.totals[warp] = up_to;
+  }
+  __syncthreads();
+  int32_t start = up_to - total;
+  for (int i = 0; i < warp; ++i) {
+    start += sorting.totals[i];
+  }
+  for (int i = 0; i < kBinsPerThread; ++i) {
+    const int32_t count = own[i];
+    own[i] = start;
+    start += count;
+  }
+  if (threadIdx.x == kThreads - 1) {
+    sorting.starts[kBins] = start;
+  }
+  __syncthreads();
+}
+
+// Sorts one sample of every thread. Begins with a barrier (in place_window) and ends with one.
+__device__ __forceinline__ void sort_samples(
+    Sorting& sorting,
+    const Sample<float>& sample,
+    const Record<float>& record,
+    int32_t slot,
+    Corner window) {
+  int32_t bins[4];
+  int32_t ranks[4];
+#pragma unroll
+  for (int corner = 0; corner < 4; ++corner) {
+    const int32_t x = sample.x.index[corner % 2] - window.x;
+    const int32_t y = sample.y.index[corner / 2] - window.y;
+    const bool in_window = x >= 0 && x < kWindow && y >= 0 && y < kWindow;
+    bins[corner] = record.index[corner] >= 0 && in_window ? y * kWindow + x : -1;
+    if (bins[corner] >= 0) {
+      ranks[corner] = atomicAdd(&sorting.starts[bins[corner]], 1);
+    } else if (record.index[corner] >= 0) {
+      const int32_t entry = kEntries - 1 - atomicAdd(&sorting.num_far, 1);
+      sorting.slots[entry] = slot;
+      sorting.weights[entry] = record.weight[corner];
+      sorting.far_pixels[entry] = record.index[corner];
+    }
+  }
+  sum_counts(sorting);
+#pragma unroll
+  for (int corner = 0; corner < 4; ++corner) {
+    if (bins[corner] >= 0) {
+      const int32_t entry = sorting.starts[bins[corner]] + ranks[corner];
+      sorting.slots[entry] = slot;
+      sorting.weights[entry] = record.weight[corner];
+    }
+  }
+  __syncthreads();
+}
+
+// A block has one level's samples of the rows of a tile, kThreads of them at a time. Groups of
+// kLanes threads then take a pixel each, and four channels a thread.
+template <int kLanes>
+__global__ void __launch_bounds__(kThreads) by_pixel_kernel(
+    const __grid_constant__ Problem problem,
+    int32_t rows,
+    const void* grad_output,
+    Scalar grad_type,
+    float* grad_value) {
+  Sorting& sorting = *reinterpret_cast<Sorting*>(shared_memory());
+  // (rows, D)
+  FourFloats* grads = reinterpret_cast<FourFloats*>(
+      shared_memory() + (sizeof(Sorting) + 15) / 16 * 16);
+  const int32_t head = blockIdx.x % problem.heads;
+  const int32_t tile_level = blockIdx.x / problem.heads;
+  const int32_t tile = tile_level / problem.num_levels;
+  const int32_t level = tile_level - tile * problem.num_levels;
+  const int32_t vectors = problem.channels / 4;
+  for (int32_t i = threadIdx.x; i < rows * vectors; i += kThreads) {
+    const Row row = find_row(problem, tile, head, i / vectors, rows);
+    FourFloats grad = {};
+    if (row.live) {
+      load_any(grad_output, grad_type, row.index * vectors + i % vectors, grad.at);
+    }
+    grads[i] = grad;
+  }
+
+  const int64_t image = blockIdx.z * kMaxGridY + blockIdx.y;
+  const int32_t grad_stride = problem.heads * problem.channels;
+  float* grad_head = grad_value + image * problem.positions_per_image * grad_stride +
+      head * problem.channels;
+  const int lane = threadIdx.x % kLanes;
+  const int group = threadIdx.x / kLanes;
+  constexpr int kGroups = kThreads / kLanes;
+  const auto add_entries = [&](int32_t pixel, int32_t begin, int32_t end) {
+    for (int32_t vector = lane; vector < vectors; vector += kLanes) {
+      FourFloats sum = {};
+      for (int32_t entry = begin; entry < end; ++entry) {
+        const FourFloats grad = grads[sorting.slots[entry] * vectors + vector];
+        const float weight = sorting.weights[entry];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          sum.at[c] += weight * grad.at[c];
+        }
+      }
+      float* to = grad_head + static_cast<int64_t>(pixel) * grad_stride + 4 * vector;
+      atomic_add4(to, sum.at[0], sum.at[1], sum.at[2], sum.at[3]);
+    }
+  };
+
+  const DeviceLevel& pixels = problem.levels[level];
+  const Softmax<float> stored_weights = {};
+  for (int32_t first = 0; first < rows * problem.points; first += kThreads) {
+    const int32_t slot = (first + static_cast<int32_t>(threadIdx.x)) / problem.points;
+    const int32_t point = first + static_cast<int32_t>(threadIdx.x) - slot * problem.points;
+    Row row = find_row(problem, tile, head, slot, rows);
+    row.live = row.live && slot < rows;
+    const Sample<float> sample =
+        load_sample<float>(problem, row, level * problem.points + point, stored_weights);
+    const Record<float> record = make_record<true>(problem, sample);
+    for (int i = threadIdx.x; i < kBins; i += kThreads) {
+      sorting.starts[i] = 0;
+    }
+    if (threadIdx.x == 0) {
+      sorting.num_far = 0;
+    }
+    const Corner window = place_window(sorting, sample);
+    sort_samples(sorting, sample, record, slot, window);
+    for (int32_t bin = group; bin < kBins; bin += kGroups) {
+      const int32_t begin = sorting.starts[bin];
+      const int32_t end = sorting.starts[bin + 1];
+      if (begin < end) {
+        const int32_t x = window.x + bin % kWindow;
+        const int32_t y = window.y + bin / kWindow;
+        add_entries(pixels.start + y * pixels.width + x, begin, end);
+      }
+    }
+    for (int32_t i = group; i < sorting.num_far; i += kGroups) {
+      const int32_t entry = kEntries - 1 - i;
+      add_entries(sorting.far_pixels[entry], entry, entry + 1);
+    }
+    __syncthreads();
+  }
+}
+
+template <int kLanes>
+void launch_by_pixel(
+    const CudaInputs& inputs, const void* grad_output, float* grad_value, CUstream_st* stream) {
+  const Sizes& sizes = inputs.sizes;
+  const size_t row_bytes = sizes.channels * sizeof(float);
+  const size_t sorting_bytes = (sizeof(Sorting) + 15) / 16 * 16;
+  int64_t rows = kMaxRows;
+  while (rows > 1 &&
+         (rows * sizes.points > kThreads || sorting_bytes + rows * row_bytes > kSharedBytes)) {
+    rows /= 2;
+  }
+  const Launch geometry = make_launch(inputs, rows);
+  launch(
+      &by_pixel_kernel<kLanes>,
+      make_grid(geometry.tiles * sizes.levels * sizes.heads, sizes.images),
+      kThreads,
+      sorting_bytes + rows * row_bytes,
+      stream,
+      geometry.problem,
+      static_cast<int32_t>(rows),
+      grad_output,
+      inputs.type,
+      grad_value);
+}
+
+}  // namespace
+
+void value_gradient_by_pixel_cuda(
+    const CudaInputs& inputs, const void* grad_output, float* grad_value, CUstream_st* stream) {
+  if (inputs.sizes.levels == 0 || inputs.sizes.channels == 0) {
+    return;
+  }
+  const int64_t vectors = inputs.sizes.channels / 4;
+  return vectors <= 4 ? launch_by_pixel<4>(inputs, grad_output, grad_value, stream)
+      : vectors <= 8  ? launch_by_pixel<8>(inputs, grad_output, grad_value, stream)
+                      : launch_by_pixel<16>(inputs, grad_output, grad_value, stream);
+}
+
+}  // namespace psf
