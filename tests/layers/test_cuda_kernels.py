@@ -182,6 +182,11 @@ def off_the_knots(pixels: Tensor) -> Tensor:
     return pixels.floor() + (pixels - pixels.floor()).clamp(0.25, 0.75)
 
 
+def sides(shapes) -> Tensor:
+    """(L, 1, 2), (W, H). 1 where a level is empty, lest dividing makes NaN of what is not used."""
+    return torch.tensor(shapes).double().view(-1, 2).flip(-1)[:, None].clamp(min=1)
+
+
 def make_case(
     shapes=ODD,
     images=2,
@@ -201,7 +206,7 @@ def make_case(
     positions = sum(h * w for h, w in shapes)
     queries = positions if queries is None else queries
     grid = (images, queries, heads, len(shapes), points)
-    sizes = torch.tensor(shapes, dtype=torch.float64).view(-1, 2).flip(-1)[:, None]  # (L, 1, 2)
+    sizes = sides(shapes)
     pixels = off_the_knots((2 * torch.rand(*grid, 2, **draw) - 0.5) * sizes - 0.5)
     wide = accumulator(dtype)
     sample_dtype = sample_dtype or wide
@@ -211,7 +216,7 @@ def make_case(
     else:
         centres = torch.rand(images, queries, len(shapes), 2, **draw)
         box = torch.rand(images, queries, len(shapes), 2, **draw) + 0.5
-        references = torch.cat([centres, box], dim=-1)[..., :coordinates].to(wide)
+        references = torch.cat([centres, box], dim=-1)[..., :coordinates].to(wide).contiguous()
         offsets = pixels + 0.5 - (centres.unsqueeze(2) * sizes[:, 0]).unsqueeze(4)
         scale = 1 if coordinates == 2 else sizes * box[:, :, None, :, None] / 2 / points
         stored, weights = offsets / scale, torch.randn(*grid, **draw)
@@ -231,12 +236,11 @@ def exact(case) -> SimpleNamespace:
     value, positions, weights = (t.detach().double().requires_grad_() for t in inputs)
     locations, attention, references = positions, weights, None
     if case.references is not None:
-        references = case.references.double().requires_grad_()
+        references = case.references.detach().double().requires_grad_()
         attention = weights.flatten(3).softmax(-1).view_as(weights)
         around = references[:, :, None, :, None]  # (N, Q, 1, L, 1, 2 or 4)
         if references.shape[3] == 2:
-            sizes = torch.tensor(case.shapes).flip(-1)[:, None]
-            locations = around + positions / sizes
+            locations = around + positions / sides(case.shapes)
         else:
             locations = around[..., :2] + positions / weights.shape[4] * around[..., 2:] * 0.5
     locations.retain_grad()
@@ -437,7 +441,6 @@ def test_only_sampled_pixels_count(library, channels):
     [
         {"channels": 0},
         {"points": 0},
-        {"shapes": [], "queries": 3},
         {"shapes": [(0, 0)], "queries": 3},
         {"shapes": [(0, 3), (2, 2), (3, 0)]},
         {"shapes": [(0, 3), (2, 2), (3, 0)], "queries": 3},
@@ -447,6 +450,16 @@ def test_only_sampled_pixels_count(library, channels):
 @pytest.mark.parametrize("coordinates", [None, 2, 4])
 def test_empty(library, empty, coordinates):
     check_all(library, make_case(**empty, coordinates=coordinates))
+
+
+@pytest.mark.parametrize("coordinates", [None, 2, 4])
+def test_no_levels(library, coordinates):
+    case = make_case([], queries=3, coordinates=coordinates)
+    emulation = Emulation(library, case)
+    assert (emulation.forward() == 0).all()
+    emulation.backward()
+    emulation.deterministic_backward()
+    assert emulation.value_gradient_by_pixel().numel() == 0
 
 
 def test_infinite_logits_are_nan_as_in_pytorch(library):

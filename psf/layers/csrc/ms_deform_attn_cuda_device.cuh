@@ -368,20 +368,24 @@ pixels_per_unit(const Problem& problem, const Row& row, int32_t level) {
   return {__ldg(box + 2) * part * width, __ldg(box + 3) * part * height};
 }
 
-// Pixel coordinates of a stored position.
+// Sets the axis of a sample at the coordinate position * unit + reference * size - 1/2, and returns
+// whether it touches the level. The fraction of a pixel is as exact as for a coordinate near 0:
+// it does not suffer from the digits that the whole pixels take.
 template <typename A>
-__device__ __forceinline__ Point<A>
-to_pixels(const Problem& problem, const Row& row, int32_t level, const A (&position)[2]) {
-  const A width = static_cast<A>(problem.levels[level].width);
-  const A height = static_cast<A>(problem.levels[level].height);
-  const Point<A> unit = pixels_per_unit<A>(problem, row, level);
-  Point<A> origin = {A(-0.5), A(-0.5)};
-  if (problem.references != nullptr) {
-    const A* reference = static_cast<const A*>(problem.references) +
-        (row.query * problem.num_levels + level) * problem.coordinates;
-    origin = {__ldg(reference) * width - A(0.5), __ldg(reference + 1) * height - A(0.5)};
+__device__ __forceinline__ bool
+place_on_axis(A position, A unit, A reference, int32_t size, Axis<A, int32_t>& axis) {
+  const A start = reference * static_cast<A>(size);
+  const A start_error = std::fma(reference, static_cast<A>(size), -start);
+  const A coordinate = std::fma(position, unit, start - A(0.5));
+  if (!touches(coordinate, size)) {
+    return false;
   }
-  return {position[0] * unit.x + origin.x, position[1] * unit.y + origin.y};
+  axis = bilinear_axis(coordinate, size);
+  const A start_in_pixel = (start - std::floor(coordinate)) - A(0.5) + start_error;
+  const A fraction = std::fma(position, unit, start_in_pixel);
+  axis.weight[0] = -axis.slope[0] * (A(1) - fraction);
+  axis.weight[1] = axis.slope[1] * fraction;
+  return true;
 }
 
 // Sample j of the row: j = l * P + p. Beyond the row it is one that contributes nothing.
@@ -399,14 +403,18 @@ load_sample(const Problem& problem, const Row& row, int32_t j, const Softmax<A>&
   load_any(problem.positions, problem.positions_type, index, position);
   A weight[1];
   load_any(problem.weights, problem.weights_type, index, weight);
-  const Point<A> at = to_pixels<A>(problem, row, sample.level, position);
-  sample.inside = touches(at.x, level.width) && touches(at.y, level.height);
-  if (sample.inside) {
-    sample.weight = softmax(weight[0]);
-    sample.x = bilinear_axis(at.x, level.width);
-    sample.y = bilinear_axis(at.y, level.height);
+  const Point<A> unit = pixels_per_unit<A>(problem, row, sample.level);
+  Point<A> reference = {};
+  if (problem.references != nullptr) {
+    const A* stored = static_cast<const A*>(problem.references) +
+        (row.query * problem.num_levels + sample.level) * problem.coordinates;
+    reference = {__ldg(stored), __ldg(stored + 1)};
   }
-  return sample;
+  Sample<A> inside = sample;
+  inside.inside = place_on_axis(position[0], unit.x, reference.x, level.width, inside.x) &&
+      place_on_axis(position[1], unit.y, reference.y, level.height, inside.y);
+  inside.weight = softmax(weight[0]);
+  return inside.inside ? inside : sample;
 }
 
 // What a group leaves in shared memory of a sample, for all its lanes: the four pixels around it,
