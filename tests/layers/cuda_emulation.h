@@ -269,7 +269,7 @@ struct CUstream_st;
 namespace psf {
 namespace {
 
-constexpr int64_t kMaxGridY = 3;  // small, so that tests reach it
+constexpr int64_t kMaxGridSide = 3;  // small, so that tests reach it
 
 float half_to_float(uint16_t bits) {
   const int exponent = bits >> 10 & 31;
@@ -315,6 +315,11 @@ uint16_t float_to_bfloat16(float x) {
   atomicAdd(to + 1, b);
   atomicAdd(to + 2, c);
   atomicAdd(to + 3, d);
+}
+
+template <typename T>
+T* keep(T* address) {
+  return address;
 }
 
 [[maybe_unused]] unsigned char* shared_memory() {

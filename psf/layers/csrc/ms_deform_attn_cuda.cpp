@@ -64,7 +64,7 @@ Tensor aligned(const Tensor& tensor) {
   return address % kAlignment == 0 ? result : result.clone();
 }
 
-// In a type that kernels take positions and weights in.
+// In a type that kernels take offsets, weights and logits in.
 Tensor readable(const Tensor& tensor, at::ScalarType arithmetic) {
   const at::ScalarType type = tensor.scalar_type();
   const bool as_it_is =
@@ -101,7 +101,7 @@ Call make_call(
   const bool is_near = value.stride(1) <= kMaxCudaStride / value.element_size();
   Call call;
   call.value = rows_are_dense && is_near ? value : value.contiguous();
-  call.positions = readable(positions, arithmetic);
+  call.positions = fused ? readable(positions, arithmetic) : aligned(positions.to(arithmetic));
   call.weights = readable(weights, arithmetic);
   if (fused) {
     call.references = aligned(references.to(arithmetic));

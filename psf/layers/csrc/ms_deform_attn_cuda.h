@@ -25,8 +25,8 @@ constexpr int64_t kMaxCudaFusedSamples = 1024;  // L * P: a row's gradients wait
 constexpr int64_t kMaxCudaStride = (int64_t{1} << 31) - 1;  // bytes between positions
 
 // Inputs of the operator (references is null) or of its fused variant. All but value are
-// contiguous and aligned to 16 bytes. positions and weights have type A or, where A is float,
-// float, half or bfloat16.
+// contiguous and aligned to 16 bytes. Locations have type A; offsets, weights and logits too or,
+// where that is float, also half or bfloat16.
 struct CudaInputs {
   Sizes sizes;
   std::vector<Level> levels;

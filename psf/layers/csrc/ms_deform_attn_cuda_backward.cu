@@ -6,14 +6,20 @@ namespace psf {
 namespace {
 
 constexpr unsigned kBackwardThreads = 256;
+// Blocks of the main kernel that a multiprocessor should hold: for three, float spills a few of its
+// registers, once for eight samples; double would spill ten times as many.
+template <typename A>
+constexpr int kBackwardBlocks = std::is_same_v<A, double> ? 2 : 3;
 // Exponent of something infinite or NaN: above the sum of any two others.
 constexpr int32_t kNotFinite = 1 << 20;
+// Exponent of 0: the sum of two is the smallest.
+constexpr int32_t kNothing = kSmallestExponent / 2;
 
 // Where gradients go. Pointers are null where one is not wanted.
 struct Gradients {
   void* value;
-  void* positions;
-  void* weights;
+  char* positions;
+  char* weights;
   void* locations;
   void* softmax;
   const int32_t* exponent;  // of the fixed point of the value gradient
@@ -25,7 +31,7 @@ __device__ __forceinline__ int32_t exponent_of(A x) {
   if (!std::isfinite(x)) {
     return kNotFinite;
   }
-  int exponent = kSmallestExponent / 2;
+  int exponent = kNothing;
   if (x != A(0)) {
     std::frexp(x, &exponent);
   }
@@ -97,6 +103,36 @@ __device__ __forceinline__ void transpose_add(A (&products)[kBatch][4], int lane
   }
 }
 
+// The lane's part of the products of the output gradient with a sample's four pixels.
+template <typename T, int kVector, typename A>
+__device__ __forceinline__ void multiply(
+    const Problem& problem,
+    const Record<A>& record,
+    const T* value,
+    const A (&grad)[kVector],
+    A (&products)[4]) {
+#pragma unroll
+  for (int corner = 0; corner < 4; ++corner) {
+    products[corner] = 0;
+  }
+  if (record.index[0] < 0) {
+    return;
+  }
+  A pixels[4][kVector];
+#pragma unroll
+  for (int corner = 0; corner < 4; ++corner) {
+    load<false>(
+        offset(value, record.index[corner], problem.position_stride_bytes), pixels[corner]);
+  }
+#pragma unroll
+  for (int corner = 0; corner < 4; ++corner) {
+#pragma unroll
+    for (int c = 0; c < kVector; ++c) {
+      products[corner] += grad[c] * pixels[corner][c];
+    }
+  }
+}
+
 // Leaves in products[0] of each lane the sums over the group for sample lane % kBatch.
 template <int kLanes, int kBatch, typename A>
 __device__ __forceinline__ void sum_products(A (&products)[kBatch][4], int lane) {
@@ -114,9 +150,10 @@ __device__ __forceinline__ void sum_products(A (&products)[kBatch][4], int lane)
   }
 }
 
-// Gradients of one sample from the products of the output gradient with its four pixels (0 for
-// pixels outside), as far as they do not need the rest of the row. Returns that by the weight.
-template <typename A>
+// Stores the gradients of one sample, as far as they do not need the rest of the row, given the
+// products of the output gradient with its four pixels. Returns the gradient by the weight, which
+// may need it.
+template <bool kFused, typename A>
 __device__ __forceinline__ A finish_sample(
     const Problem& problem,
     const Gradients& gradients,
@@ -128,25 +165,39 @@ __device__ __forceinline__ A finish_sample(
   A by_weight = 0;
   Point<A> by_pixels = {};
   if (sample.inside) {
-    const A top = products[0] * sample.x.weight[0] + products[1] * sample.x.weight[1];
-    const A bottom = products[2] * sample.x.weight[0] + products[3] * sample.x.weight[1];
-    const A left = products[2] - products[0];
-    const A right = products[3] - products[1];
-    by_weight = top * sample.y.weight[0] + bottom * sample.y.weight[1];
+    const DeviceAxis<A>& x = sample.x;
+    const DeviceAxis<A>& y = sample.y;
+    by_weight = y.weight[0] * (x.weight[0] * products[0] + x.weight[1] * products[1]) +
+        y.weight[1] * (x.weight[0] * products[2] + x.weight[1] * products[3]);
+    // Pixels outside stand for zeros.
+    const auto slope = [](const DeviceAxis<A>& axis, A low, A high) {
+      return (axis.inside[1] ? high : A(0)) - (axis.inside[0] ? low : A(0));
+    };
     by_pixels.x = sample.weight *
-        (sample.y.weight[0] * (products[1] - products[0]) +
-         sample.y.weight[1] * (products[3] - products[2]));
-    by_pixels.y = sample.weight * (sample.x.weight[0] * left + sample.x.weight[1] * right);
+        (y.weight[0] * slope(x, products[0], products[1]) +
+         y.weight[1] * slope(x, products[2], products[3]));
+    by_pixels.y = sample.weight *
+        (x.weight[0] * slope(y, products[0], products[2]) +
+         x.weight[1] * slope(y, products[1], products[3]));
   }
   if (gradients.positions != nullptr) {
-    const Point<A> unit = pixels_per_unit<A>(problem, row, sample.level);
+    const Point<A> unit = pixels_per_unit<A, kFused>(problem, row, sample.level);
     const A result[2] = {by_pixels.x * unit.x, by_pixels.y * unit.y};
-    store_any(result, gradients.positions, problem.positions_type, index);
+    char* to = gradients.positions + index * problem.position_bytes;
+    if constexpr (kFused) {
+      store_any(result, to, problem.positions_type);
+    } else {
+      store(result, reinterpret_cast<A*>(to));
+    }
   }
-  if (gradients.locations != nullptr) {
+  if (kFused && gradients.locations != nullptr) {
     const DeviceLevel& level = problem.levels[sample.level];
     const A result[2] = {by_pixels.x * level.width, by_pixels.y * level.height};
     store(result, static_cast<A*>(gradients.locations) + 2 * index);
+  }
+  if (!kFused && gradients.weights != nullptr) {
+    const A result[1] = {by_weight};
+    store_any(result, gradients.weights + index * problem.weight_bytes, problem.weights_type);
   }
   return by_weight;
 }
@@ -159,25 +210,20 @@ __device__ __forceinline__ void finish_softmax(
     const Gradients& gradients,
     const Row& row,
     int lane,
-    const Softmax<A>& softmax,
+    const Softmax<A, true>& softmax,
     const A* by_weights) {
-  const auto load_weight = [&](int32_t j) {
-    A logit[1];
-    load_any(problem.weights, problem.weights_type, row.index * problem.samples + j, logit);
-    return softmax(logit[0]);
-  };
   const int32_t samples = row.live ? problem.samples : 0;
   A sum = 0;
   for (int32_t j = lane; j < samples; j += kLanes) {
-    sum += load_weight(j) * by_weights[j];
+    sum += softmax(load_weight<A>(problem, row, j)) * by_weights[j];
   }
   sum = reduce_group<kLanes>(sum, [](A a, A b) { return a + b; });
   for (int32_t j = lane; j < samples; j += kLanes) {
     const int64_t index = row.index * problem.samples + j;
-    const A weight[1] = {load_weight(j)};
+    const A weight[1] = {softmax(load_weight<A>(problem, row, j))};
     if (gradients.weights != nullptr) {
       const A result[1] = {weight[0] * (by_weights[j] - sum)};
-      store_any(result, gradients.weights, problem.weights_type, index);
+      store_any(result, gradients.weights + index * problem.weight_bytes, problem.weights_type);
     }
     if (gradients.softmax != nullptr) {
       store(weight, static_cast<A*>(gradients.softmax) + index);
@@ -188,8 +234,8 @@ __device__ __forceinline__ void finish_softmax(
 // As in the forward kernel, each lane prepares a sample and all lanes gather the pixels of each.
 // The products of pixels and output gradient are then summed so that each lane ends with the sums
 // of the sample it has prepared, and can finish its gradients.
-template <typename T, int kLanes, int kVector, bool kFixedPoint>
-__global__ void __launch_bounds__(kBackwardThreads) backward_kernel(
+template <typename T, bool kFused, int kLanes, int kVector, bool kFixedPoint>
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Arithmetic<T>>) backward_kernel(
     const __grid_constant__ Problem problem,
     const T* grad_output,
     const __grid_constant__ Gradients gradients) {
@@ -198,67 +244,63 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_kernel(
   constexpr int kBatch = kLanes < 8 ? kLanes : 8;  // samples whose products fit the registers
   const int lane = threadIdx.x % kLanes;
   const int slot = threadIdx.x / kLanes;
-  const int rows = blockDim.x / kLanes;
   const Row row = find_row<kLanes>(problem);
   Record<A>* records =
       reinterpret_cast<Record<A>*>(shared_memory() + slot * kRecordBytes<A, kLanes>);
-  A* by_weights = reinterpret_cast<A*>(shared_memory() + rows * kRecordBytes<A, kLanes>) +
+  // Gradients by the softmax's weights, fused only.
+  A* by_weights =
+      reinterpret_cast<A*>(shared_memory() + blockDim.x / kLanes * kRecordBytes<A, kLanes>) +
       slot * problem.samples;
-  const Softmax<A> softmax = row_softmax<A, kLanes>(problem, row, lane);
+  const Softmax<A, kFused> softmax = row_softmax<A, kFused, kLanes>(problem, row, lane);
   const Adder<A, kFixedPoint> add(problem, gradients);
   const bool wants_value = gradients.value != nullptr;
-  const bool wants_samples = gradients.positions != nullptr || gradients.weights != nullptr ||
-      gradients.locations != nullptr;
-  const int32_t grad_stride = problem.heads * problem.channels;
+  const uint32_t grad_stride_bytes = problem.heads * problem.channels * sizeof(Element);
+  const T* value_row = keep(
+      static_cast<const T*>(problem.value) + row.image * problem.image_stride +
+      row.head * problem.head_stride);
+  Element* grad_row = keep(
+      static_cast<Element*>(gradients.value) +
+      (static_cast<int64_t>(row.image) * problem.positions_per_image * problem.heads + row.head) *
+          problem.channels);
   A grad[kVector] = {};
   int32_t loaded = -1;  // the channels in grad
   for (int32_t chunk = 0; chunk < problem.samples; chunk += kLanes) {
     const int32_t j = chunk + lane;
-    const Sample<A> sample = load_sample<A>(problem, row, j, softmax);
-    records[lane] = make_record<true>(problem, sample);
+    const Sample<A> sample = load_sample(problem, row, j, softmax);
+    records[lane] = make_record(problem, sample);
     __syncwarp();
     A own[4] = {};
     for (int32_t first = 0; first < problem.channels; first += kLanes * kVector) {
-      const int32_t channel = first + lane * kVector;
-      const bool active = row.live && channel < problem.channels;
-      if (active && loaded != first) {
+      const bool active = first + lane * kVector < problem.channels;
+      // Lanes without channels multiply channel 0 by a gradient of 0, and add nothing.
+      const int32_t channel = active ? first + lane * kVector : 0;
+      if (row.live && loaded != first) {
         load<true>(grad_output + row.index * problem.channels + channel, grad);
+#pragma unroll
+        for (int c = 0; c < kVector; ++c) {
+          grad[c] = active ? grad[c] : A(0);
+        }
         loaded = first;
       }
-      const T* value = static_cast<const T*>(problem.value) + row.image * problem.image_stride +
-          row.head * problem.head_stride + channel;
-      Element* grad_value = static_cast<Element*>(gradients.value) +
-          static_cast<int64_t>(row.image) * problem.positions_per_image * grad_stride +
-          row.head * problem.channels + channel;
+      const T* value = value_row + channel;
+      Element* grad_value = grad_row + channel;
 #pragma unroll
       for (int batch = 0; batch < kLanes; batch += kBatch) {
         A products[kBatch][4];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
           const Record<A> record = records[batch + i];
+          multiply(problem, record, value, grad, products[i]);
+          if (wants_value && active && record.index[0] >= 0) {
 #pragma unroll
-          for (int corner = 0; corner < 4; ++corner) {
-            const int64_t index = record.index[corner];
-            A product = 0;
-            if (active && index >= 0) {
-              if (wants_samples) {
-                A pixel[kVector];
-                load<false>(value + index * problem.position_stride, pixel);
-#pragma unroll
-                for (int c = 0; c < kVector; ++c) {
-                  product += grad[c] * pixel[c];
-                }
-              }
-              if (wants_value) {
-                add(grad_value + index * grad_stride, record.weight[corner], grad);
-              }
+            for (int corner = 0; corner < 4; ++corner) {
+              add(offset(grad_value, record.index[corner], grad_stride_bytes),
+                  record.weight[corner],
+                  grad);
             }
-            products[i][corner] = product;
           }
         }
-        if (wants_samples) {
-          sum_products<kLanes>(products, lane);
-        }
+        sum_products<kLanes>(products, lane);
         if (lane / kBatch * kBatch == batch) {
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner) {
@@ -267,55 +309,50 @@ __global__ void __launch_bounds__(kBackwardThreads) backward_kernel(
         }
       }
     }
-    if (wants_samples && row.live && j < problem.samples) {
-      const A by_weight = finish_sample(problem, gradients, row, j, sample, own);
-      if (softmax.used) {
+    if (row.live && j < problem.samples) {
+      const A by_weight = finish_sample<kFused>(problem, gradients, row, j, sample, own);
+      if constexpr (kFused) {
         by_weights[j] = by_weight;
-      } else if (gradients.weights != nullptr) {
-        const A result[1] = {by_weight};
-        store_any(
-            result, gradients.weights, problem.weights_type, row.index * problem.samples + j);
       }
     }
     __syncwarp();
   }
-  if (softmax.used && (gradients.weights != nullptr || gradients.softmax != nullptr)) {
-    finish_softmax<kLanes>(problem, gradients, row, lane, softmax, by_weights);
+  if constexpr (kFused) {
+    if (gradients.weights != nullptr || gradients.softmax != nullptr) {
+      finish_softmax<kLanes>(problem, gradients, row, lane, softmax, by_weights);
+    }
   }
 }
 
 // Raises *exponent to that of a bound of all products of weights in use and output gradients.
-template <typename T>
+template <typename T, bool kFused>
 __global__ void __launch_bounds__(kBackwardThreads) exponent_kernel(
     const __grid_constant__ Problem problem, const T* grad_output, int32_t* exponent) {
   using A = Arithmetic<T>;
   constexpr int kLanes = 8;
   const int lane = threadIdx.x % kLanes;
   const Row row = find_row<kLanes>(problem);
-  const Softmax<A> softmax = row_softmax<A, kLanes>(problem, row, lane);
-  int32_t of_grad = kSmallestExponent / 2;
-  int32_t of_weights = kSmallestExponent / 2;
+  const Softmax<A, kFused> softmax = row_softmax<A, kFused, kLanes>(problem, row, lane);
+  const auto larger = [](int32_t a, int32_t b) { return a > b ? a : b; };
+  int32_t of_grad = kNothing;
+  int32_t of_weights = kNothing;
   const int32_t channels = row.live ? problem.channels : 0;
   for (int32_t channel = lane; channel < channels; channel += kLanes) {
     A grad[1];
     load<true>(grad_output + row.index * problem.channels + channel, grad);
-    const int32_t candidate = exponent_of(grad[0]);
-    of_grad = candidate > of_grad ? candidate : of_grad;
+    of_grad = larger(of_grad, exponent_of(grad[0]));
   }
   for (int32_t j = lane; j < problem.samples; j += kLanes) {
-    const Sample<A> sample = load_sample<A>(problem, row, j, softmax);
-    const int32_t candidate = exponent_of(sample.weight);
-    of_weights = candidate > of_weights ? candidate : of_weights;
+    const Sample<A> sample = load_sample(problem, row, j, softmax);
+    of_weights = larger(of_weights, sample.inside ? exponent_of(sample.weight) : kNothing);
   }
-  const auto larger = [](int32_t a, int32_t b) { return a > b ? a : b; };
   of_grad = reduce_group<kLanes>(of_grad, larger);
   of_weights = reduce_group<kLanes>(of_weights, larger);
   // A row that samples nothing adds nothing, whatever its gradient.
-  const bool samples_nothing = of_weights == kSmallestExponent / 2;
-  int32_t result = samples_nothing ? kSmallestExponent : of_grad + of_weights;
-  result = reduce_group<32>(result, larger);
+  const int32_t of_row = of_weights == kNothing ? 2 * kNothing : of_grad + of_weights;
+  const int32_t of_warp = reduce_group<32>(of_row, larger);
   if (threadIdx.x % 32 == 0) {
-    atomicMax(exponent, result);
+    atomicMax(exponent, of_warp);
   }
 }
 
@@ -339,21 +376,15 @@ __global__ void __launch_bounds__(kBackwardThreads) from_fixed_point_kernel(
   }
 }
 
-// One thread for each number of grad_references.
+// One number of grad_references: the sum over heads and points of the gradients by locations, times
+// what the location has of a box's side where that is meant.
 template <typename A>
-__global__ void __launch_bounds__(kBackwardThreads) reference_kernel(
-    const __grid_constant__ Problem problem, const A* grad_locations, A* grad_references) {
-  const int64_t count = static_cast<int64_t>(problem.images) * problem.queries *
-      problem.num_levels * problem.coordinates;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= count) {
-    return;
-  }
-  const int32_t coordinate = i % problem.coordinates;
-  const int64_t query_level = i / problem.coordinates;
+__device__ __forceinline__ A
+sum_for_reference(const Problem& problem, int64_t element, const A* grad_locations) {
+  const int32_t coordinate = element % problem.coordinates;
+  const int64_t query_level = element / problem.coordinates;
   const int32_t level = query_level % problem.num_levels;
   const int64_t query = query_level / problem.num_levels;
-  const bool is_size = coordinate >= 2;
   const int axis = coordinate % 2;
   A sum = 0;
   for (int32_t m = 0; m < problem.heads; ++m) {
@@ -361,17 +392,31 @@ __global__ void __launch_bounds__(kBackwardThreads) reference_kernel(
       const int64_t index =
           ((query * problem.heads + m) * problem.num_levels + level) * problem.points + p;
       A factor = 1;
-      if (is_size) {
-        A offset[2];
-        load_any(problem.positions, problem.positions_type, index, offset);
-        factor = offset[axis] * (A(0.5) / static_cast<A>(problem.points));
+      if (coordinate >= 2) {
+        A offsets[2];
+        load_any(
+            problem.positions + index * problem.position_bytes, problem.positions_type, offsets);
+        factor = offsets[axis] * (A(0.5) / static_cast<A>(problem.points));
       }
-      // Not factor * 0, which is NaN for the infinite offset of a sample outside.
+      // Not 0 * factor, which is NaN for the infinite offset of a sample outside.
       const A grad = __ldg(grad_locations + 2 * index + axis);
       sum += grad == A(0) ? A(0) : grad * factor;
     }
   }
-  __stcs(grad_references + i, sum);
+  return sum;
+}
+
+template <typename A>
+__global__ void __launch_bounds__(kBackwardThreads) reference_kernel(
+    const __grid_constant__ Problem problem,
+    int64_t elements,
+    const A* grad_locations,
+    A* grad_references) {
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < elements;
+       i += threads) {
+    __stcs(grad_references + i, sum_for_reference(problem, i, grad_locations));
+  }
 }
 
 template <typename T, int kLanes, int kVector, bool kFixedPoint>
@@ -382,24 +427,43 @@ void launch_backward(
     CUstream_st* stream) {
   using A = Arithmetic<T>;
   const Sizes& sizes = inputs.sizes;
-  const size_t by_weights =
-      inputs.references != nullptr ? sizes.levels * sizes.points * sizeof(A) : 0;
-  const size_t row_bytes = kRecordBytes<A, kLanes> + by_weights;
-  unsigned threads = choose_threads(sizes, kLanes, kBackwardThreads);
-  while (threads > 32 && threads / kLanes * row_bytes > kSharedBytes) {
-    threads /= 2;
-  }
-  const unsigned rows = threads / kLanes;
-  const Launch geometry = make_launch(inputs, rows);
-  launch(
-      &backward_kernel<T, kLanes, kVector, kFixedPoint>,
-      make_grid(geometry.tiles * sizes.heads, sizes.images),
-      threads,
-      rows * row_bytes,
-      stream,
-      geometry.problem,
-      static_cast<const T*>(grad_output),
-      gradients);
+  dispatch_fused(inputs, [&](auto fused) {
+    constexpr bool kFused = decltype(fused)::value;
+    const size_t by_weights = kFused ? sizes.levels * sizes.points * sizeof(A) : 0;
+    const size_t row_bytes = kRecordBytes<A, kLanes> + by_weights;
+    unsigned threads = choose_threads(sizes, kLanes, kBackwardThreads);
+    while (threads > 32 && threads / kLanes * row_bytes > kSharedBytes) {
+      threads /= 2;
+    }
+    const unsigned rows = threads / kLanes;
+    for_all_tiles(inputs, rows, sizes.heads, [&](dim3 grid, const Problem& problem) {
+      launch(
+          &backward_kernel<T, kFused, kLanes, kVector, kFixedPoint>,
+          grid,
+          threads,
+          rows * row_bytes,
+          stream,
+          problem,
+          static_cast<const T*>(grad_output),
+          gradients);
+    });
+  });
+}
+
+Gradients to_gradients(const CudaGradients& wanted, const int32_t* exponent) {
+  return {
+      wanted.value,
+      static_cast<char*>(wanted.positions),
+      static_cast<char*>(wanted.weights),
+      wanted.locations,
+      wanted.softmax,
+      exponent};
+}
+
+// Blocks for one thread per element; each has more elements to do where that are too many.
+dim3 blocks_for(int64_t elements) {
+  const int64_t blocks = (elements + kBackwardThreads - 1) / kBackwardThreads;
+  return dim3(static_cast<unsigned>(blocks < kMaxGridSide ? blocks : kMaxGridSide));
 }
 
 }  // namespace
@@ -409,14 +473,14 @@ void ms_deform_attn_backward_cuda(
     const void* grad_output,
     const CudaGradients& wanted,
     CUstream_st* stream) {
-  const Gradients gradients = {
-      wanted.value, wanted.positions, wanted.weights, wanted.locations, wanted.softmax, nullptr};
+  const Gradients gradients = to_gradients(wanted, nullptr);
   dispatch_type(inputs.type, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (!std::is_same_v<T, double>) {
       const int64_t vectors = inputs.sizes.channels / 4;
       if (loads_vectors(inputs, 4, sizeof(T))) {
-        return vectors <= 4 ? launch_backward<T, 4, 4, false>(inputs, grad_output, gradients, stream)
+        return vectors <= 4
+            ? launch_backward<T, 4, 4, false>(inputs, grad_output, gradients, stream)
             : vectors <= 8
             ? launch_backward<T, 8, 4, false>(inputs, grad_output, gradients, stream)
             : launch_backward<T, 16, 4, false>(inputs, grad_output, gradients, stream);
@@ -429,18 +493,21 @@ void ms_deform_attn_backward_cuda(
 void value_gradient_exponent_cuda(
     const CudaInputs& inputs, const void* grad_output, int32_t* exponent, CUstream_st* stream) {
   const unsigned threads = choose_threads(inputs.sizes, 8, kBackwardThreads);
-  const Launch geometry = make_launch(inputs, threads / 8);
   dispatch_type(inputs.type, [&](auto zero) {
     using T = decltype(zero);
-    launch(
-        &exponent_kernel<T>,
-        make_grid(geometry.tiles * inputs.sizes.heads, inputs.sizes.images),
-        threads,
-        0,
-        stream,
-        geometry.problem,
-        static_cast<const T*>(grad_output),
-        exponent);
+    dispatch_fused(inputs, [&](auto fused) {
+      for_all_tiles(inputs, threads / 8, inputs.sizes.heads, [&](dim3 grid, const Problem& problem) {
+        launch(
+            &exponent_kernel<T, decltype(fused)::value>,
+            grid,
+            threads,
+            0,
+            stream,
+            problem,
+            static_cast<const T*>(grad_output),
+            exponent);
+      });
+    });
   });
 }
 
@@ -450,8 +517,7 @@ void ms_deform_attn_deterministic_backward_cuda(
     const int32_t* exponent,
     const CudaGradients& wanted,
     CUstream_st* stream) {
-  const Gradients gradients = {
-      wanted.value, wanted.positions, wanted.weights, wanted.locations, wanted.softmax, exponent};
+  const Gradients gradients = to_gradients(wanted, exponent);
   dispatch_type(inputs.type, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (!std::is_same_v<T, double>) {
@@ -474,17 +540,15 @@ void value_gradient_from_fixed_point_cuda(
   if (elements == 0) {
     return;
   }
-  const int64_t blocks = (elements + kBackwardThreads - 1) / kBackwardThreads;
-  const Launch geometry = make_launch(inputs, 1);
   dispatch_type(inputs.type, [&](auto zero) {
     using T = decltype(zero);
     launch(
         &from_fixed_point_kernel<T>,
-        dim3(static_cast<unsigned>(blocks < 65536 ? blocks : 65536)),
+        blocks_for(elements),
         kBackwardThreads,
         0,
         stream,
-        geometry.problem,
+        make_problem(inputs),
         elements,
         fixed_point,
         exponent,
@@ -498,21 +562,20 @@ void reference_gradient_cuda(
     void* grad_references,
     CUstream_st* stream) {
   const Sizes& sizes = inputs.sizes;
-  const int64_t count = sizes.images * sizes.queries * sizes.levels * inputs.coordinates;
-  if (count == 0) {
+  const int64_t elements = sizes.images * sizes.queries * sizes.levels * inputs.coordinates;
+  if (elements == 0) {
     return;
   }
-  const int64_t blocks = (count + kBackwardThreads - 1) / kBackwardThreads;
-  const Launch geometry = make_launch(inputs, 1);
   const auto launch_it = [&](auto zero) {
     using A = decltype(zero);
     launch(
         &reference_kernel<A>,
-        dim3(static_cast<unsigned>(blocks)),
+        blocks_for(elements),
         kBackwardThreads,
         0,
         stream,
-        geometry.problem,
+        make_problem(inputs),
+        elements,
         static_cast<const A*>(grad_locations),
         static_cast<A*>(grad_references));
   };

@@ -38,10 +38,13 @@ struct Corner {
 
 // The window's first pixel, so that its middle is the mean of the block's samples. A barrier.
 __device__ __forceinline__ Corner place_window(Sorting& sorting, const Sample<float>& sample) {
-  const auto join = [](float a, float b) { return a + b; };
-  const float x = reduce_group<32>(static_cast<float>(sample.x.index[0]), join);
-  const float y = reduce_group<32>(static_cast<float>(sample.y.index[0]), join);
-  const float inside = reduce_group<32>(sample.inside ? 1.0f : 0.0f, join);
+  const auto sum = [&](int32_t number) {
+    const float addend = sample.inside ? static_cast<float>(number) : 0.0f;
+    return reduce_group<32>(addend, [](float a, float b) { return a + b; });
+  };
+  const float x = sum(sample.x.index[0]);
+  const float y = sum(sample.y.index[0]);
+  const float inside = sum(1);
   if (threadIdx.x % 32 == 0) {
     sorting.x_sums[threadIdx.x / 32] = x;
     sorting.y_sums[threadIdx.x / 32] = y;
@@ -111,10 +114,10 @@ __device__ __forceinline__ void sort_samples(
     const int32_t x = sample.x.index[corner % 2] - window.x;
     const int32_t y = sample.y.index[corner / 2] - window.y;
     const bool in_window = x >= 0 && x < kWindow && y >= 0 && y < kWindow;
-    bins[corner] = record.index[corner] >= 0 && in_window ? y * kWindow + x : -1;
+    bins[corner] = sample.inside && in_window ? y * kWindow + x : -1;
     if (bins[corner] >= 0) {
       ranks[corner] = atomicAdd(&sorting.starts[bins[corner]], 1);
-    } else if (record.index[corner] >= 0) {
+    } else if (sample.inside) {
       const int32_t entry = kEntries - 1 - atomicAdd(&sorting.num_far, 1);
       sorting.slots[entry] = slot;
       sorting.weights[entry] = record.weight[corner];
@@ -135,32 +138,32 @@ __device__ __forceinline__ void sort_samples(
 
 // A block has one level's samples of the rows of a tile, kThreads of them at a time. Groups of
 // kLanes threads then take a pixel each, and four channels a thread.
-template <int kLanes>
+template <bool kFused, int kLanes>
 __global__ void __launch_bounds__(kThreads) by_pixel_kernel(
     const __grid_constant__ Problem problem,
     int32_t rows,
-    const void* grad_output,
+    const char* grad_output,
     Scalar grad_type,
+    int32_t grad_bytes,
     float* grad_value) {
   Sorting& sorting = *reinterpret_cast<Sorting*>(shared_memory());
   // (rows, D)
   FourFloats* grads = reinterpret_cast<FourFloats*>(
       shared_memory() + (sizeof(Sorting) + 15) / 16 * 16);
-  const int32_t head = blockIdx.x % problem.heads;
-  const int32_t tile_level = blockIdx.x / problem.heads;
-  const int32_t tile = tile_level / problem.num_levels;
-  const int32_t level = tile_level - tile * problem.num_levels;
+  const int32_t level = blockIdx.x / problem.heads;
+  const int32_t head = blockIdx.x - level * problem.heads;
   const int32_t vectors = problem.channels / 4;
   for (int32_t i = threadIdx.x; i < rows * vectors; i += kThreads) {
-    const Row row = find_row(problem, tile, head, i / vectors, rows);
+    const Row row = find_row(problem, head, i / vectors, rows);
     FourFloats grad = {};
     if (row.live) {
-      load_any(grad_output, grad_type, row.index * vectors + i % vectors, grad.at);
+      const int64_t index = row.index * problem.channels + i % vectors * 4;
+      load_any(grad_output + index * grad_bytes, grad_type, grad.at);
     }
     grads[i] = grad;
   }
 
-  const int64_t image = blockIdx.z * kMaxGridY + blockIdx.y;
+  const int64_t image = problem.first_image + static_cast<int32_t>(blockIdx.z);
   const int32_t grad_stride = problem.heads * problem.channels;
   float* grad_head = grad_value + image * problem.positions_per_image * grad_stride +
       head * problem.channels;
@@ -184,15 +187,20 @@ __global__ void __launch_bounds__(kThreads) by_pixel_kernel(
   };
 
   const DeviceLevel& pixels = problem.levels[level];
-  const Softmax<float> stored_weights = {};
+  const auto load = [&](const Row& row, int32_t j) {
+    Sample<float> sample = load_sample(problem, row, j, Softmax<float, kFused>{0, 0});
+    if (kFused && row.live && j < problem.samples) {
+      sample.weight = load_weight<float>(problem, row, j);  // softmax already
+    }
+    return sample;
+  };
   for (int32_t first = 0; first < rows * problem.points; first += kThreads) {
     const int32_t slot = (first + static_cast<int32_t>(threadIdx.x)) / problem.points;
     const int32_t point = first + static_cast<int32_t>(threadIdx.x) - slot * problem.points;
-    Row row = find_row(problem, tile, head, slot, rows);
+    Row row = find_row(problem, head, slot, rows);
     row.live = row.live && slot < rows;
-    const Sample<float> sample =
-        load_sample<float>(problem, row, level * problem.points + point, stored_weights);
-    const Record<float> record = make_record<true>(problem, sample);
+    const Sample<float> sample = load(row, level * problem.points + point);
+    const Record<float> record = make_record(problem, sample);
     for (int i = threadIdx.x; i < kBins; i += kThreads) {
       sorting.starts[i] = 0;
     }
@@ -229,18 +237,23 @@ void launch_by_pixel(
          (rows * sizes.points > kThreads || sorting_bytes + rows * row_bytes > kSharedBytes)) {
     rows /= 2;
   }
-  const Launch geometry = make_launch(inputs, rows);
-  launch(
-      &by_pixel_kernel<kLanes>,
-      make_grid(geometry.tiles * sizes.levels * sizes.heads, sizes.images),
-      kThreads,
-      sorting_bytes + rows * row_bytes,
-      stream,
-      geometry.problem,
-      static_cast<int32_t>(rows),
-      grad_output,
-      inputs.type,
-      grad_value);
+  dispatch_fused(inputs, [&](auto fused) {
+    for_all_tiles(
+        inputs, rows, sizes.levels * sizes.heads, [&](dim3 grid, const Problem& problem) {
+          launch(
+              &by_pixel_kernel<decltype(fused)::value, kLanes>,
+              grid,
+              kThreads,
+              sorting_bytes + rows * row_bytes,
+              stream,
+              problem,
+              static_cast<int32_t>(rows),
+              static_cast<const char*>(grad_output),
+              inputs.type,
+              static_cast<int32_t>(bytes_of(inputs.type)),
+              grad_value);
+        });
+  });
 }
 
 }  // namespace

@@ -30,7 +30,7 @@ namespace psf {
 namespace {
 
 #ifndef PSF_CUDA_EMULATION
-constexpr int64_t kMaxGridY = 65535;
+constexpr int64_t kMaxGridSide = 65535;  // in y and z
 
 __device__ __forceinline__ float half_to_float(uint16_t bits) {
   return __half2float(__ushort_as_half(bits));
@@ -59,6 +59,14 @@ __device__ __forceinline__ void atomic_add4(float* to, float a, float b, float c
   atomicAdd(to + 2, c);
   atomicAdd(to + 3, d);
 #endif
+}
+
+// Makes the compiler hold an address in registers, where it would otherwise save them and compute it
+// again at every use, at ten and more instructions.
+template <typename T>
+__device__ __forceinline__ T* keep(T* address) {
+  asm volatile("" : "+l"(address));
+  return address;
 }
 
 __device__ __forceinline__ unsigned char* shared_memory() {
@@ -106,11 +114,14 @@ __device__ __forceinline__ float widen(Half x) {
   return half_to_float(x.bits);
 }
 
-__device__ __forceinline__ float widen(BFloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+__device__ __forceinline__ float bits_to_float(uint32_t bits) {
   float result;
   memcpy(&result, &bits, sizeof(result));
   return result;
+}
+
+__device__ __forceinline__ float widen(BFloat16 x) {
+  return bits_to_float(static_cast<uint32_t>(x.bits) << 16);
 }
 
 template <typename T>
@@ -150,11 +161,22 @@ __device__ __forceinline__ void load(const T* from, Arithmetic<T> (&to)[kVector]
   using Bits = typename Word<kVector * sizeof(T)>::Type;
   const Bits* address = reinterpret_cast<const Bits*>(from);
   const Bits bits = kStreamed ? __ldcs(address) : __ldg(address);
-  T values[kVector];
-  memcpy(values, &bits, sizeof(bits));
+  if constexpr (std::is_same_v<T, BFloat16> && kVector % 2 == 0) {
+    // Faster than one by one: the upper of two is a float once the lower is cleared.
+    uint32_t pairs[kVector / 2];
+    memcpy(pairs, &bits, sizeof(bits));
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    to[i] = widen(values[i]);
+    for (int i = 0; i < kVector / 2; ++i) {
+      to[2 * i] = bits_to_float(pairs[i] << 16);
+      to[2 * i + 1] = bits_to_float(pairs[i] & 0xffff0000u);
+    }
+  } else {
+    T values[kVector];
+    memcpy(values, &bits, sizeof(bits));
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      to[i] = widen(values[i]);
+    }
   }
 }
 
@@ -171,33 +193,39 @@ __device__ __forceinline__ void store(const Arithmetic<T> (&from)[kVector], T* t
   __stcs(reinterpret_cast<Bits*>(to), bits);
 }
 
-// The same for tensors whose type is only known at run time: elements index * kVector and on.
+// The same for tensors whose type is only known at run time.
 template <int kVector, typename A>
-__device__ __forceinline__ void load_any(
-    const void* data, Scalar type, int64_t index, A (&to)[kVector]) {
+__device__ __forceinline__ void load_any(const char* from, Scalar type, A (&to)[kVector]) {
   if constexpr (std::is_same_v<A, double>) {
-    load<true>(static_cast<const double*>(data) + index * kVector, to);
-  } else if (type == Scalar::kHalf) {
-    load<true>(static_cast<const Half*>(data) + index * kVector, to);
+    load<true>(reinterpret_cast<const double*>(from), to);
+  } else if (type == Scalar::kFloat) {
+    load<true>(reinterpret_cast<const float*>(from), to);
   } else if (type == Scalar::kBFloat16) {
-    load<true>(static_cast<const BFloat16*>(data) + index * kVector, to);
+    load<true>(reinterpret_cast<const BFloat16*>(from), to);
   } else {
-    load<true>(static_cast<const float*>(data) + index * kVector, to);
+    load<true>(reinterpret_cast<const Half*>(from), to);
   }
 }
 
 template <int kVector, typename A>
-__device__ __forceinline__ void store_any(
-    const A (&from)[kVector], void* data, Scalar type, int64_t index) {
+__device__ __forceinline__ void store_any(const A (&from)[kVector], char* to, Scalar type) {
   if constexpr (std::is_same_v<A, double>) {
-    store(from, static_cast<double*>(data) + index * kVector);
-  } else if (type == Scalar::kHalf) {
-    store(from, static_cast<Half*>(data) + index * kVector);
+    store(from, reinterpret_cast<double*>(to));
+  } else if (type == Scalar::kFloat) {
+    store(from, reinterpret_cast<float*>(to));
   } else if (type == Scalar::kBFloat16) {
-    store(from, static_cast<BFloat16*>(data) + index * kVector);
+    store(from, reinterpret_cast<BFloat16*>(to));
   } else {
-    store(from, static_cast<float*>(data) + index * kVector);
+    store(from, reinterpret_cast<Half*>(to));
   }
+}
+
+// Address of an element; index and stride are 32 bits each, and their product is one instruction.
+template <typename T>
+__device__ __forceinline__ T* offset(T* base, int32_t index, uint32_t stride_bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  const uint64_t bytes = static_cast<uint64_t>(static_cast<uint32_t>(index)) * stride_bytes;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(base) + bytes);
 }
 
 struct DeviceLevel {
@@ -210,25 +238,27 @@ struct DeviceLevel {
 struct TiledQueries {
   int32_t height;
   int32_t width;
-  int32_t start;       // its first query
-  int32_t columns;     // of tiles
-  int32_t first_tile;  // of all tiles
+  int32_t start;        // its first query
+  int32_t first_tile;   // of all tiles
+  uint32_t columns;     // of tiles
+  uint32_t per_column;  // 2^32 / columns rounded down, to divide by multiplying
 };
 
 // The inputs in the form that kernels take, by value: no table to copy to the device, and a launch
 // that can be recorded in a CUDA graph.
 struct Problem {
   const void* value;
-  const void* positions;
-  const void* weights;
+  const char* positions;
+  const char* weights;
   const void* references;
   int64_t image_stride;  // in elements
   int64_t head_stride;
-  int32_t position_stride;
+  uint32_t position_stride_bytes;
   Scalar positions_type;
   Scalar weights_type;
+  uint32_t position_bytes;  // of a pair of coordinates
+  uint32_t weight_bytes;
   int32_t coordinates;
-  int32_t images;
   int32_t queries;
   int32_t positions_per_image;  // S
   int32_t heads;
@@ -237,8 +267,10 @@ struct Problem {
   int32_t points;
   int32_t samples;      // L * P
   uint32_t per_points;  // 2^31 / P rounded up, to divide by multiplying
+  int32_t first_image;  // of this launch
+  int32_t first_tile;   // of this launch
   int32_t num_tiled;
-  int32_t tile_shift;   // log2 of a tile's width
+  int32_t tile_shift;  // log2 of a tile's width
   DeviceLevel levels[kMaxCudaLevels];
   TiledQueries tiled[kMaxCudaLevels];
 };
@@ -250,31 +282,40 @@ struct Row {
   int32_t head;
   int64_t query;  // n * Q + q
   int64_t index;  // (n * Q + q) * M + m
+  const char* positions;  // of its samples
+  const char* weights;
 };
 
+// Row number slot of the block's rows: the block is of tile blockIdx.y, and of image blockIdx.z.
 __device__ __forceinline__ Row
-find_row(const Problem& problem, int32_t tile, int32_t head, int32_t slot, int32_t rows) {
+find_row(const Problem& problem, int32_t head, int32_t slot, int32_t rows) {
+  const int32_t tile = problem.first_tile + static_cast<int32_t>(blockIdx.y);
   int part = 0;
   while (part + 1 < problem.num_tiled && tile >= problem.tiled[part + 1].first_tile) {
     ++part;
   }
   const TiledQueries& tiled = problem.tiled[part];
-  const int32_t local = tile - tiled.first_tile;
-  const int32_t tile_y = local / tiled.columns;
-  const int32_t tile_x = local - tile_y * tiled.columns;
+  const uint32_t local = tile - tiled.first_tile;
+  uint32_t tile_y = (static_cast<uint64_t>(local) * tiled.per_column) >> 32;
+  uint32_t tile_x = local - tile_y * tiled.columns;
+  if (tile_x >= tiled.columns) {  // the quotient was rounded down
+    ++tile_y;
+    tile_x -= tiled.columns;
+  }
   const int32_t tile_height = rows >> problem.tile_shift;
-  const int32_t in_width = slot & ((1 << problem.tile_shift) - 1);
-  const int32_t x = (tile_x << problem.tile_shift) + in_width;
+  const int32_t in_tile = slot & ((1 << problem.tile_shift) - 1);
+  const int32_t x = (tile_x << problem.tile_shift) + in_tile;
   const int32_t y = tile_y * tile_height + (slot >> problem.tile_shift);
-  const int64_t image = blockIdx.z * kMaxGridY + blockIdx.y;
   Row row;
-  row.live = image < problem.images && x < tiled.width && y < tiled.height;
-  row.image = row.live ? image : 0;
+  row.live = x < tiled.width && y < tiled.height;
+  row.image = problem.first_image + static_cast<int32_t>(blockIdx.z);
   row.head = head;
-  row.query = row.live
-      ? image * problem.queries + tiled.start + static_cast<int64_t>(y) * tiled.width + x
-      : 0;
+  row.query = static_cast<int64_t>(row.image) * problem.queries +
+      (row.live ? tiled.start + y * tiled.width + x : 0);
   row.index = row.query * problem.heads + head;
+  const int64_t first_sample = row.index * problem.samples;
+  row.positions = keep(problem.positions + first_sample * problem.position_bytes);
+  row.weights = keep(problem.weights + first_sample * problem.weight_bytes);
   return row;
 }
 
@@ -282,9 +323,7 @@ find_row(const Problem& problem, int32_t tile, int32_t head, int32_t slot, int32
 // the blocks that run at a time read and write whole lines of memory.
 template <int kLanes>
 __device__ __forceinline__ Row find_row(const Problem& problem) {
-  const int32_t tile = blockIdx.x / problem.heads;
-  const int32_t head = blockIdx.x - tile * problem.heads;
-  return find_row(problem, tile, head, threadIdx.x / kLanes, blockDim.x / kLanes);
+  return find_row(problem, blockIdx.x, threadIdx.x / kLanes, blockDim.x / kLanes);
 }
 
 // Adds (or otherwise joins) over the lanes of a group, the result in each. All lanes of the warp
@@ -298,50 +337,89 @@ __device__ __forceinline__ V reduce_group(V value, const F& join) {
   return value;
 }
 
-// How a row's weights follow from what is stored: softmax of logits, or themselves.
+// The stored weight, or logit, of a sample.
 template <typename A>
+__device__ __forceinline__ A load_weight(const Problem& problem, const Row& row, int32_t j) {
+  A weight[1];
+  load_any(offset(row.weights, j, problem.weight_bytes), problem.weights_type, weight);
+  return weight[0];
+}
+
+// How a row's weights follow from what is stored: softmax of logits, or themselves.
+template <typename A, bool kFused>
 struct Softmax {
-  bool used;
   A largest;
   A scale;
 
-  __device__ __forceinline__ A operator()(A logit) const {
-    return used ? std::exp(logit - largest) * scale : logit;
+  __device__ __forceinline__ A operator()(A stored) const {
+    return kFused ? std::exp(stored - largest) * scale : stored;
   }
 };
 
-template <typename A, int kLanes>
-__device__ __forceinline__ Softmax<A> row_softmax(const Problem& problem, const Row& row, int lane) {
-  Softmax<A> softmax = {problem.references != nullptr, -INFINITY, A(0)};
-  if (!softmax.used) {
-    return softmax;
+template <typename A, bool kFused, int kLanes>
+__device__ __forceinline__ Softmax<A, kFused>
+row_softmax(const Problem& problem, const Row& row, int lane) {
+  Softmax<A, kFused> softmax = {-INFINITY, A(0)};
+  if constexpr (kFused) {
+    const int32_t samples = row.live ? problem.samples : 0;
+    for (int32_t j = lane; j < samples; j += kLanes) {
+      softmax.largest = std::fmax(softmax.largest, load_weight<A>(problem, row, j));
+    }
+    softmax.largest =
+        reduce_group<kLanes>(softmax.largest, [](A a, A b) { return std::fmax(a, b); });
+    A sum = 0;
+    for (int32_t j = lane; j < samples; j += kLanes) {
+      sum += std::exp(load_weight<A>(problem, row, j) - softmax.largest);
+    }
+    softmax.scale = A(1) / reduce_group<kLanes>(sum, [](A a, A b) { return a + b; });
   }
-  const int32_t samples = row.live ? problem.samples : 0;
-  for (int32_t j = lane; j < samples; j += kLanes) {
-    A logit[1];
-    load_any(problem.weights, problem.weights_type, row.index * problem.samples + j, logit);
-    softmax.largest = std::fmax(softmax.largest, logit[0]);
-  }
-  softmax.largest =
-      reduce_group<kLanes>(softmax.largest, [](A a, A b) { return std::fmax(a, b); });
-  A sum = 0;
-  for (int32_t j = lane; j < samples; j += kLanes) {
-    A logit[1];
-    load_any(problem.weights, problem.weights_type, row.index * problem.samples + j, logit);
-    sum += std::exp(logit[0] - softmax.largest);
-  }
-  softmax.scale = A(1) / reduce_group<kLanes>(sum, [](A a, A b) { return a + b; });
   return softmax;
 }
 
-// One sample. All but level is 0 for one that contributes nothing.
+// One axis of a bilinear sample, as in ms_deform_attn.h but with indices of 32 bits. A pixel
+// outside the level has weight 0 and the index of the other.
+template <typename A>
+struct DeviceAxis {
+  bool touches;  // whether the sample touches a pixel of the axis; nothing else counts if not
+  bool inside[2];
+  int32_t index[2];
+  A weight[2];
+};
+
+// The axis of a sample at the coordinate position * unit + reference * size - 1/2. The fraction of a
+// pixel is as exact as for a coordinate near 0: the whole pixels take none of its digits.
+template <typename A, bool kFused>
+__device__ __forceinline__ DeviceAxis<A>
+place_on_axis(A position, A unit, A reference, int32_t size) {
+  const A start = kFused ? reference * static_cast<A>(size) : A(0);
+  const A coordinate = std::fma(position, unit, start - A(0.5));
+  DeviceAxis<A> axis;
+  axis.touches = size > 0 && coordinate > A(-1) && coordinate < static_cast<A>(size);
+  const A whole = std::floor(axis.touches ? coordinate : A(0));
+  A start_in_pixel = A(-0.5) - whole;
+  if constexpr (kFused) {
+    const A lost = std::fma(reference, static_cast<A>(size), -start);
+    start_in_pixel = (start - whole) - A(0.5) + lost;
+  }
+  const A fraction = std::fma(position, unit, start_in_pixel);
+  const int32_t low = static_cast<int32_t>(whole);
+  const int32_t high = low + 1;
+  axis.inside[0] = low >= 0;
+  axis.inside[1] = high < size;
+  axis.index[0] = axis.inside[0] ? low : high;
+  axis.index[1] = axis.inside[1] ? high : low;
+  axis.weight[0] = axis.inside[0] ? A(1) - fraction : A(0);
+  axis.weight[1] = axis.inside[1] ? fraction : A(0);
+  return axis;
+}
+
 template <typename A>
 struct Sample {
-  bool inside;
+  bool inside;  // whether it touches a pixel; weight, x and y do not count if not
   int32_t level;
   A weight;
-  Axis<A, int32_t> x;
-  Axis<A, int32_t> y;
+  DeviceAxis<A> x;
+  DeviceAxis<A> y;
 };
 
 template <typename A>
@@ -350,75 +428,67 @@ struct Point {
   A y;
 };
 
-// Pixels per unit of the stored positions.
 template <typename A>
+__device__ __forceinline__ const A*
+find_reference(const Problem& problem, const Row& row, int32_t level) {
+  return static_cast<const A*>(problem.references) +
+      (row.query * problem.num_levels + level) * problem.coordinates;
+}
+
+// Pixels per unit of the stored positions.
+template <typename A, bool kFused>
 __device__ __forceinline__ Point<A>
 pixels_per_unit(const Problem& problem, const Row& row, int32_t level) {
-  const A width = static_cast<A>(problem.levels[level].width);
-  const A height = static_cast<A>(problem.levels[level].height);
-  if (problem.references == nullptr) {
-    return {width, height};
-  }
-  if (problem.coordinates == 2) {
+  if (kFused && problem.coordinates == 2) {
     return {A(1), A(1)};
   }
-  const A* box = static_cast<const A*>(problem.references) +
-      (row.query * problem.num_levels + level) * problem.coordinates;
-  const A part = A(0.5) / static_cast<A>(problem.points);
-  return {__ldg(box + 2) * part * width, __ldg(box + 3) * part * height};
+  Point<A> unit = {
+      static_cast<A>(problem.levels[level].width), static_cast<A>(problem.levels[level].height)};
+  if constexpr (kFused) {
+    const A* box = find_reference<A>(problem, row, level);
+    const A part = A(0.5) / static_cast<A>(problem.points);
+    unit.x *= __ldg(box + 2) * part;
+    unit.y *= __ldg(box + 3) * part;
+  }
+  return unit;
 }
 
-// Sets the axis of a sample at the coordinate position * unit + reference * size - 1/2, and returns
-// whether it touches the level. The fraction of a pixel is as exact as for a coordinate near 0:
-// it does not suffer from the digits that the whole pixels take.
-template <typename A>
-__device__ __forceinline__ bool
-place_on_axis(A position, A unit, A reference, int32_t size, Axis<A, int32_t>& axis) {
-  const A start = reference * static_cast<A>(size);
-  const A start_error = std::fma(reference, static_cast<A>(size), -start);
-  const A coordinate = std::fma(position, unit, start - A(0.5));
-  if (!touches(coordinate, size)) {
-    return false;
-  }
-  axis = bilinear_axis(coordinate, size);
-  const A start_in_pixel = (start - std::floor(coordinate)) - A(0.5) + start_error;
-  const A fraction = std::fma(position, unit, start_in_pixel);
-  axis.weight[0] = -axis.slope[0] * (A(1) - fraction);
-  axis.weight[1] = axis.slope[1] * fraction;
-  return true;
-}
-
-// Sample j of the row: j = l * P + p. Beyond the row it is one that contributes nothing.
-template <typename A>
-__device__ __forceinline__ Sample<A>
-load_sample(const Problem& problem, const Row& row, int32_t j, const Softmax<A>& softmax) {
-  Sample<A> sample = {};
-  if (!row.live || j >= problem.samples) {
-    return sample;
-  }
-  sample.level = static_cast<int32_t>((static_cast<uint64_t>(j) * problem.per_points) >> 31);
-  const DeviceLevel& level = problem.levels[sample.level];
-  const int64_t index = row.index * problem.samples + j;
-  A position[2];
-  load_any(problem.positions, problem.positions_type, index, position);
-  A weight[1];
-  load_any(problem.weights, problem.weights_type, index, weight);
-  const Point<A> unit = pixels_per_unit<A>(problem, row, sample.level);
+// Sample j of the row: j = l * P + p. Beyond the row it is one that touches nothing.
+template <bool kFused, typename A>
+__device__ __forceinline__ Sample<A> load_sample(
+    const Problem& problem, const Row& row, int32_t j, const Softmax<A, kFused>& softmax) {
+  const bool exists = row.live && j < problem.samples;
+  const uint64_t number = static_cast<uint32_t>(exists ? j : 0);
+  Sample<A> sample;
+  sample.level = static_cast<int32_t>((number * problem.per_points) >> 31);
+  sample.weight = 0;
+  const DeviceLevel level = problem.levels[sample.level];
+  Point<A> unit = {static_cast<A>(level.width), static_cast<A>(level.height)};
   Point<A> reference = {};
-  if (problem.references != nullptr) {
-    const A* stored = static_cast<const A*>(problem.references) +
-        (row.query * problem.num_levels + sample.level) * problem.coordinates;
-    reference = {__ldg(stored), __ldg(stored + 1)};
+  A position[2] = {NAN, NAN};
+  if (exists) {
+    const char* positions = offset(row.positions, j, problem.position_bytes);
+    if constexpr (kFused) {
+      load_any(positions, problem.positions_type, position);
+      const A* stored = find_reference<A>(problem, row, sample.level);
+      reference = {__ldg(stored), __ldg(stored + 1)};
+      unit = pixels_per_unit<A, kFused>(problem, row, sample.level);
+    } else {
+      load<true>(reinterpret_cast<const A*>(positions), position);
+    }
+    sample.weight = load_weight<A>(problem, row, j);
   }
-  Sample<A> inside = sample;
-  inside.inside = place_on_axis(position[0], unit.x, reference.x, level.width, inside.x) &&
-      place_on_axis(position[1], unit.y, reference.y, level.height, inside.y);
-  inside.weight = softmax(weight[0]);
-  return inside.inside ? inside : sample;
+  sample.weight = softmax(sample.weight);
+  sample.x = place_on_axis<A, kFused>(position[0], unit.x, reference.x, level.width);
+  sample.y = place_on_axis<A, kFused>(position[1], unit.y, reference.y, level.height);
+  sample.inside = sample.x.touches && sample.y.touches;
+  return sample;
 }
 
 // What a group leaves in shared memory of a sample, for all its lanes: the four pixels around it,
-// as positions of S, with the weights of their values. Index -1: nothing to do.
+// as positions of S, with the weights of their values. A pixel outside the level has weight 0 and
+// the index of a valid one: what is added for it is 0, and nothing is read that is not sampled.
+// The first index is -1 for a sample that touches no pixel.
 template <typename A>
 struct alignas(16) Record {
   A weight[4];
@@ -430,32 +500,21 @@ struct alignas(16) Record {
 template <typename A, int kLanes>
 constexpr size_t kRecordBytes = kLanes * sizeof(Record<A>) + 16;
 
-// kPixelsOutside: whether pixels outside the level get index -1. Otherwise they share that of a
-// valid pixel, with weight 0, and only a sample that touches no pixel has -1.
-template <bool kPixelsOutside, typename A>
+template <typename A>
 __device__ __forceinline__ Record<A> make_record(const Problem& problem, const Sample<A>& sample) {
   Record<A> record;
-  const DeviceLevel& level = problem.levels[sample.level];
+  const DeviceLevel level = problem.levels[sample.level];
 #pragma unroll
   for (int corner = 0; corner < 4; ++corner) {
     const int row = corner / 2;
     const int column = corner % 2;
     record.weight[corner] = sample.weight * sample.y.weight[row] * sample.x.weight[column];
-    // The slope is 0 for the pixels outside, and 0 altogether for a sample outside.
-    const bool wanted = kPixelsOutside
-        ? sample.y.slope[row] != A(0) && sample.x.slope[column] != A(0)
-        : sample.inside;
-    record.index[corner] = wanted
-        ? level.start + sample.y.index[row] * level.width + sample.x.index[column]
-        : -1;
+    record.index[corner] =
+        level.start + sample.y.index[row] * level.width + sample.x.index[column];
   }
+  record.index[0] = sample.inside ? record.index[0] : -1;
   return record;
 }
-
-struct Launch {
-  Problem problem;
-  int64_t tiles;
-};
 
 inline int log2_of(int64_t power_of_two) {
   int result = 0;
@@ -465,22 +524,52 @@ inline int log2_of(int64_t power_of_two) {
   return result;
 }
 
-// The problem with its queries in tiles of the given number of rows, a power of two.
-inline Launch make_launch(const CudaInputs& inputs, int64_t rows) {
+inline uint32_t bytes_of(Scalar type) {
+  return type == Scalar::kDouble ? 8 : type == Scalar::kFloat ? 4 : 2;
+}
+
+// Cuts the queries into tiles of the given number of rows, a power of two. Returns their number.
+inline int64_t cut_into_tiles(const Sizes& sizes, int64_t rows, Problem& problem) {
+  const bool queries_are_pixels = sizes.queries == sizes.positions;
+  problem.tile_shift = queries_are_pixels ? (log2_of(rows) + 1) / 2 : log2_of(rows);
+  problem.num_tiled = queries_are_pixels ? problem.num_levels : 1;
+  const int64_t tile_width = int64_t{1} << problem.tile_shift;
+  const int64_t tile_height = rows / tile_width;
+  int64_t tiles = 0;
+  for (int32_t i = 0; i < problem.num_tiled; ++i) {
+    const DeviceLevel whole =
+        queries_are_pixels ? problem.levels[i] : DeviceLevel{1, problem.queries, 0};
+    const int64_t columns = (whole.width + tile_width - 1) / tile_width;
+    const int64_t lines = (whole.height + tile_height - 1) / tile_height;
+    const int64_t per_column = (int64_t{1} << 32) / (columns > 0 ? columns : 1);
+    problem.tiled[i] = {
+        whole.height,
+        whole.width,
+        whole.start,
+        static_cast<int32_t>(tiles),
+        static_cast<uint32_t>(columns),
+        static_cast<uint32_t>(columns > 1 ? per_column : per_column - 1)};
+    tiles += columns * lines;
+  }
+  return tiles;
+}
+
+inline Problem make_problem(const CudaInputs& inputs) {
   const Sizes& sizes = inputs.sizes;
-  Launch result = {};
-  Problem& problem = result.problem;
+  Problem problem = {};
   problem.value = inputs.value;
-  problem.positions = inputs.positions;
-  problem.weights = inputs.weights;
+  problem.positions = static_cast<const char*>(inputs.positions);
+  problem.weights = static_cast<const char*>(inputs.weights);
   problem.references = inputs.references;
   problem.image_stride = inputs.image_stride;
   problem.head_stride = inputs.head_stride;
-  problem.position_stride = static_cast<int32_t>(inputs.position_stride);
+  problem.position_stride_bytes =
+      static_cast<uint32_t>(inputs.position_stride * bytes_of(inputs.type));
   problem.positions_type = inputs.positions_type;
   problem.weights_type = inputs.weights_type;
+  problem.position_bytes = 2 * bytes_of(inputs.positions_type);
+  problem.weight_bytes = bytes_of(inputs.weights_type);
   problem.coordinates = static_cast<int32_t>(inputs.coordinates);
-  problem.images = static_cast<int32_t>(sizes.images);
   problem.queries = static_cast<int32_t>(sizes.queries);
   problem.positions_per_image = static_cast<int32_t>(sizes.positions);
   problem.heads = static_cast<int32_t>(sizes.heads);
@@ -497,26 +586,28 @@ inline Launch make_launch(const CudaInputs& inputs, int64_t rows) {
         static_cast<int32_t>(level.width),
         static_cast<int32_t>(level.start)};
   }
-  const bool queries_are_pixels = sizes.queries == sizes.positions;
-  problem.tile_shift = queries_are_pixels ? (log2_of(rows) + 1) / 2 : log2_of(rows);
-  problem.num_tiled = queries_are_pixels ? problem.num_levels : 1;
-  const int64_t tile_width = int64_t{1} << problem.tile_shift;
-  const int64_t tile_height = rows / tile_width;
-  for (int32_t i = 0; i < problem.num_tiled; ++i) {
-    const DeviceLevel whole = queries_are_pixels
-        ? problem.levels[i]
-        : DeviceLevel{1, static_cast<int32_t>(sizes.queries), 0};
-    const int64_t columns = (whole.width + tile_width - 1) / tile_width;
-    const int64_t lines = (whole.height + tile_height - 1) / tile_height;
-    problem.tiled[i] = {
-        whole.height,
-        whole.width,
-        whole.start,
-        static_cast<int32_t>(columns),
-        static_cast<int32_t>(result.tiles)};
-    result.tiles += columns * lines;
+  return problem;
+}
+
+// Calls launch_part(grid, problem) so often that blocks (x, tile, image) for every x below width,
+// every tile and every image are launched: once, unless the grid has too many tiles or images.
+template <typename F>
+void for_all_tiles(
+    const CudaInputs& inputs, int64_t rows, int64_t width, const F& launch_part) {
+  Problem problem = make_problem(inputs);
+  const int64_t tiles = cut_into_tiles(inputs.sizes, rows, problem);
+  const auto side = [](int64_t left) { return left < kMaxGridSide ? left : kMaxGridSide; };
+  for (int64_t image = 0; image < inputs.sizes.images; image += kMaxGridSide) {
+    for (int64_t tile = 0; tile < tiles; tile += kMaxGridSide) {
+      problem.first_image = static_cast<int32_t>(image);
+      problem.first_tile = static_cast<int32_t>(tile);
+      const dim3 grid(
+          static_cast<unsigned>(width),
+          static_cast<unsigned>(side(tiles - tile)),
+          static_cast<unsigned>(side(inputs.sizes.images - image)));
+      launch_part(grid, problem);
+    }
   }
-  return result;
 }
 
 // Threads for blocks of whole rows, at most largest.
@@ -529,14 +620,6 @@ inline unsigned choose_threads(const Sizes& sizes, int lanes, unsigned largest) 
   return result;
 }
 
-inline dim3 make_grid(int64_t blocks_per_image, int64_t images) {
-  const int64_t y = images < kMaxGridY ? images : kMaxGridY;
-  return dim3(
-      static_cast<unsigned>(blocks_per_image),
-      static_cast<unsigned>(y),
-      static_cast<unsigned>((images + y - 1) / y));
-}
-
 // Whether the channels of value can be loaded kVector at a time.
 inline bool loads_vectors(const CudaInputs& inputs, int vector, int element_bytes) {
   return inputs.sizes.channels % vector == 0 && inputs.image_stride % vector == 0 &&
@@ -544,7 +627,7 @@ inline bool loads_vectors(const CudaInputs& inputs, int vector, int element_byte
       reinterpret_cast<uintptr_t>(inputs.value) % (vector * element_bytes) == 0;
 }
 
-// Calls f with a value of the device type of the inputs' values.
+// Calls f with a zero of the device type of the inputs' values.
 template <typename F>
 void dispatch_type(Scalar type, const F& f) {
   switch (type) {
@@ -559,8 +642,15 @@ void dispatch_type(Scalar type, const F& f) {
   }
 }
 
-template <int kValue>
-using Constant = std::integral_constant<int, kValue>;
+// Calls f with whether the inputs are those of the fused operator, as a constant.
+template <typename F>
+void dispatch_fused(const CudaInputs& inputs, const F& f) {
+  if (inputs.references != nullptr) {
+    f(std::true_type());
+  } else {
+    f(std::false_type());
+  }
+}
 
 }  // namespace
 }  // namespace psf

@@ -7,8 +7,9 @@ namespace {
 constexpr unsigned kForwardThreads = 512;
 
 // Each lane prepares one sample of its row at a time, kLanes together, and leaves it in shared
-// memory; then all lanes gather the four pixels of each and add them up in registers.
-template <typename T, int kLanes, int kVector>
+// memory; then all lanes gather the four pixels of each and add them up in registers. Where a row
+// has more channels than the group has room for (kManyRounds) all this is done again for the rest.
+template <typename T, bool kFused, int kLanes, int kVector, bool kManyRounds>
 __global__ void __launch_bounds__(kForwardThreads)
     forward_kernel(const __grid_constant__ Problem problem, T* output) {
   using A = Arithmetic<T>;
@@ -16,18 +17,18 @@ __global__ void __launch_bounds__(kForwardThreads)
   const Row row = find_row<kLanes>(problem);
   Record<A>* records = reinterpret_cast<Record<A>*>(
       shared_memory() + threadIdx.x / kLanes * kRecordBytes<A, kLanes>);
-  const Softmax<A> softmax = row_softmax<A, kLanes>(problem, row, lane);
-  // Once, unless there are more channels than the group has room for.
-  for (int32_t first = 0; first < problem.channels; first += kLanes * kVector) {
+  const Softmax<A, kFused> softmax = row_softmax<A, kFused, kLanes>(problem, row, lane);
+  int32_t first = 0;
+  do {
     const int32_t channel = first + lane * kVector;
     const bool active = channel < problem.channels;
     // Lanes without channels gather channel 0 and drop it.
-    const T* value = static_cast<const T*>(problem.value) + row.image * problem.image_stride +
-        row.head * problem.head_stride + (active ? channel : 0);
+    const T* value =
+        keep(static_cast<const T*>(problem.value) + row.image * problem.image_stride +
+             row.head * problem.head_stride + (active ? channel : 0));
     A sum[kVector] = {};
     for (int32_t chunk = 0; chunk < problem.samples; chunk += kLanes) {
-      records[lane] =
-          make_record<false>(problem, load_sample<A>(problem, row, chunk + lane, softmax));
+      records[lane] = make_record(problem, load_sample(problem, row, chunk + lane, softmax));
       __syncwarp();
 #pragma unroll 4
       for (int i = 0; i < kLanes; ++i) {
@@ -37,7 +38,7 @@ __global__ void __launch_bounds__(kForwardThreads)
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner) {
             load<false>(
-                value + static_cast<int64_t>(record.index[corner]) * problem.position_stride,
+                offset(value, record.index[corner], problem.position_stride_bytes),
                 pixels[corner]);
           }
 #pragma unroll
@@ -54,24 +55,27 @@ __global__ void __launch_bounds__(kForwardThreads)
     if (row.live && active) {
       store(sum, output + row.index * problem.channels + channel);
     }
-  }
+    first += kLanes * kVector;
+  } while (kManyRounds && first < problem.channels);
 }
 
-template <typename T, int kLanes, int kVector>
+template <typename T, int kLanes, int kVector, bool kManyRounds>
 void launch_forward(const CudaInputs& inputs, void* output, CUstream_st* stream) {
-  using A = Arithmetic<T>;
-  const Sizes& sizes = inputs.sizes;
-  const unsigned threads = choose_threads(sizes, kLanes, kForwardThreads);
+  const unsigned threads = choose_threads(inputs.sizes, kLanes, kForwardThreads);
   const unsigned rows = threads / kLanes;
-  const Launch geometry = make_launch(inputs, rows);
-  launch(
-      &forward_kernel<T, kLanes, kVector>,
-      make_grid(geometry.tiles * sizes.heads, sizes.images),
-      threads,
-      rows * kRecordBytes<A, kLanes>,
-      stream,
-      geometry.problem,
-      static_cast<T*>(output));
+  const size_t shared = rows * kRecordBytes<Arithmetic<T>, kLanes>;
+  dispatch_fused(inputs, [&](auto fused) {
+    for_all_tiles(inputs, rows, inputs.sizes.heads, [&](dim3 grid, const Problem& problem) {
+      launch(
+          &forward_kernel<T, decltype(fused)::value, kLanes, kVector, kManyRounds>,
+          grid,
+          threads,
+          shared,
+          stream,
+          problem,
+          static_cast<T*>(output));
+    });
+  });
 }
 
 }  // namespace
@@ -83,13 +87,13 @@ void ms_deform_attn_cuda(const CudaInputs& inputs, void* output, CUstream_st* st
       constexpr int kVector = 16 / sizeof(T);
       const int64_t vectors = inputs.sizes.channels / kVector;
       if (loads_vectors(inputs, kVector, sizeof(T))) {
-        return vectors <= 2   ? launch_forward<T, 2, kVector>(inputs, output, stream)
-            : vectors <= 4 ? launch_forward<T, 4, kVector>(inputs, output, stream)
-            : vectors <= 8 ? launch_forward<T, 8, kVector>(inputs, output, stream)
-                           : launch_forward<T, 16, kVector>(inputs, output, stream);
+        return vectors <= 2 ? launch_forward<T, 2, kVector, false>(inputs, output, stream)
+            : vectors <= 4  ? launch_forward<T, 4, kVector, false>(inputs, output, stream)
+            : vectors <= 8  ? launch_forward<T, 8, kVector, false>(inputs, output, stream)
+                            : launch_forward<T, 16, kVector, true>(inputs, output, stream);
       }
     }
-    launch_forward<T, 8, 1>(inputs, output, stream);
+    launch_forward<T, 8, 1, true>(inputs, output, stream);
   });
 }
 
