@@ -1,8 +1,8 @@
 """The backward on CUDA with each way to add up the value gradient: time and error.
 
-``scattered`` adds every sample to every pixel with atomics, ``by_pixel`` sorts the samples of a tile
-of queries first, ``deterministic`` adds in fixed point. Which of the first two wins depends on the
-device's rate of atomics and on how near to each other neighbouring queries sample.
+``scattered`` adds every sample to every pixel with atomics, ``by_pixel`` sorts the samples of a
+tile of queries first, ``deterministic`` adds in fixed point. Which of the first two wins depends on
+the device's rate of atomics and on how near to each other neighbouring queries sample.
 """
 
 import argparse

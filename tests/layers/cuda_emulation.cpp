@@ -140,6 +140,11 @@ int64_t element_bytes(psf::Scalar type) {
 
 }  // namespace
 
+// For the operators' CUDA entries.
+std::string emulation_error() {
+  return machine.error;
+}
+
 extern "C" {
 
 // As the test fills it; the same order there.

@@ -113,6 +113,9 @@ struct Machine {
       }
       return true;
     }
+    if (buffers.empty()) {  // declared by a test of the kernels alone, not by one through torch
+      return true;
+    }
     fail("access out of bounds, " + std::to_string(bytes) + " bytes");
     return false;
   }
