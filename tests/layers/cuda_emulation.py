@@ -7,6 +7,7 @@ channels a head, P sampling points.
 import shutil
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,20 +30,26 @@ FIXED_POINT_TOLERANCE = {**TOLERANCE, torch.float64: 1e-12}
 ODD = [(5, 7), (3, 2), (1, 1)]  # sizes that no tile divides
 
 
-def compile_emulation(folder: Path, sources: Sequence[Path], flags: Sequence[str]) -> str:
+def compile_emulation(
+    folder: Path, sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str] = ()
+) -> str:
     """Path of a shared library of the sources, kernels among them, in the given folder."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler to build the emulation with")
     # The emulation jumps between stacks, which fortified longjmp takes for an error.
     flags = ["-fPIC", "-U_FORTIFY_SOURCE", "-DPSF_CUDA_EMULATION", f"-I{HERE}", *flags]
-    objects = []
-    for source in sources:
-        objects.append(folder / f"{source.name}.o")
-        command = [compiler, *flags, f"-I{SOURCES}", "-x", "c++", "-c", source]
-        subprocess.run([*command, "-o", objects[-1]], check=True)
+
+    def compile_source(source: Path) -> Path:
+        target = folder / f"{source.name}.o"
+        command = [compiler, *flags, f"-I{SOURCES}", "-x", "c++", "-c", source, "-o", target]
+        subprocess.run(command, check=True)
+        return target
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        objects = list(pool.map(compile_source, sources))
     library = folder / "emulation.so"
-    subprocess.run([compiler, "-shared", *objects, "-o", library], check=True)
+    subprocess.run([compiler, "-shared", *objects, *libraries, "-o", library], check=True)
     return str(library)
 
 
