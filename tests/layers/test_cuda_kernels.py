@@ -244,6 +244,11 @@ def test_many_samples_of_a_row(library):
     check_all(library, make_case([(3, 3)] * 5, images=1, queries=2, points=80, coordinates=2))
 
 
+def test_more_points_than_are_sorted_at_a_time(library):
+    case = make_case([(3, 3)], images=1, queries=2, heads=1, channels=4, points=300)
+    assert_close(Emulation(library, case).value_gradient_by_pixel(), exact(case).value)
+
+
 def test_tiles_wider_than_the_window_that_is_sorted(library):
     case = make_case([(40, 70)], images=1, queries=50, heads=1, channels=4)
     assert_close(Emulation(library, case).value_gradient_by_pixel(), exact(case).value)
