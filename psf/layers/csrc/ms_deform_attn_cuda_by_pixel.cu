@@ -1,7 +1,7 @@
 // The value gradient with few atomics: the samples of a tile of queries are sorted by pixel in
 // shared memory, and what they add to a pixel is summed in registers first. The neighbouring queries
 // of an encoder share most of their pixels; queries that sample at random share few.
-#include "ms_deform_attn_cuda_device.cuh"
+#include "ms_deform_attn_cuda_samples.cuh"
 
 namespace psf {
 namespace {

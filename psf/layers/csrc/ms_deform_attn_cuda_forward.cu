@@ -1,5 +1,5 @@
 // The forward kernel.
-#include "ms_deform_attn_cuda_device.cuh"
+#include "ms_deform_attn_cuda_samples.cuh"
 
 namespace psf {
 namespace {
