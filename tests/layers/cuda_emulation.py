@@ -4,8 +4,10 @@ Shapes as in psf/layers/ms_deform_attn.py: N images, Q queries, L levels, S posi
 channels a head, P sampling points.
 """
 
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +29,11 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, tor
 # The fixed point of a few hundred samples resolves 2^-50 of the largest possible term.
 FIXED_POINT_TOLERANCE = {**TOLERANCE, torch.float64: 1e-12}
 
+# For the run of the tests without the extension: the emulation needs none, once is enough.
+with_extension_only = pytest.mark.skipif(
+    os.environ.get("PSF_DISABLE_EXTENSION") == "1", reason="the same with the extension"
+)
+
 ODD = [(5, 7), (3, 2), (1, 1)]  # sizes that no tile divides
 
 
@@ -35,8 +42,8 @@ def compile_emulation(
 ) -> str:
     """Path of a shared library of the sources, kernels among them, in the given folder."""
     compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler to build the emulation with")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("the emulation needs a C++ compiler and Linux")
     # The emulation jumps between stacks, which fortified longjmp takes for an error.
     flags = ["-fPIC", "-U_FORTIFY_SOURCE", "-DPSF_CUDA_EMULATION", f"-I{HERE}", *flags]
 

@@ -6,6 +6,7 @@ that are written twice or never, and divergent barriers, besides wrong numbers.
 
 import ctypes
 import itertools
+import mmap
 import shutil
 import subprocess
 from types import SimpleNamespace
@@ -22,10 +23,13 @@ from cuda_emulation import (
     compile_emulation,
     exact,
     make_case,
+    with_extension_only,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+pytestmark = with_extension_only
 
 SCALARS = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
@@ -392,6 +396,20 @@ def test_value_of_any_strides(library, dtype, layout):
         value = torch.cat([value, value], dim=-1)[..., :16]
     case.value = value
     assert value.is_contiguous() == (layout == "unaligned")
+    check_all(library, case)
+
+
+def test_value_spread_over_more_elements_than_32_bits_count(library):
+    """In memory that is reserved and, but for what is read, never used."""
+    case = make_case([(8, 9)], images=1, queries=20, channels=8)
+    expected = Emulation(library, case).forward()
+    gap = 2**25  # elements between positions; 2^31 and more in all
+    shape, strides = case.value.shape, (0, gap, 8, 1)
+    anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE on Linux
+    memory = mmap.mmap(-1, 4 * gap * shape[1], flags=anonymous)
+    spread = torch.frombuffer(memory, dtype=torch.float32).as_strided(shape, strides)
+    case.value = spread.copy_(case.value)
+    assert torch.equal(Emulation(library, case).forward(), expected)
     check_all(library, case)
 
 

@@ -21,9 +21,12 @@ from cuda_emulation import (
     compile_emulation,
     exact,
     make_case,
+    with_extension_only,
 )
 from torch.library import opcheck
 from torch.utils import cpp_extension
+
+pytestmark = with_extension_only
 
 
 def entries(folder: Path) -> list[Path]:

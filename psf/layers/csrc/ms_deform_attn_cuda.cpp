@@ -106,14 +106,18 @@ Call make_call(
   if (fused) {
     call.references = aligned(references.to(arithmetic));
   }
+  // Of dimensions of size 1 anything may be the stride: not what vectors are aligned to.
+  const auto stride = [&](int64_t dim) {
+    return call.value.size(dim) > 1 ? call.value.stride(dim) : 0;
+  };
   call.inputs = {
       checked.sizes,
       std::move(checked.levels),
       scalar(value.scalar_type()),
       call.value.const_data_ptr(),
-      call.value.stride(0),
-      call.value.stride(1),
-      call.value.stride(2),
+      stride(0),
+      stride(1),
+      stride(2),
       call.positions.const_data_ptr(),
       scalar(call.positions.scalar_type()),
       call.weights.const_data_ptr(),
@@ -179,8 +183,10 @@ void backward_by_pixel(
     inputs.weights = softmax.const_data_ptr();
     inputs.weights_type = scalar(softmax.scalar_type());
   }
-  ms_deform_attn_backward_cuda(call.inputs, grad.const_data_ptr(), gradients, stream);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  if (gradients.positions || gradients.weights || gradients.locations || gradients.softmax) {
+    ms_deform_attn_backward_cuda(call.inputs, grad.const_data_ptr(), gradients, stream);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
   value_gradient_by_pixel_cuda(inputs, grad.const_data_ptr(), grad_value, stream);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Arithmetic<T
         by_weights[j] = by_weight;
       }
     }
-    __syncwarp();
+    __syncwarp();  // all have read the records; shuffles alone do not order memory
   }
   if constexpr (kFused) {
     if (gradients.weights != nullptr || gradients.softmax != nullptr) {
