@@ -21,6 +21,7 @@ mkdir -p "$OUT"
 prepare() {
     export PYTHONPATH="$PWD:$SITE${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
     if [ -d .whl ] && ! [ -d "$SITE" ]; then
+        rm -rf "$SITE.part"
         "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
             --target "$SITE.part" .whl/*.whl
         for archive in .whl/*.zip; do "$PYTHON" -m zipfile -e "$archive" "$SITE.part"; done
@@ -84,7 +85,7 @@ if [ "${1:-all}" != all ]; then
 fi
 failed=()
 for name in build test sanitize variants bench; do
-    "$0" "$name" || failed+=("$name")
+    bash benchmarks/gpu_suite.sh "$name" || failed+=("$name")
 done
 if [ ${#failed[@]} -gt 0 ]; then
     echo "failed: ${failed[*]}" >&2

@@ -65,7 +65,7 @@ struct Fiber {
   bool started = false;
   State state = State::kDone;
   unsigned shuffles = 0;
-  uint64_t slots[2];  // what it gives away in a shuffle; the next one may begin before all have read
+  uint64_t slots[2];  // what it gives away in a shuffle; the next may begin before all have read
 };
 
 // The whole machine, one block at a time.

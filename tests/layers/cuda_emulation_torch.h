@@ -1,5 +1,5 @@
-// Stands in for torch's CUDA headers when ms_deform_attn_cuda.cpp is compiled for the emulation: one
-// device, the CPU, without streams. Kernels run as they are launched.
+// Stands in for torch's CUDA headers when ms_deform_attn_cuda.cpp is compiled for the emulation:
+// one device, the CPU, without streams. Kernels run as they are launched.
 #pragma once
 
 #include <c10/core/Device.h>

@@ -67,8 +67,8 @@ Tensor aligned(const Tensor& tensor) {
 // In a type that kernels take offsets, weights and logits in.
 Tensor readable(const Tensor& tensor, at::ScalarType arithmetic) {
   const at::ScalarType type = tensor.scalar_type();
-  const bool as_it_is =
-      type == arithmetic || (arithmetic == at::kFloat && (type == at::kHalf || type == at::kBFloat16));
+  const bool is_half = type == at::kHalf || type == at::kBFloat16;
+  const bool as_it_is = type == arithmetic || (arithmetic == at::kFloat && is_half);
   return aligned(as_it_is ? tensor : tensor.to(arithmetic));
 }
 
@@ -390,8 +390,9 @@ TORCH_LIBRARY_IMPL(psf, CUDA, m) {
 // faster depends on the device's rate of atomics.
 TORCH_LIBRARY_FRAGMENT(psf, m) {
   m.def(
-      "_ms_deform_attn_backward_by_pixel(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, "
-      "Tensor sampling_locations, Tensor attention_weights, bool[3] output_mask) "
+      "_ms_deform_attn_backward_by_pixel(Tensor grad_output, Tensor value, "
+      "SymInt[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights, "
+      "bool[3] output_mask) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
       "_ms_deform_attn_fused_backward_by_pixel(Tensor grad_output, Tensor value, "

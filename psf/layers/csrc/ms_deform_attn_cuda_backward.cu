@@ -205,6 +205,47 @@ __device__ __forceinline__ void finish_softmax(
   }
 }
 
+// Does a group's kLanes samples for the kVector channels of each lane: adds to the value gradient,
+// where that is not null, and to the lane's own four products of pixels and output gradient, which
+// are those of the sample that the lane has prepared.
+template <int kLanes, typename T, int kVector, typename A, bool kFixedPoint>
+__device__ __forceinline__ void visit_samples(
+    const Problem& problem,
+    const Record<A>* records,
+    const T* value,
+    typename Adder<A, kFixedPoint>::Element* grad_value,
+    const A (&grad)[kVector],
+    const Adder<A, kFixedPoint>& add,
+    A (&own)[4]) {
+  constexpr int kBatch = kLanes < 8 ? kLanes : 8;  // samples whose products fit the registers
+  const uint32_t grad_stride_bytes = problem.heads * problem.channels * sizeof(*grad_value);
+  const int lane = threadIdx.x % kLanes;
+#pragma unroll
+  for (int batch = 0; batch < kLanes; batch += kBatch) {
+    A products[kBatch][4];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const Record<A> record = records[batch + i];
+      multiply(problem, record, value, grad, products[i]);
+      if (grad_value != nullptr && record.index[0] >= 0) {
+#pragma unroll
+        for (int corner = 0; corner < 4; ++corner) {
+          add(offset(grad_value, record.index[corner], grad_stride_bytes),
+              record.weight[corner],
+              grad);
+        }
+      }
+    }
+    sum_products<kLanes>(products, lane);
+    if (lane / kBatch * kBatch == batch) {
+#pragma unroll
+      for (int corner = 0; corner < 4; ++corner) {
+        own[corner] += products[0][corner];
+      }
+    }
+  }
+}
+
 // As in the forward kernel, each lane prepares a sample and all lanes gather the pixels of each.
 // The products of pixels and output gradient are then summed so that each lane ends with the sums
 // of the sample it has prepared, and can finish its gradients.
@@ -215,7 +256,6 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Arithmetic<T
     const __grid_constant__ Gradients gradients) {
   using A = Arithmetic<T>;
   using Element = typename Adder<A, kFixedPoint>::Element;
-  constexpr int kBatch = kLanes < 8 ? kLanes : 8;  // samples whose products fit the registers
   const int lane = threadIdx.x % kLanes;
   const int slot = threadIdx.x / kLanes;
   const Row row = find_row<kLanes>(problem);
@@ -228,7 +268,6 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Arithmetic<T
   const Softmax<A, kFused> softmax = row_softmax<A, kFused, kLanes>(problem, row, lane);
   const Adder<A, kFixedPoint> add(problem, gradients);
   const bool wants_value = gradients.value != nullptr;
-  const uint32_t grad_stride_bytes = problem.heads * problem.channels * sizeof(Element);
   const T* value_row = keep(
       static_cast<const T*>(problem.value) + row.image * problem.image_stride +
       row.head * problem.head_stride);
@@ -256,32 +295,14 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Arithmetic<T
         }
         loaded = first;
       }
-      const T* value = value_row + channel;
-      Element* grad_value = grad_row + channel;
-#pragma unroll
-      for (int batch = 0; batch < kLanes; batch += kBatch) {
-        A products[kBatch][4];
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          const Record<A> record = records[batch + i];
-          multiply(problem, record, value, grad, products[i]);
-          if (wants_value && active && record.index[0] >= 0) {
-#pragma unroll
-            for (int corner = 0; corner < 4; ++corner) {
-              add(offset(grad_value, record.index[corner], grad_stride_bytes),
-                  record.weight[corner],
-                  grad);
-            }
-          }
-        }
-        sum_products<kLanes>(products, lane);
-        if (lane / kBatch * kBatch == batch) {
-#pragma unroll
-          for (int corner = 0; corner < 4; ++corner) {
-            own[corner] += products[0][corner];
-          }
-        }
-      }
+      visit_samples<kLanes>(
+          problem,
+          records,
+          value_row + channel,
+          wants_value && active ? grad_row + channel : nullptr,
+          grad,
+          add,
+          own);
     }
     if (row.live && j < problem.samples) {
       const A by_weight = finish_sample<kFused>(problem, gradients, row, j, sample, own);

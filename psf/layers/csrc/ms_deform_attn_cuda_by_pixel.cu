@@ -1,6 +1,6 @@
 // The value gradient with few atomics: the samples of a tile of queries are sorted by pixel in
-// shared memory, and what they add to a pixel is summed in registers first. The neighbouring queries
-// of an encoder share most of their pixels; queries that sample at random share few.
+// shared memory, and what they add to a pixel is summed in registers first. The neighbouring
+// queries of an encoder share most of their pixels; queries that sample at random share few.
 #include "ms_deform_attn_cuda_samples.cuh"
 
 namespace psf {
@@ -30,6 +30,8 @@ struct Sorting {
   float inside_sums[kWarps];
   int32_t totals[kWarps];
 };
+
+constexpr size_t kSortingBytes = (sizeof(Sorting) + 15) / 16 * 16;
 
 struct Corner {
   int32_t x;
@@ -136,71 +138,113 @@ __device__ __forceinline__ void sort_samples(
   __syncthreads();
 }
 
-// A block has one level's samples of the rows of a tile, kThreads of them at a time. Groups of
-// kLanes threads then take a pixel each, and four channels a thread.
-template <bool kFused, int kLanes>
-__global__ void __launch_bounds__(kThreads) by_pixel_kernel(
-    const __grid_constant__ Problem problem,
-    int32_t rows,
-    const char* grad_output,
-    Scalar grad_type,
-    int32_t grad_bytes,
-    float* grad_value) {
-  Sorting& sorting = *reinterpret_cast<Sorting*>(shared_memory());
-  // (rows, D)
-  FourFloats* grads = reinterpret_cast<FourFloats*>(
-      shared_memory() + (sizeof(Sorting) + 15) / 16 * 16);
-  const int32_t level = blockIdx.x / problem.heads;
-  const int32_t head = blockIdx.x - level * problem.heads;
+// The output gradients of a tile's rows, (rows, D) in shared memory; 0 for rows beyond the queries.
+struct TileGradients {
+  const char* grad_output;
+  Scalar type;
+  int32_t bytes;  // of one number
+  int32_t rows;
+};
+
+__device__ __forceinline__ void load_gradients(
+    const Problem& problem, const TileGradients& tile, int32_t head, FourFloats* grads) {
   const int32_t vectors = problem.channels / 4;
-  for (int32_t i = threadIdx.x; i < rows * vectors; i += kThreads) {
-    const Row row = find_row(problem, head, i / vectors, rows);
+  for (int32_t i = threadIdx.x; i < tile.rows * vectors; i += kThreads) {
+    const Row row = find_row(problem, head, i / vectors, tile.rows);
     FourFloats grad = {};
     if (row.live) {
       const int64_t index = row.index * problem.channels + i % vectors * 4;
-      load_any(grad_output + index * grad_bytes, grad_type, grad.at);
+      load_any(tile.grad_output + index * tile.bytes, tile.type, grad.at);
     }
     grads[i] = grad;
   }
+}
 
-  const int64_t image = problem.first_image + static_cast<int32_t>(blockIdx.z);
-  const int32_t grad_stride = problem.heads * problem.channels;
-  float* grad_head = grad_value + image * problem.positions_per_image * grad_stride +
-      head * problem.channels;
-  const int lane = threadIdx.x % kLanes;
-  const int group = threadIdx.x / kLanes;
-  constexpr int kGroups = kThreads / kLanes;
-  const auto add_entries = [&](int32_t pixel, int32_t begin, int32_t end) {
-    for (int32_t vector = lane; vector < vectors; vector += kLanes) {
-      FourFloats sum = {};
-      for (int32_t entry = begin; entry < end; ++entry) {
-        const FourFloats grad = grads[sorting.slots[entry] * vectors + vector];
-        const float weight = sorting.weights[entry];
+// Adds the sum of the entries [begin, end) to a pixel: four channels a thread of a group of kLanes.
+template <int kLanes>
+__device__ __forceinline__ void add_entries(
+    const Sorting& sorting,
+    const FourFloats* grads,
+    int32_t begin,
+    int32_t end,
+    int32_t channels,
+    float* pixel) {
+  const int32_t vectors = channels / 4;
+  for (int32_t vector = threadIdx.x % kLanes; vector < vectors; vector += kLanes) {
+    FourFloats sum = {};
+    for (int32_t entry = begin; entry < end; ++entry) {
+      const FourFloats grad = grads[sorting.slots[entry] * vectors + vector];
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          sum.at[c] += weight * grad.at[c];
-        }
+      for (int c = 0; c < 4; ++c) {
+        sum.at[c] += sorting.weights[entry] * grad.at[c];
       }
-      float* to = grad_head + static_cast<int64_t>(pixel) * grad_stride + 4 * vector;
-      atomic_add4(to, sum.at[0], sum.at[1], sum.at[2], sum.at[3]);
     }
-  };
+    atomic_add4(pixel + 4 * vector, sum.at[0], sum.at[1], sum.at[2], sum.at[3]);
+  }
+}
 
-  const DeviceLevel& pixels = problem.levels[level];
-  const auto load = [&](const Row& row, int32_t j) {
-    Sample<float> sample = load_sample(problem, row, j, Softmax<float, kFused>{0, 0});
-    if (kFused && row.live && j < problem.samples) {
-      sample.weight = load_weight<float>(problem, row, j);  // softmax already
+// Adds what has been sorted, every group of kLanes a pixel at a time, to one head of an image.
+template <int kLanes>
+__device__ __forceinline__ void add_sorted(
+    const Problem& problem,
+    const Sorting& sorting,
+    const FourFloats* grads,
+    const DeviceLevel& level,
+    Corner window,
+    float* grad_head) {
+  constexpr int kGroups = kThreads / kLanes;
+  const int group = threadIdx.x / kLanes;
+  const int64_t stride = problem.heads * problem.channels;
+  for (int32_t bin = group; bin < kBins; bin += kGroups) {
+    const int32_t begin = sorting.starts[bin];
+    const int32_t end = sorting.starts[bin + 1];
+    if (begin < end) {
+      const int32_t x = window.x + bin % kWindow;
+      const int32_t y = window.y + bin / kWindow;
+      float* pixel = grad_head + stride * (level.start + y * level.width + x);
+      add_entries<kLanes>(sorting, grads, begin, end, problem.channels, pixel);
     }
-    return sample;
-  };
-  for (int32_t first = 0; first < rows * problem.points; first += kThreads) {
-    const int32_t slot = (first + static_cast<int32_t>(threadIdx.x)) / problem.points;
-    const int32_t point = first + static_cast<int32_t>(threadIdx.x) - slot * problem.points;
-    Row row = find_row(problem, head, slot, rows);
-    row.live = row.live && slot < rows;
-    const Sample<float> sample = load(row, level * problem.points + point);
-    const Record<float> record = make_record(problem, sample);
+  }
+  for (int32_t i = group; i < sorting.num_far; i += kGroups) {
+    const int32_t entry = kEntries - 1 - i;
+    float* pixel = grad_head + stride * sorting.far_pixels[entry];
+    add_entries<kLanes>(sorting, grads, entry, entry + 1, problem.channels, pixel);
+  }
+}
+
+// A sample with its weight as stored, also in the fused variant: there the softmax is stored.
+template <bool kFused>
+__device__ __forceinline__ Sample<float>
+load_weighted_sample(const Problem& problem, const Row& row, int32_t j) {
+  Sample<float> sample = load_sample(problem, row, j, Softmax<float, kFused>{0, 0});
+  if (kFused && row.live && j < problem.samples) {
+    sample.weight = load_weight<float>(problem, row, j);
+  }
+  return sample;
+}
+
+// A block has one level's samples of the rows of a tile, kThreads of them at a time.
+template <bool kFused, int kLanes>
+__global__ void __launch_bounds__(kThreads) by_pixel_kernel(
+    const __grid_constant__ Problem problem,
+    const __grid_constant__ TileGradients tile,
+    float* grad_value) {
+  Sorting& sorting = *reinterpret_cast<Sorting*>(shared_memory());
+  FourFloats* grads = reinterpret_cast<FourFloats*>(shared_memory() + kSortingBytes);
+  const int32_t level = blockIdx.x / problem.heads;
+  const int32_t head = blockIdx.x - level * problem.heads;
+  const int64_t image = problem.first_image + static_cast<int32_t>(blockIdx.z);
+  float* grad_head = grad_value +
+      (image * problem.positions_per_image * problem.heads + head) * problem.channels;
+  load_gradients(problem, tile, head, grads);
+  for (int32_t first = 0; first < tile.rows * problem.points; first += kThreads) {
+    const int32_t number = first + static_cast<int32_t>(threadIdx.x);
+    const int32_t slot = number / problem.points;
+    const int32_t point = number - slot * problem.points;
+    Row row = find_row(problem, head, slot, tile.rows);
+    row.live = row.live && slot < tile.rows;
+    const Sample<float> sample =
+        load_weighted_sample<kFused>(problem, row, level * problem.points + point);
     for (int i = threadIdx.x; i < kBins; i += kThreads) {
       sorting.starts[i] = 0;
     }
@@ -208,20 +252,8 @@ __global__ void __launch_bounds__(kThreads) by_pixel_kernel(
       sorting.num_far = 0;
     }
     const Corner window = place_window(sorting, sample);
-    sort_samples(sorting, sample, record, slot, window);
-    for (int32_t bin = group; bin < kBins; bin += kGroups) {
-      const int32_t begin = sorting.starts[bin];
-      const int32_t end = sorting.starts[bin + 1];
-      if (begin < end) {
-        const int32_t x = window.x + bin % kWindow;
-        const int32_t y = window.y + bin / kWindow;
-        add_entries(pixels.start + y * pixels.width + x, begin, end);
-      }
-    }
-    for (int32_t i = group; i < sorting.num_far; i += kGroups) {
-      const int32_t entry = kEntries - 1 - i;
-      add_entries(sorting.far_pixels[entry], entry, entry + 1);
-    }
+    sort_samples(sorting, sample, make_record(problem, sample), slot, window);
+    add_sorted<kLanes>(problem, sorting, grads, problem.levels[level], window, grad_head);
     __syncthreads();
   }
 }
@@ -231,28 +263,29 @@ void launch_by_pixel(
     const CudaInputs& inputs, const void* grad_output, float* grad_value, CUstream_st* stream) {
   const Sizes& sizes = inputs.sizes;
   const size_t row_bytes = sizes.channels * sizeof(float);
-  const size_t sorting_bytes = (sizeof(Sorting) + 15) / 16 * 16;
   int64_t rows = kMaxRows;
   while (rows > 1 &&
-         (rows * sizes.points > kThreads || sorting_bytes + rows * row_bytes > kSharedBytes)) {
+         (rows * sizes.points > kThreads || kSortingBytes + rows * row_bytes > kSharedBytes)) {
     rows /= 2;
   }
+  const TileGradients tile = {
+      static_cast<const char*>(grad_output),
+      inputs.type,
+      static_cast<int32_t>(bytes_of(inputs.type)),
+      static_cast<int32_t>(rows)};
+  const int64_t width = sizes.levels * sizes.heads;
   dispatch_fused(inputs, [&](auto fused) {
-    for_all_tiles(
-        inputs, rows, sizes.levels * sizes.heads, [&](dim3 grid, const Problem& problem) {
-          launch(
-              &by_pixel_kernel<decltype(fused)::value, kLanes>,
-              grid,
-              kThreads,
-              sorting_bytes + rows * row_bytes,
-              stream,
-              problem,
-              static_cast<int32_t>(rows),
-              static_cast<const char*>(grad_output),
-              inputs.type,
-              static_cast<int32_t>(bytes_of(inputs.type)),
-              grad_value);
-        });
+    for_all_tiles(inputs, rows, width, [&](dim3 grid, const Problem& problem) {
+      launch(
+          &by_pixel_kernel<decltype(fused)::value, kLanes>,
+          grid,
+          kThreads,
+          kSortingBytes + rows * row_bytes,
+          stream,
+          problem,
+          tile,
+          grad_value);
+    });
   });
 }
 

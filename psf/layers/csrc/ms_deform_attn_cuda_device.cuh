@@ -53,8 +53,8 @@ __device__ __forceinline__ void atomic_add4(float* to, float a, float b, float c
 #endif
 }
 
-// Makes the compiler hold an address in registers, where it would otherwise save them and compute it
-// again at every use, at ten and more instructions.
+// Makes the compiler hold an address in registers, where it would otherwise save them and compute
+// it again at every use, at ten and more instructions.
 template <typename T>
 __device__ __forceinline__ T* keep(T* address) {
   asm volatile("" : "+l"(address));

@@ -1,5 +1,5 @@
-// The kernels before and after the deterministic backward: they find the bound that sets the units of
-// its fixed point, and convert its sums.
+// The kernels before and after the deterministic backward: they find the bound that sets the units
+// of its fixed point, and convert its sums.
 #include "ms_deform_attn_cuda_fixed_point.cuh"
 
 namespace psf {
@@ -80,7 +80,8 @@ void value_gradient_exponent_cuda(
   dispatch_type(inputs.type, [&](auto zero) {
     using T = decltype(zero);
     dispatch_fused(inputs, [&](auto fused) {
-      for_all_tiles(inputs, threads / 8, inputs.sizes.heads, [&](dim3 grid, const Problem& problem) {
+      const int64_t rows = threads / 8;
+      for_all_tiles(inputs, rows, inputs.sizes.heads, [&](dim3 grid, const Problem& problem) {
         launch(
             &exponent_kernel<T, decltype(fused)::value>,
             grid,

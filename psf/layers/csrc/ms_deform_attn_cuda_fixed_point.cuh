@@ -1,5 +1,5 @@
-// The fixed point in which the deterministic value gradient is added up: int64_t, in units of a power
-// of two that follows from a bound of what is added. The sum does not depend on the order.
+// The fixed point in which the deterministic value gradient is added up: int64_t, in units of a
+// power of two that follows from a bound of what is added. The sum does not depend on the order.
 #pragma once
 
 #include "ms_deform_attn_cuda_samples.cuh"

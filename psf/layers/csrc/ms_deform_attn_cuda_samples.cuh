@@ -174,8 +174,8 @@ struct DeviceAxis {
   A weight[2];
 };
 
-// The axis of a sample at the coordinate position * unit + reference * size - 1/2. The fraction of a
-// pixel is as exact as for a coordinate near 0: the whole pixels take none of its digits.
+// The axis of a sample at the coordinate position * unit + reference * size - 1/2. The fraction of
+// a pixel is as exact as for a coordinate near 0: the whole pixels take none of its digits.
 template <typename A, bool kFused>
 __device__ __forceinline__ DeviceAxis<A>
 place_on_axis(A position, A unit, A reference, int32_t size) {
