@@ -39,8 +39,17 @@ def _load_extension() -> str | None:
 
 
 _NO_EXTENSION_REASON = _load_extension()
-# Meta tensors go to the fake kernel.
-_KERNEL_DEVICES = () if _NO_EXTENSION_REASON else ("cpu", "meta")
+
+
+def _kernel_devices() -> tuple[str, ...]:
+    """Devices whose tensors the extension has kernels for; meta tensors go to the fake kernel."""
+    if _NO_EXTENSION_REASON is not None:
+        return ()
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return ("cpu", "meta", *(["cuda"] if has_kernel("psf::ms_deform_attn", "CUDA") else []))
+
+
+_KERNEL_DEVICES = _kernel_devices()
 
 SpatialShapes = Sequence[tuple[int, int]] | Tensor
 
@@ -81,7 +90,7 @@ def ms_deform_attn(
         )
     # Logging is not traceable, and a compiled call is not the slow thing the line warns of.
     if not torch.compiler.is_compiling():
-        _warn_of_fallback(_NO_EXTENSION_REASON or f"psf._C has no kernel for {device} tensors")
+        _warn_of_fallback(_NO_EXTENSION_REASON or _no_kernel_reason(device))
     if _autocasts(device) and value.dtype != torch.float64:
         value = value.to(torch.get_autocast_dtype(device))
     return ms_deform_attn_reference(value, spatial_shapes, sampling_locations, attention_weights)
@@ -229,6 +238,15 @@ def _sample_level(pixels: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
 def _warn_of_fallback(reason: str) -> None:
     """Once per process and reason."""
     logging.getLogger(__name__).warning("ms_deform_attn runs as plain PyTorch: %s", reason)
+
+
+def _no_kernel_reason(device: str) -> str:
+    reason = f"psf._C was built without kernels for {device} tensors"
+    return (
+        f"{reason}; build it again with: FORCE_CUDA=1 {_BUILD_COMMAND}"
+        if device == "cuda"
+        else reason
+    )
 
 
 def _autocasts(device: str) -> bool:
