@@ -87,10 +87,10 @@ def test_semantic_scores_stand_at_their_contiguous_ids(tiny_cfg):
     """Class scores of one class at a time light up the channel of its contiguous id."""
     model = outputs_on(tiny_cfg, SEMANTIC_ON=True)
     things, stuff = torch.eye(3), torch.ones(2)
-    logits = torch.full((5, 4, 4), 30.0)
-    by_class = model._semantic(things, stuff, logits, (4, 4))[:, 0, 0]
+    masks = torch.ones(5, 4, 4)
+    by_class = model._semantic(things, stuff, masks, (4, 4))[:, 0, 0]
     assert by_class.tolist() == [1] * 5
-    only_circle = model._semantic(things * torch.tensor([1.0, 0, 0]), stuff * 0, logits, (4, 4))
+    only_circle = model._semantic(things * torch.tensor([1.0, 0, 0]), stuff * 0, masks, (4, 4))
     assert only_circle[:, 0, 0].tolist() == [0, 1, 0, 0, 0]
 
 
@@ -174,7 +174,7 @@ def test_mixed_precision(model):
         ("NUM_THING_CLASSES", 7, r"7 thing and 2 stuff .*'tiny_interleaved' has 3 and 2"),
         ("TEST.MERGING", "magic", r"MERGING is 'magic'; known: .*mask_wise"),
         ("TEST.MASK_DECODER_LAYERS", 3, "is 3, but the mask decoder has 2 layers"),
-        ("MASK_DECODER.NAME", "other", "NAME is 'other'; known: 'joint'"),
+        ("MASK_DECODER.NAME", "other", "NAME is 'other'; known: .'decoupled', 'joint'"),
     ],
 )
 def test_config_errors_name_the_key_and_the_mend(tiny_cfg, key, value, message):

@@ -63,6 +63,6 @@ def test_wrong_number_of_maps(encoder):
 
 
 def test_input_projection_maps_every_level_to_the_same_channels():
-    projection = InputProjection([4, 8], DIM)
+    projection = InputProjection([4, 8], DIM, 2)
     out = projection([torch.randn(2, 4, 6, 8), torch.randn(2, 8, 3, 4)])
     assert [x.shape for x in out] == [(2, DIM, 6, 8), (2, DIM, 3, 4)]

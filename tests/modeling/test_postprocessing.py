@@ -14,6 +14,7 @@ RULES = MergingRules(
     score_threshold=0.25,
     thing_keep_fraction=0.6,
     stuff_keep_fraction=0.8,
+    area_offset=0,
 )
 MERGERS = [merge_mask_wise, merge_pixel_wise]
 
