@@ -147,22 +147,25 @@ class PanopticSegFormer(nn.Module):
             "num_points": psf.NUM_POINTS,
             "dropout": psf.DROPOUT,
         }
+        input_proj = InputProjection(
+            [shapes[name].channels for name in psf.IN_FEATURES],
+            psf.HIDDEN_DIM,
+            psf.NUM_FEATURE_LEVELS,
+        )
+        pixel_encoder = PixelEncoder(num_layers=psf.ENC_LAYERS, **common, **deformable)
+        location_decoder = LocationDecoder(
+            num_classes=psf.NUM_THING_CLASSES,
+            num_queries=psf.NUM_OBJECT_QUERIES,
+            num_layers=psf.LOCATION_DECODER.DEC_LAYERS,
+            **common,
+            **deformable,
+        )
         design = _mask_design(psf, common)
         return {
             "backbone": backbone,
-            "input_proj": InputProjection(
-                [shapes[name].channels for name in psf.IN_FEATURES],
-                psf.HIDDEN_DIM,
-                psf.NUM_FEATURE_LEVELS,
-            ),
-            "pixel_encoder": PixelEncoder(num_layers=psf.ENC_LAYERS, **common, **deformable),
-            "location_decoder": LocationDecoder(
-                num_classes=psf.NUM_THING_CLASSES,
-                num_queries=psf.NUM_OBJECT_QUERIES,
-                num_layers=psf.LOCATION_DECODER.DEC_LAYERS,
-                **common,
-                **deformable,
-            ),
+            "input_proj": input_proj,
+            "pixel_encoder": pixel_encoder,
+            "location_decoder": location_decoder,
             "mask_decoder": design.decoder,
             "criterion": Criterion(
                 matching_weights=MatchingWeights(psf.CLASS_WEIGHT, psf.L1_WEIGHT, psf.GIOU_WEIGHT),
