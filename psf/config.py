@@ -84,6 +84,27 @@ def add_psf_config(cfg: CN) -> None:
     cfg.MODEL.PSF.TEST.THING_KEEP_FRACTION = 0.6
     cfg.MODEL.PSF.TEST.STUFF_KEEP_FRACTION = 0.8
 
+    # Swin (MODEL.BACKBONE.NAME: build_swin_backbone), in Mask2Former's keys; Swin-T's values (Swin
+    # paper, section 3.3). DROP_PATH_RATE is the last block's.
+    cfg.MODEL.SWIN = CN()
+    cfg.MODEL.SWIN.EMBED_DIM = 96
+    cfg.MODEL.SWIN.DEPTHS = [2, 2, 6, 2]
+    cfg.MODEL.SWIN.NUM_HEADS = [3, 6, 12, 24]
+    cfg.MODEL.SWIN.WINDOW_SIZE = 7
+    cfg.MODEL.SWIN.DROP_PATH_RATE = 0.3  # official code
+    # Recompute activations in the backward pass: less memory, more time.
+    cfg.MODEL.SWIN.USE_CHECKPOINT = False
+
+    # Any network of timm with maps of strides 8, 16, 32 (MODEL.BACKBONE.NAME: build_timm_backbone).
+    cfg.MODEL.TIMM = CN()
+    cfg.MODEL.TIMM.NAME = "pvt_v2_b2"
+    # Fetch timm's weights when MODEL.WEIGHTS names none.
+    cfg.MODEL.TIMM.PRETRAINED = False
+    cfg.MODEL.TIMM.DROP_PATH_RATE = 0.1  # of the last block (official code, for PVTv2)
+    cfg.MODEL.TIMM.USE_CHECKPOINT = False  # as MODEL.SWIN's
+    # Batch normalisations keep their statistics and weights, as in Detectron2's FrozenBN.
+    cfg.MODEL.TIMM.FREEZE_BATCH_NORM = True
+
     # Factors on the learning rate of the backbone, and of the layers that predict where to sample
     # (Deformable DETR, section A.4). AdamW is the only optimizer; Detectron2's other SOLVER keys
     # keep their meaning, and CLIP_GRADIENTS.CLIP_TYPE also takes Mask2Former's "full_model".
