@@ -110,3 +110,7 @@ def add_psf_config(cfg: CN) -> None:
     # keep their meaning, and CLIP_GRADIENTS.CLIP_TYPE also takes Mask2Former's "full_model".
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
     cfg.SOLVER.SAMPLING_MULTIPLIER = 0.1
+    # The batch that learning rate and schedule are written for. With another IMS_PER_BATCH the
+    # learning rate is scaled with the images, and iterations and steps against them; 0: never.
+    # Unlike Detectron2's REFERENCE_WORLD_SIZE it leaves the batch size to you.
+    cfg.SOLVER.REFERENCE_BATCH_SIZE = 0

@@ -1,0 +1,81 @@
+"""Loading ``MODEL.WEIGHTS``: Detectron2's checkpoints, and those of others by conversion."""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import Tensor
+
+from psf import checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpointer(DetectionCheckpointer):
+    """
+    Detectron2's checkpointer, which also knows the formats of :mod:`psf.checkpoint`.
+
+    A file in one of these is converted when it is read, with one line in the log. It must fit the
+    model: nothing in it is left over, and only what an ImageNet backbone cannot have is missing.
+    """
+
+    def _torch_load(self, f: str) -> dict[str, Any]:
+        content = checkpoint.read(f)
+        weights = checkpoint.find_state_dict(content)
+        source = checkpoint.recognise(weights)
+        if source is None:
+            return content
+        conversion = checkpoint.convert(weights, source)
+        missing = check_fit(conversion.state_dict, self.model.state_dict(), f)
+        logger.info("Converted '%s' from %s: %s", f, source.name, describe(conversion, missing))
+        return {"model": conversion.state_dict}
+
+
+def check_fit(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str) -> list[str]:
+    """
+    Check that weights belong to a model.
+
+    Args:
+        weights: converted.
+        own: the model's state dict.
+        path: where the weights are from, for the message.
+
+    Returns:
+        Entries of the backbone that the weights lack (normalisations of an ImageNet backbone's
+        maps).
+
+    Raises:
+        ValueError: an entry is not in the model or of another shape, or the weights are of a whole
+            model and lack one.
+    """
+    prefix = "" if any(not name.startswith("backbone.") for name in weights) else "backbone."
+    missing = sorted(n for n in own.keys() - weights.keys() if n.startswith(prefix))
+    unexpected = sorted(weights.keys() - own.keys())
+    misshapen = [
+        f"{name} {list(value.shape)} instead of {list(own[name].shape)}"
+        for name, value in weights.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    if unexpected or misshapen or (missing and not prefix):
+        raise ValueError(
+            f"'{path}' is of another model. Not in this one: {_shorten(unexpected)}. Of another "
+            f"shape: {_shorten(misshapen)}. Missing: {_shorten(missing)}. Use the config that "
+            "belongs to the file (MODEL_ZOO.md)."
+        )
+    return missing
+
+
+def describe(conversion: checkpoint.Conversion, missing: list[str]) -> str:
+    """What became of the entries of a file, in one line."""
+    parts = [f"{len(conversion.state_dict)} entries"]
+    reasons = Counter(conversion.dropped.values())
+    parts += [f"{count} dropped ({reason})" for reason, count in reasons.items()]
+    if missing:
+        parts.append(f"not in the file and left as initialised: {_shorten(missing)}")
+    return "; ".join(parts)
+
+
+def _shorten(names: list[str], most: int = 10) -> str:
+    return (", ".join(names[:most]) + (" ..." if len(names) > most else "")) or "none"
