@@ -193,6 +193,7 @@ def official_panoptic(panoptic_seg: tuple[Tensor, list[dict[str, Any]]]) -> Tens
 
 def difference(actual: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest expected value."""
+    actual, expected = actual.detach(), expected.detach()
     assert actual.shape == expected.shape
     scale = expected.double().abs().max().clamp(min=1e-30)
     return float((actual.double() - expected.double()).abs().max() / scale)

@@ -9,6 +9,22 @@ from torch import distributed as dist
 from torch import multiprocessing as mp
 
 
+@pytest.fixture(params=["joint", "decoupled"])
+def tiny_cfg(request, tiny_cfg):
+    """Everything here holds for both mask decoders."""
+    if request.param == "decoupled":
+        tiny_cfg.merge_from_list(
+            [
+                *("MODEL.PSF.MASK_DECODER.NAME", "decoupled"),
+                *("MODEL.PSF.MASK_DECODER.THING_LAYERS", 1),
+                *("MODEL.PSF.MASK_DECODER.STUFF_LAYERS", 2),
+                *("MODEL.PSF.NUM_FEATURE_LEVELS", 4),
+                *("MODEL.PSF.HIDDEN_DIM", 64),  # 32 groups of 1 channel cannot normalise 1 cell
+            ]
+        )
+    return tiny_cfg
+
+
 @pytest.fixture
 def model(tiny_cfg):
     torch.manual_seed(0)

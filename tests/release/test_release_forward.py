@@ -93,9 +93,7 @@ class TestSmallModel:
         for name, expected in nested(case, "pos_enc/").items():
             shape = SHAPES[int(name)]
             sine = sine_position_encoding(shape, [shape], 64).permute(0, 3, 1, 2)
-            level = small_model().pixel_encoder.level_embed[int(name)][:, None, None]
-            without = difference(sine, expected) < TOLERANCE
-            assert without or difference(sine + level, expected) < TOLERANCE, name
+            assert difference(sine, expected) < TOLERANCE, name
 
     def test_location_decoder(self, case, found):
         for i in range(3):
@@ -234,7 +232,7 @@ class TestPaddedBatch:
 class TestFullSize:
     @torch.no_grad()
     def test_r50(self, source):
-        case = arrays(source, "full/r50")
+        case = arrays(source, "full/r50")  # the recorded one has more arrays
         model = build_model(release_cfg("R50_24ep")).eval()
         load_seeded(model, FULL_SEED, nested(case, "override/"))
         found = run(model, case["img_rgb_uint8"])
