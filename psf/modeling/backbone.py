@@ -1,5 +1,6 @@
 """Backbones that Detectron2 does not build from a config: small ResNets, Swin, and timm's."""
 
+from functools import partial
 from typing import Any
 
 import timm
@@ -10,6 +11,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
 from detectron2.modeling.backbone.swin import SwinTransformer
 from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # Basic blocks of each stage (ResNet paper, arXiv 1512.03385, table 1).
 NUM_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
@@ -54,15 +56,17 @@ class Swin(SwinTransformer):
     """
     Detectron2's Swin, with its maps named and frozen as those of ResNet.
 
-    Detectron2 0.7.2's own cannot be asked for its ``size_divisibility``, and its frozen stages go
-    back to training mode with the rest of the model.
+    Detectron2 0.7.2's own cannot be asked for its ``size_divisibility``, its frozen stages go back
+    to training mode with the rest of the model, and it recomputes activations in a way that loses
+    the gradients of a stage after a frozen one.
     """
 
-    def __init__(self, *, freeze_at: int, **kwargs: Any) -> None:
+    def __init__(self, *, freeze_at: int, use_checkpoint: bool, **kwargs: Any) -> None:
         """
         Args:
             freeze_at: 0 trains everything, 1 freezes the patch embedding, 2 also the first stage,
                 and so on.
+            use_checkpoint: recompute activations in the backward pass instead of storing them.
             **kwargs: as ``SwinTransformer``, without ``out_indices`` and ``frozen_stages``.
         """
         stages = (1, 2, 3)
@@ -70,6 +74,9 @@ class Swin(SwinTransformer):
         self._frozen = [self.patch_embed, *self.layers][:freeze_at]
         for module in self._frozen:
             module.requires_grad_(False)
+        if use_checkpoint:
+            for block in (block for layer in self.layers for block in layer.blocks):
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         self._names = {f"p{stage}": f"res{stage + 2}" for stage in stages}
         self._out_features = list(self._names.values())
         self._out_feature_channels = {f"res{i + 2}": self.num_features[i] for i in stages}
@@ -143,7 +150,7 @@ class TimmBackbone(Backbone):
             **kwargs,
         )
         strides = net.feature_info.reduction()
-        if strides != [8, 16, 32] or str(getattr(net, "output_fmt", "NCHW")) == "NHWC":
+        if strides != [8, 16, 32] or getattr(net, "output_fmt", "NCHW") != "NCHW":
             raise ValueError(
                 f"MODEL.TIMM.NAME: the last three maps of '{name}' have strides {strides} (wanted: "
                 "8, 16, 32) or their channels last; choose another network"

@@ -4,7 +4,7 @@ import torch
 from psf.modeling.criterion import Criterion, LossWeights, Targets, mask_queries
 from psf.modeling.location_decoder import Locations
 from psf.modeling.mask_decoder import DeepPredictions
-from psf.modeling.matcher import Assignment, MatchingWeights
+from psf.modeling.matcher import Assignment, MaskMatchingWeights, MatchingWeights
 
 NUM_QUERIES, NUM_THINGS, NUM_STUFF, LAYERS = 5, 3, 2, 2
 CRITERION = Criterion(
@@ -165,3 +165,58 @@ def test_batch_loss_is_the_mean_over_segments():
             sums[name] += loss * 3  # each image has three segments
     for name, loss in together.items():
         torch.testing.assert_close(loss, sums[name] / 6)
+
+
+def test_masks_may_be_matched_again():
+    """Two things with boxes and classes alike: a predicted mask is compared with its likeness."""
+    target = targets([0, 0], [])
+    left, right = torch.zeros(8, 8).bool(), torch.zeros(8, 8).bool()
+    left[:, :4], right[:, 4:] = True, True
+    target = target._replace(
+        thing_boxes=torch.full((2, 4), 0.5),
+        thing_masks=torch.stack([left, right]),
+        stuff_masks=torch.zeros(0, 8, 8).bool(),
+    )
+    locations = Locations(
+        torch.zeros(1, NUM_QUERIES, 4),
+        torch.zeros(1, 1, NUM_QUERIES, NUM_THINGS),
+        torch.full((1, 1, NUM_QUERIES, 4), 0.5),
+    )
+    assignments = [[Assignment(torch.tensor([1, 3]), torch.tensor([0, 1]))]]
+    swapped = DeepPredictions(
+        thing_logits=[],
+        stuff_logits=[torch.zeros(1, NUM_STUFF)],
+        thing_maps=[[torch.stack([right, left]).float()]],
+        stuff_maps=[[torch.zeros(0, 8, 8)]],
+        activation=torch.relu,
+    )
+    losses = {}
+    for name, weights in (
+        ("once", None),
+        ("again", MaskMatchingWeights(MatchingWeights(4, 5, 2), 2)),
+    ):
+        criterion = Criterion(
+            matching_weights=CRITERION.matching_weights,
+            mask_matching=weights,
+            loss_weights=CRITERION.loss_weights,
+            mask_loss_scale=2,
+        )
+        losses[name] = criterion(locations, swapped, [target], assignments)
+    assert losses["again"]["loss_thing_mask"] < 0.1 < 0.9 < losses["once"]["loss_thing_mask"]
+    assert "loss_thing_class" not in losses["again"]
+
+
+def test_stuff_classes_have_a_weight_of_their_own():
+    case = [targets([0], [1])]
+    locations, predictions, assignments, once = predict(case)
+    weights = CRITERION.loss_weights._replace(stuff_class_weight=4)
+    criterion = Criterion(
+        matching_weights=CRITERION.matching_weights,
+        mask_matching=None,
+        loss_weights=weights,
+        mask_loss_scale=2,
+    )
+    twice = criterion(locations, predictions, case, assignments)
+    for name, loss in twice.items():
+        factor = 2 if name.startswith("loss_stuff_class") else 1
+        torch.testing.assert_close(loss, factor * once[name])

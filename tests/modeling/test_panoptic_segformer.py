@@ -72,7 +72,9 @@ def test_prediction_of_odd_images(tiny_cfg, size):
     assert id_map.dtype == torch.int32
     assert set(id_map.unique().tolist()) - {0} == {info["id"] for info in infos}
     assert output["sem_seg"].shape == (5, *size)
-    assert output["instances"].pred_masks.shape == (6, *size)
+    # Six queries, or their pairs with three classes.
+    num_candidates = {"joint": 6, "decoupled": 18}[tiny_cfg.MODEL.PSF.MASK_DECODER.NAME]
+    assert output["instances"].pred_masks.shape == (num_candidates, *size)
 
 
 def test_outputs_follow_detectron2s_contract(tiny_cfg):
@@ -134,8 +136,9 @@ def test_a_backbone_that_pads_its_images(tiny_cfg):
     model = outputs_on(tiny_cfg, SEMANTIC_ON=True)
     small, large = make_input(70, 90, []), make_input(128, 128, [])
     maps, valid_shapes = model.extract_maps(model.preprocess_images([small, large]))
-    assert [tuple(m.shape[-2:]) for m in maps] == [(16, 16), (8, 8), (4, 4)]
-    assert valid_shapes == [[(9, 12), (5, 6), (3, 3)], [(16, 16), (8, 8), (4, 4)]]
+    shapes, small_shapes = [(16, 16), (8, 8), (4, 4), (2, 2)], [(9, 12), (5, 6), (3, 3), (2, 2)]
+    assert [tuple(m.shape[-2:]) for m in maps] == shapes[: len(maps)]
+    assert valid_shapes == [small_shapes[: len(maps)], shapes[: len(maps)]]
     together = predict(model, small, large)
     (alone,) = predict(model, small)
     torch.testing.assert_close(alone["sem_seg"], together[0]["sem_seg"], atol=1e-4, rtol=1e-4)
@@ -221,8 +224,10 @@ class TestCheckpoints:
         path = self.save(model, tmp_path / "model.pth")
         tiny_cfg.MODEL.PSF.NUM_OBJECT_QUERIES = 9
         tiny_cfg.MODEL.PSF.MASK_DECODER.DEC_LAYERS = 1
+        tiny_cfg.MODEL.PSF.MASK_DECODER.STUFF_LAYERS = 1
         with pytest.raises(
-            ValueError, match=r"location_decoder\.query_embed\.weight.*mask_decoder\.layers\.1"
+            ValueError,
+            match=r"location_decoder\.query_embed\.weight.*mask_decoder\.(stuff\.)?layers\.1",
         ):
             DetectionCheckpointer(build_model(tiny_cfg)).load(path)
 

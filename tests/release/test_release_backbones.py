@@ -14,6 +14,7 @@ STD = torch.tensor([58.395, 57.12, 57.375]).view(-1, 1, 1)
 def swin():
     return Swin(
         freeze_at=0,
+        use_checkpoint=False,
         embed_dim=24,
         depths=[2, 2, 4, 2],
         num_heads=[2, 4, 8, 8],
