@@ -21,6 +21,7 @@ class Format(NamedTuple):
     signs: tuple[str, ...]  # entries that together tell the format from others
     names: dict[str, str]  # theirs to ours
     dropped: dict[str, str]  # theirs to the reason
+    lacks: tuple[str, ...] = ()  # the beginnings of our names that are not in it
 
 
 class Conversion(NamedTuple):
@@ -171,6 +172,7 @@ SWIN = Format(
         "head.": _CLASSIFIER,
         "layers.*.blocks.*.attn_mask": "depends on the size of the image",
     },
+    lacks=("backbone.norm",),
 )
 PVT_V2 = Format(
     name="the official PVTv2",

@@ -18,7 +18,7 @@ class Checkpointer(DetectionCheckpointer):
     Detectron2's checkpointer, which also knows the formats of :mod:`psf.checkpoint`.
 
     A file in one of these is converted when it is read, with one line in the log. It must fit the
-    model: nothing in it is left over, and only what an ImageNet backbone cannot have is missing.
+    model: nothing in it is left over, and only what its format cannot have is missing.
     """
 
     def _torch_load(self, f: str) -> dict[str, Any]:
@@ -28,43 +28,48 @@ class Checkpointer(DetectionCheckpointer):
         if source is None:
             return content
         conversion = checkpoint.convert(weights, source)
-        missing = check_fit(conversion.state_dict, self.model.state_dict(), f)
+        missing = check_fit(conversion.state_dict, self.model.state_dict(), source, f)
         logger.info("Converted '%s' from %s: %s", f, source.name, describe(conversion, missing))
         return {"model": conversion.state_dict}
 
 
-def check_fit(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], path: str) -> list[str]:
+def check_fit(
+    weights: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    source: checkpoint.Format,
+    path: str,
+) -> list[str]:
     """
-    Check that weights belong to a model.
+    Check that weights belong to a model: to its backbone, if they are of nothing else.
 
     Args:
         weights: converted.
         own: the model's state dict.
+        source: the weights' format.
         path: where the weights are from, for the message.
 
     Returns:
-        Entries of the backbone that the weights lack (normalisations of an ImageNet backbone's
-        maps).
+        What the weights lack, as all of their format do.
 
     Raises:
-        ValueError: an entry is not in the model or of another shape, or the weights are of a whole
-            model and lack one.
+        ValueError: an entry is not in the model or of another shape, or another one is missing.
     """
-    prefix = "" if any(not name.startswith("backbone.") for name in weights) else "backbone."
-    missing = sorted(n for n in own.keys() - weights.keys() if n.startswith(prefix))
+    part = "backbone." if all(name.startswith("backbone.") for name in weights) else ""
+    absent = sorted(n for n in own.keys() - weights.keys() if n.startswith(part))
+    missing = [name for name in absent if not name.startswith(source.lacks)]
     unexpected = sorted(weights.keys() - own.keys())
     misshapen = [
         f"{name} {list(value.shape)} instead of {list(own[name].shape)}"
         for name, value in weights.items()
         if name in own and value.shape != own[name].shape
     ]
-    if unexpected or misshapen or (missing and not prefix):
+    if unexpected or misshapen or missing:
         raise ValueError(
             f"'{path}' is of another model. Not in this one: {_shorten(unexpected)}. Of another "
             f"shape: {_shorten(misshapen)}. Missing: {_shorten(missing)}. Use the config that "
             "belongs to the file (MODEL_ZOO.md)."
         )
-    return missing
+    return absent
 
 
 def describe(conversion: checkpoint.Conversion, missing: list[str]) -> str:
