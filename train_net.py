@@ -23,6 +23,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
 
 from psf import add_psf_config
 from psf.trainer import CONTACT_SHEET, CURVES, Trainer, summary, write_pictures
@@ -50,6 +51,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     check_weights(cfg.MODEL.WEIGHTS)
     cfg.freeze()
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="psf")
     return cfg
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import Metadata
 from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -215,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     jobs = plan(find_images(args.input), args.output)
     if args.output is None:
         check_window()
+    setup_logger(name="psf")
     predictor = Predictor(setup(args.config_file, args.opts))
     unreadable = run(jobs, predictor, predictor.metadata)
     if unreadable:
