@@ -84,6 +84,7 @@ setup(
         "scipy",
         "tabulate",
         "tensorboard",
+        "timm>=1.0",
         "tqdm",
         "yacs",
     ],
