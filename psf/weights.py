@@ -25,8 +25,8 @@ class Checkpointer(DetectionCheckpointer):
         content = checkpoint.read(f)
         weights = checkpoint.find_state_dict(content)
         source = checkpoint.recognise(weights)
-        if source is None:
-            return content
+        if source is None:  # this project's own, or what the model will refuse
+            return content if "model" in content else {"model": weights}
         conversion = checkpoint.convert(weights, source)
         missing = check_fit(conversion.state_dict, self.model.state_dict(), source, f)
         logger.info("Converted '%s' from %s: %s", f, source.name, describe(conversion, missing))

@@ -113,6 +113,14 @@ def test_a_file_with_something_unknown(model, tmp_path):
         Checkpointer(model).load(str(tmp_path / "unknown.pth"))
 
 
+@pytest.mark.parametrize("key", ["state_dict", "model", None])
+def test_weights_of_something_else(model, tmp_path, key):
+    weights = {"decode_head.conv.weight": torch.zeros(1)}
+    torch.save({key: weights} if key else weights, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"not of this architecture.*decode_head\.conv\.weight"):
+        Checkpointer(model).load(str(tmp_path / "other.pth"))
+
+
 class TestImageNet:
     def imagenet_file(self, model, path):
         """torchvision's names for the model's backbone, and a classifier."""
