@@ -435,9 +435,9 @@ class DecoupledMaskDecoder(nn.Module):
         """As :meth:`JointMaskDecoder.forward`; no layer classifies things."""
         memory = memory.finest(self.num_levels)
         query, position = self._stuff_queries(locations)
-        things = self.things(
-            locations.query, 0.0, memory, mask_queries.things, deep_supervision=True
-        )
+        # Thing queries do not see each other, so those without a mask need not go through.
+        thing_query, index = _chosen(locations.query, mask_queries.things)
+        things = self.things(thing_query, 0.0, memory, index, deep_supervision=True)
         stuff = self.stuff(query, position, memory, mask_queries.stuff, deep_supervision=True)
         heads = zip(self.stuff_heads, stuff.queries, strict=True)
         return DeepPredictions(
@@ -489,6 +489,20 @@ MaskDecoder = JointMaskDecoder | DecoupledMaskDecoder
 def _everything(query: Tensor) -> list[Tensor]:
     """N x (Q,): all queries (N, Q, C) of every image."""
     return [torch.arange(query.shape[1], device=query.device)] * len(query)
+
+
+def _chosen(query: Tensor, index: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """
+    Pick queries (N, Q, C) of every image by N x (R,) indices.
+
+    Returns:
+        (N, R', C), filled up to the most of an image, at least 1, so that every layer has a
+        gradient; and N x (R,) the places of the picked ones.
+    """
+    size = max([1, *(len(i) for i in index)])
+    filled = torch.stack([F.pad(i, (0, size - len(i))) for i in index])  # with query 0
+    chosen = query.gather(1, filled[..., None].expand(-1, -1, query.shape[-1]))
+    return chosen, [torch.arange(len(i), device=query.device) for i in index]
 
 
 def _as_they_are(maps: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def match_things(
         One assignment a layer.
     """
     # One transfer for all layers, then the assignment problems are solved on the CPU.
-    layers = _detection_cost(logits, boxes, labels, gt_boxes, weights).cpu()
+    layers = detection_cost(logits, boxes, labels, gt_boxes, weights).cpu()
     return [Assignment(*(index.to(logits.device) for index in match(layer))) for layer in layers]
 
 
@@ -95,15 +95,27 @@ def match_masks(
         gt_masks: (G, H, W) in [0, 1].
         weights: of the four terms.
     """
-    cost = _detection_cost(logits, boxes, labels, gt_boxes, weights.detection)
+    cost = detection_cost(logits, boxes, labels, gt_boxes, weights.detection)
     cost = cost + weights.dice_weight * dice_cost(masks.float(), gt_masks)
     return Assignment(*(index.to(logits.device) for index in match(cost)))
 
 
-def _detection_cost(
+def detection_cost(
     logits: Tensor, boxes: Tensor, labels: Tensor, gt_boxes: Tensor, weights: MatchingWeights
 ) -> Tensor:
-    """(..., Q, G) of logits (..., Q, K), boxes (..., Q, 4), labels (G,) and gt_boxes (G, 4)."""
+    """
+    The cost of every pair by class, L1 distance and generalised IoU of boxes.
+
+    Args:
+        logits: (..., Q, K).
+        boxes: (..., Q, 4) cxcywh in [0, 1].
+        labels: (G,) int64 in [0, K).
+        gt_boxes: (G, 4) cxcywh in [0, 1].
+        weights: of the three terms.
+
+    Returns:
+        (..., Q, G).
+    """
     boxes = boxes.float()
     cost = weights.class_weight * focal_cost(logits.float(), labels)
     cost = cost + weights.l1_weight * (boxes[..., :, None, :] - gt_boxes).abs().sum(-1)

@@ -22,7 +22,7 @@ from release_cases import (
 )
 
 from psf.modeling.criterion import mask_queries
-from psf.modeling.matcher import _detection_cost
+from psf.modeling.matcher import detection_cost
 from psf.solver import build_optimizer, full_model_clip_norm
 
 # Reached: 3.5e-7 (losses), 1.1e-5 (gradient norms), 1.5e-5 (norms of a step's changes).
@@ -150,7 +150,7 @@ def test_matching(model, case_name):
     for i, (assignment,) in enumerate(assignments):
         assert torch.equal(assignment.query, solved[i]["rows"])
         assert torch.equal(assignment.segment, solved[i]["cols"])
-        cost = _detection_cost(
+        cost = detection_cost(
             locations.logits[i, 0],
             locations.boxes[i, 0],
             target.thing_labels,

@@ -5,9 +5,8 @@ import torch
 from detectron2.data import MetadataCatalog
 from release_cases import arrays, difference, official_panoptic, small_model
 
-from psf.modeling.mask_decoder import MaskPredictions, _as_they_are
-from psf.modeling.panoptic_segformer import resize_maps
-from psf.modeling.postprocessing import best_thing_pairs, segment_scores
+from psf.modeling.mask_decoder import MaskPredictions
+from psf.modeling.postprocessing import best_thing_pairs, resize_maps, segment_scores
 
 
 @pytest.fixture(params=["crafted_r50", "crafted_pvt_swin", "random_0"])
@@ -32,7 +31,7 @@ def model(case, monkeypatch):
 def output(case, model):
     maps = torch.cat([case["in/thing_masks"], case["in/stuff_masks"]])
     prediction = MaskPredictions(
-        case["in/cls_logits"][None], case["in/stuff_logits"][None], [maps], _as_they_are
+        case["in/cls_logits"][None], case["in/stuff_logits"][None], [maps], torch.relu
     )
     return model.postprocess(prediction, 0, tuple(case["in/ori_shape"].tolist()))
 
