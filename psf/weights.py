@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
@@ -13,12 +13,21 @@ from psf import checkpoint
 logger = logging.getLogger(__name__)
 
 
+class Origin(NamedTuple):
+    """Where converted weights are from."""
+
+    path: str
+    source: checkpoint.Format
+    dropped: dict[str, str]  # entries to reasons
+
+
 class Checkpointer(DetectionCheckpointer):
     """
     Detectron2's checkpointer, which also knows the formats of :mod:`psf.checkpoint`.
 
-    A file in one of these is converted when it is read, with one line in the log. It must fit the
-    model: nothing in it is left over, and only what its format cannot have is missing.
+    A file in one of these is converted when it is read, and must fit the model when it is loaded:
+    nothing in it is left over, and only what its format cannot have is missing. One line in the log
+    says what became of it.
     """
 
     def _torch_load(self, f: str) -> dict[str, Any]:
@@ -28,16 +37,25 @@ class Checkpointer(DetectionCheckpointer):
         if source is None:  # this project's own, or what the model will refuse
             return content if "model" in content else {"model": weights}
         conversion = checkpoint.convert(weights, source)
-        missing = check_fit(conversion.state_dict, self.model.state_dict(), source, f)
-        logger.info("Converted '%s' from %s: %s", f, source.name, describe(conversion, missing))
-        return {"model": conversion.state_dict}
+        origin = Origin(f, source, conversion.dropped)
+        return {"model": conversion.state_dict, "origin": origin}
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        origin: Origin | None = checkpoint.pop("origin", None)
+        if origin is not None:
+            weights = checkpoint["model"]
+            absent = check_fit(weights, self.model.state_dict(), origin)
+            logger.info(
+                "Converted '%s' from %s: %s",
+                origin.path,
+                origin.source.name,
+                describe(weights, origin.dropped, absent),
+            )
+        return super()._load_model(checkpoint)
 
 
 def check_fit(
-    weights: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
-    source: checkpoint.Format,
-    path: str,
+    weights: Mapping[str, Tensor], own: Mapping[str, Tensor], origin: Origin
 ) -> list[str]:
     """
     Check that weights belong to a model: to its backbone, if they are of nothing else.
@@ -45,8 +63,7 @@ def check_fit(
     Args:
         weights: converted.
         own: the model's state dict.
-        source: the weights' format.
-        path: where the weights are from, for the message.
+        origin: of the weights.
 
     Returns:
         What the weights lack, as all of their format do.
@@ -56,7 +73,7 @@ def check_fit(
     """
     part = "backbone." if all(name.startswith("backbone.") for name in weights) else ""
     absent = sorted(n for n in own.keys() - weights.keys() if n.startswith(part))
-    missing = [name for name in absent if not name.startswith(source.lacks)]
+    missing = [name for name in absent if not name.startswith(origin.source.lacks)]
     unexpected = sorted(weights.keys() - own.keys())
     misshapen = [
         f"{name} {list(value.shape)} instead of {list(own[name].shape)}"
@@ -65,20 +82,20 @@ def check_fit(
     ]
     if unexpected or misshapen or missing:
         raise ValueError(
-            f"'{path}' is of another model. Not in this one: {_shorten(unexpected)}. Of another "
-            f"shape: {_shorten(misshapen)}. Missing: {_shorten(missing)}. Use the config that "
-            "belongs to the file (MODEL_ZOO.md)."
+            f"'{origin.path}' is of another model. Not in this one: {_shorten(unexpected)}. Of "
+            f"another shape: {_shorten(misshapen)}. Missing: {_shorten(missing)}. Use the config "
+            "that belongs to the file (MODEL_ZOO.md)."
         )
     return absent
 
 
-def describe(conversion: checkpoint.Conversion, missing: list[str]) -> str:
+def describe(weights: Mapping[str, Tensor], dropped: Mapping[str, str], absent: list[str]) -> str:
     """What became of the entries of a file, in one line."""
-    parts = [f"{len(conversion.state_dict)} entries"]
-    reasons = Counter(conversion.dropped.values())
+    parts = [f"{len(weights)} entries"]
+    reasons = Counter(dropped.values())
     parts += [f"{count} dropped ({reason})" for reason, count in reasons.items()]
-    if missing:
-        parts.append(f"not in the file and left as initialised: {_shorten(missing)}")
+    if absent:
+        parts.append(f"not in the file and left as initialised: {_shorten(absent)}")
     return "; ".join(parts)
 
 
