@@ -188,6 +188,7 @@ setup(
         "scipy",
         "tabulate",
         "tensorboard",
+        "timm>=1.0",
         "tqdm",
         "yacs",
     ],

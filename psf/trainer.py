@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
@@ -35,7 +34,8 @@ from psf.evaluation.pictures import (
     write_contact_sheet,
     write_curves,
 )
-from psf.solver import build_optimizer, full_model_clip_norm
+from psf.solver import build_optimizer, full_model_clip_norm, scale_to_batch_size
+from psf.weights import Checkpointer
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +135,7 @@ class Trainer(DefaultTrainer):
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = scale_to_batch_size(cfg)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
@@ -152,9 +153,7 @@ class Trainer(DefaultTrainer):
             clip_norm=full_model_clip_norm(cfg),
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectionCheckpointer(
-            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "psf"
-SHELL = {"config", "data", "evaluation", "solver", "trainer"} | {
+SHELL = {"config", "data", "evaluation", "predictor", "solver", "trainer", "weights"} | {
     "modeling.backbone",
     "modeling.panoptic_segformer",
 }
@@ -19,7 +19,9 @@ SHELL_ARROWS = {
     "solver": set(),
     "modeling.backbone": set(),
     "modeling.panoptic_segformer": {"data"},
-    "trainer": {"data", "evaluation", "solver"},
+    "predictor": {"weights"},
+    "trainer": {"data", "evaluation", "solver", "weights"},
+    "weights": set(),
 }
 
 
@@ -68,7 +70,9 @@ def test_arrows(name):
         assert not any(module.startswith("psf.modeling") for module in imported)
 
 
-STANDARD = {"collections", "functools", "importlib", "logging", "math", "os", "typing"}
+STANDARD = {"collections", "functools", "importlib", "logging", "math", "os", "pickle", "re"} | {
+    "typing"
+}
 
 
 def test_every_module_is_seen():
