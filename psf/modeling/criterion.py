@@ -165,21 +165,27 @@ class Criterion:
     ) -> dict[str, Sequence[Tensor]]:
         """Of every layer of the mask decoder that classifies: sums, not yet normalised."""
         weights = self.loss_weights
-        thing_losses, stuff_losses = [], []
-        for logits in predictions.thing_logits:
-            classes = torch.zeros_like(logits, dtype=torch.float32)
+        losses: dict[str, Sequence[Tensor]] = {"loss_thing_class": [], "loss_stuff_class": []}
+        if predictions.thing_logits:
+            logits = torch.stack(predictions.thing_logits).float()  # (layers, N, Q, K)
+            classes = torch.zeros_like(logits[0])
             for image, (target, assignment) in enumerate(zip(targets, assignments, strict=True)):
                 classes[image, assignment.query, target.thing_labels[assignment.segment]] = 1
-            focal = sigmoid_focal_loss(logits.float(), classes).sum()
-            thing_losses.append(weights.things_weight * weights.class_weight * focal)
-        for logits in predictions.stuff_logits:
-            classes = torch.zeros_like(logits, dtype=torch.float32)
+            focal = sigmoid_focal_loss(logits, classes.expand_as(logits)).sum((1, 2, 3))
+            losses["loss_thing_class"] = (
+                weights.things_weight * weights.class_weight * focal
+            ).unbind()
+        if predictions.stuff_logits:
+            logits = torch.stack(predictions.stuff_logits).float()  # (layers, N, T)
+            classes = torch.zeros_like(logits[0])
             for image, target in enumerate(targets):
                 classes[image, target.stuff_labels] = 1
             # Unlike the official code: also for images without things.
-            focal = sigmoid_focal_loss(logits.float(), classes).sum()
-            stuff_losses.append(weights.stuff_weight * weights.stuff_class_weight * focal)
-        return {"loss_thing_class": thing_losses, "loss_stuff_class": stuff_losses}
+            focal = sigmoid_focal_loss(logits, classes.expand_as(logits)).sum((1, 2))
+            losses["loss_stuff_class"] = (
+                weights.stuff_weight * weights.stuff_class_weight * focal
+            ).unbind()
+        return losses
 
     def _mask_losses(
         self,
@@ -247,15 +253,18 @@ def _dice_losses(
     Returns:
         One sum a layer.
     """
+    groups: dict[torch.Size, list[int]] = {}
+    for image, target in enumerate(targets):
+        groups.setdefault(target.shape[-2:], []).append(image)
     losses = []
-    for layer in maps:
-        dice = [
-            # Maps are upsampled, then activated: the slope of logits places edges within a cell.
-            dice_loss(activation(resize_maps(m.float(), target.shape[-2:])), target)
-            for m, target in zip(layer, targets, strict=True)
-        ]
-        losses.append(torch.cat(dice).sum())
-    return losses
+    for size, images in groups.items():  # all layers and all images of one size at once
+        own = torch.stack([torch.cat([layer[i] for i in images]) for layer in maps])
+        target = torch.cat([targets[i] for i in images])  # (R, H, W), R of all these images
+        # Maps are upsampled, then activated: the slope of logits places edges within a cell.
+        masks = activation(resize_maps(own.flatten(0, 1).float(), size))
+        dice = dice_loss(masks, target.repeat(len(maps), 1, 1))  # (layers * R,)
+        losses.append(dice.view(len(maps), len(target)).sum(1))
+    return list(torch.stack(losses).sum(0))
 
 
 def mask_queries(assignments: Sequence[Assignment], targets: Sequence[Targets]) -> MaskQueries:

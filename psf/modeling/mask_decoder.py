@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from psf.layers.transformer import ClassHead, FeedForward, init_linear_weights
 from psf.modeling.location_decoder import Locations
-from psf.modeling.pixel_encoder import Memory
+from psf.modeling.pixel_encoder import Memory, Shape
 
 # The official code's value in its mask decoders (1e-5 elsewhere).
 LAYER_NORM_EPS = 1e-6
@@ -81,36 +81,47 @@ class AttentionMaps(nn.Module):
         self, q: Tensor, k: Tensor, memory: Memory, mask_queries: Sequence[Tensor]
     ) -> list[Tensor]:
         """N x (R, h, w) from queries (N, M, Q, D) and keys (N, M, S, D)."""
-        return [
-            self._image_maps(q[image][:, index], k[image], memory, image)
-            for image, index in enumerate(mask_queries)
-        ]
+        maps: list[Tensor] = [q.new_empty(0)] * len(mask_queries)
+        for members in _images_of_one_size(memory):
+            # Filled up to the most queries of an image, with query 0.
+            size = max(len(mask_queries[i]) for i in members)
+            index = torch.stack(
+                [F.pad(mask_queries[i], (0, size - len(mask_queries[i]))) for i in members]
+            )
+            index = index[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[-1])
+            together = len(members) == len(q)  # as nearly always: nothing to copy
+            queries = (q if together else q[members]).gather(2, index)  # (n, M, R, D)
+            keys = k if together else k[members]
+            fused = self._fuse(queries, keys, memory, members[0])
+            for image, own in zip(members, fused, strict=True):
+                maps[image] = own[: len(mask_queries[image])]
+        return maps
 
-    def _image_maps(self, q: Tensor, k: Tensor, memory: Memory, image: int) -> Tensor:
-        """Maps (R, h, w) of one image from queries (M, R, D) and keys (M, S, D)."""
-        logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (M, R, S)
+    def _fuse(self, q: Tensor, k: Tensor, memory: Memory, image: int) -> Tensor:
+        """Maps (n, R, h, w) from queries (n, M, R, D), keys (n, M, S, D); sizes as ``image``'s."""
+        logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (n, M, R, S)
         target = memory.valid_shapes[image][0]
         weights = self.mask_proj.weight.split(self.num_heads, dim=1)  # L x (1, M)
         fused: Tensor = self.mask_proj.bias
         # A linear map commutes with bilinear upsampling, so each level is reduced to one channel
         # before it is upsampled: M times less memory than upsampling the heads.
         for level, (projection, weight) in enumerate(zip(self.level_projs, weights, strict=True)):
-            level_logits = self._level_logits(logits, memory, image, level)  # (R, h_l, w_l, M)
-            score = F.linear(projection(level_logits).relu(), weight)  # (R, h_l, w_l, 1)
-            score = score.permute(0, 3, 1, 2)  # queries as the batch, which may be empty
+            level_logits = self._level_logits(logits, memory, image, level)  # (n, R, h_l, w_l, M)
+            score = F.linear(projection(level_logits).relu(), weight)  # (n, R, h_l, w_l, 1)
+            score = score.flatten(0, 1).permute(0, 3, 1, 2)  # queries as the batch, may be empty
             if score.shape[-2:] != target:
                 score = F.interpolate(score, size=target, mode="bilinear", align_corners=False)
             fused = fused + score[:, 0]
-        return fused
+        return fused.unflatten(0, (q.shape[0], q.shape[2]))
 
     @staticmethod
     def _level_logits(logits: Tensor, memory: Memory, image: int, level: int) -> Tensor:
-        """The valid part (R, h_l, w_l, M) of one level of attention logits (M, R, S)."""
+        """The valid part (n, R, h_l, w_l, M) of one level of attention logits (n, M, R, S)."""
         height, width = memory.spatial_shapes[level]
         start = sum(h * w for h, w in memory.spatial_shapes[:level])
         h, w = memory.valid_shapes[image][level]
-        maps = logits[:, :, start : start + height * width].unflatten(-1, (height, width))
-        return maps[:, :, :h, :w].permute(1, 2, 3, 0)
+        maps = logits[..., start : start + height * width].unflatten(-1, (height, width))
+        return maps[..., :h, :w].permute(0, 2, 3, 4, 1)
 
 
 class MaskAttention(AttentionMaps):
@@ -484,6 +495,14 @@ class DecoupledMaskDecoder(nn.Module):
 
 
 MaskDecoder = JointMaskDecoder | DecoupledMaskDecoder
+
+
+def _images_of_one_size(memory: Memory) -> list[list[int]]:
+    """The images whose maps have one valid size, in groups."""
+    groups: dict[tuple[Shape, ...], list[int]] = {}
+    for image, shapes in enumerate(memory.valid_shapes):
+        groups.setdefault(tuple(shapes), []).append(image)
+    return list(groups.values())
 
 
 def _everything(query: Tensor) -> list[Tensor]:
