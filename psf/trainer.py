@@ -91,7 +91,7 @@ class TrainStep(SimpleTrainer):
         self._write_metrics(losses, data_time)
         if self.clip_norm is not None:
             self.grad_scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm, foreach=True)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
