@@ -1,10 +1,11 @@
-"""Metadata of ``psf`` and the build of its extension ``psf._C`` (C++ kernels).
+"""Metadata of ``psf`` and the build of its extensions: ``psf._C`` (C++ kernels), ``psf._png`` (a
+decoder of panoptic PNGs).
 
     pip install --no-build-isolation -e .
 
 The extension must be compiled against the torch that will load it, hence no build isolation.
-``PSF_SKIP_EXTENSION=1`` leaves the extension out on purpose: everything works, the operator then
-runs as plain PyTorch. Without it, a build that fails stops the installation.
+``PSF_SKIP_EXTENSION=1`` leaves both out on purpose: everything works, the operator then runs as
+plain PyTorch and PNGs are read by Pillow. Without it, a build that fails stops the installation.
 
 Detectron2 and panopticapi are needed too but not listed: they are not on the package index under
 their own names. INSTALL.md says where to get them.
@@ -17,7 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 CSRC = Path("psf/layers/csrc")
 
@@ -62,7 +63,15 @@ def extension_arguments() -> dict:
         depends=[str(path) for path in sorted(CSRC.glob("*.h"))],
         extra_compile_args={"cxx": compile_args()},
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+    png = Extension(
+        name="psf._png",
+        sources=["psf/csrc/panoptic_png.cpp"],
+        language="c++",
+        extra_compile_args=["/O2", "/std:c++17"]
+        if sys.platform == "win32"
+        else ["-O3", "-std=c++17"],
+    )
+    return {"ext_modules": [extension, png], "cmdclass": {"build_ext": BuildExtension}}
 
 
 setup(

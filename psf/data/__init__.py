@@ -5,7 +5,7 @@ Like Detectron2, it reads the environment variable DETECTRON2_DATASETS when it i
 
 from .class_map import ClassMap
 from .coco_panoptic import load_coco_panoptic, panoptic_metadata, register_panoptic
-from .images import read_image, read_panoptic_ids
+from .images import read_image
 from .mapper import PanopticDatasetMapper, build_augmentations
 from .shapes import generate_shapes, register_shapes
 from .shapes.dataset import default_root as _default_root
@@ -18,7 +18,6 @@ __all__ = [
     "load_coco_panoptic",
     "panoptic_metadata",
     "read_image",
-    "read_panoptic_ids",
     "register_panoptic",
     "register_shapes",
 ]

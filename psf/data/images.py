@@ -1,4 +1,4 @@
-"""Reading images of any mode, and the segment ids of COCO panoptic PNGs."""
+"""Reading images of any mode."""
 
 import numpy as np
 from detectron2.utils.file_io import PathManager
@@ -32,21 +32,6 @@ def read_image(path: str, image_format: str = "BGR") -> NDArray[np.uint8]:
         raise ValueError(f"INPUT.FORMAT must be 'RGB' or 'BGR', not '{image_format}'.")
     rgb = np.array(_to_8bit(_open(path), path).convert("RGB"))
     return rgb if image_format == "RGB" else rgb[:, :, ::-1]
-
-
-def read_panoptic_ids(path: str) -> NDArray[np.uint32]:
-    """
-    Read a COCO panoptic PNG.
-
-    Returns:
-        (H, W), the id R + 256 G + 65536 B of the segment at each pixel; 0 is void.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not a readable image.
-    """
-    rgba = np.asarray(_open(path).convert("RGBA"))
-    return rgba.view(np.dtype("<u4"))[:, :, 0] & np.uint32(0xFFFFFF)
 
 
 def _open(path: str) -> Image.Image:

@@ -16,8 +16,10 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from numpy.typing import NDArray
 from scipy.ndimage import find_objects
 
+from psf.panoptic_png import read_panoptic_ids
+
 from .class_map import ClassMap
-from .images import read_image, read_panoptic_ids
+from .images import read_image
 
 # DETR's crop (datasets/coco.py): half of the images are cropped after a resize to one of these.
 _CROP_PROBABILITY = 0.5

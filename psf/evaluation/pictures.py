@@ -27,8 +27,16 @@ from PIL import Image
 from torch import Tensor
 
 from .ground_truth import PanopticSegmentation, load_ground_truth
+from .panoptic_quality import ClassQuality
 
-__all__ = ["Sample", "draw_panoptic", "load_ground_truth", "write_contact_sheet", "write_curves"]
+__all__ = [
+    "Sample",
+    "draw_panoptic",
+    "load_ground_truth",
+    "write_contact_sheet",
+    "write_curves",
+    "write_quality_bars",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -196,6 +204,53 @@ def write_curves(
         else:
             axes.text(0.5, 0.5, "nothing logged yet", ha="center", transform=axes.transAxes)
     _save(canvas, path)
+
+
+def write_quality_bars(
+    rows: Sequence[ClassQuality], path: str | os.PathLike[str], *, title: str = "Panoptic quality"
+) -> None:
+    """
+    Draw the PQ of every class as a bar, things and stuff apart, best first.
+
+    Args:
+        rows: of classes and of groups, whose means are drawn as lines. Classes without a value are
+            left out and counted.
+        path: the PNG to write; its folder is made.
+        title: of the picture.
+    """
+    columns = [
+        sorted((r for r in rows if r.kind == kind and r.pq == r.pq), key=lambda r: r.pq)
+        for kind in ("thing", "stuff")
+    ]
+    height = 1.2 + 0.17 * max(5, *map(len, columns))
+    figure = Figure(figsize=(11, height), dpi=_DPI, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    figure.suptitle(title, weight="bold")
+    means = {row.name: row.pq for row in rows if row.kind == "mean"}
+    groups = (("things", "tab:blue"), ("stuff", "tab:green"))
+    for axes, column, (group, color) in zip(figure.subplots(1, 2), columns, groups, strict=True):
+        kind = group.removesuffix("s")
+        absent = sum(r.kind == kind and r.pq != r.pq for r in rows)
+        _draw_bars(axes, column, means.get(group, math.nan), color)
+        without = f", {absent} without" if absent else ""
+        axes.set_title(f"{group}: {len(column)} classes{without}", fontsize="medium")
+    _save(canvas, path)
+
+
+def _draw_bars(axes: Axes, rows: Sequence[ClassQuality], mean: float, color: str) -> None:
+    """Horizontal bars of PQ, the last row on top, and a line at the mean."""
+    positions = range(len(rows))
+    axes.barh(positions, [row.pq for row in rows], color=color, alpha=0.75, height=0.8)
+    names = [row.name if len(row.name) <= 28 else f"{row.name[:27]}…" for row in rows]
+    axes.set_yticks(positions, names, fontsize=7)
+    for y, row in zip(positions, rows, strict=True):
+        axes.text(min(row.pq, 92) + 0.7, y, f"{row.pq:.1f}", va="center", fontsize=6)
+    if mean == mean:
+        axes.axvline(mean, color="black", linewidth=1, linestyle="--", label=f"mean {mean:.1f}")
+        axes.legend(fontsize="small", loc="lower right")
+    axes.set_xlim(0, 100)
+    axes.set_ylim(-0.7, max(len(rows), 5) - 0.3)
+    axes.set_xlabel("PQ (%)")
 
 
 def read_metrics(metrics_json: str | os.PathLike[str]) -> dict[int, dict[str, float]]:

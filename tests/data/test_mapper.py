@@ -16,9 +16,9 @@ from psf.data import (
     PanopticDatasetMapper,
     build_augmentations,
     load_coco_panoptic,
-    read_panoptic_ids,
     register_panoptic,
 )
+from psf.panoptic_png import read_panoptic_ids
 
 COCO_SAMPLE = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "coco_sample"
 
