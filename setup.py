@@ -1,5 +1,5 @@
-"""Metadata of ``psf`` and the build of its extensions: ``psf._C`` (C++ kernels), ``psf._png`` (a
-decoder of panoptic PNGs).
+"""Metadata of ``psf`` and the build of its extensions: ``psf._C`` (C++ kernels), ``psf._image``
+(loading images).
 
     pip install --no-build-isolation -e .
 
@@ -63,15 +63,16 @@ def extension_arguments() -> dict:
         depends=[str(path) for path in sorted(CSRC.glob("*.h"))],
         extra_compile_args={"cxx": compile_args()},
     )
-    png = Extension(
-        name="psf._png",
-        sources=["psf/csrc/panoptic_png.cpp"],
+    image = Extension(
+        name="psf._image",
+        sources=[str(path) for path in sorted(Path("psf/csrc").glob("*.cpp"))],
+        depends=["psf/csrc/image.h"],
         language="c++",
         extra_compile_args=["/O2", "/std:c++17"]
         if sys.platform == "win32"
         else ["-O3", "-std=c++17"],
     )
-    return {"ext_modules": [extension, png], "cmdclass": {"build_ext": BuildExtension}}
+    return {"ext_modules": [extension, image], "cmdclass": {"build_ext": BuildExtension}}
 
 
 setup(
@@ -88,6 +89,7 @@ setup(
         "iopath",
         "matplotlib",
         "numpy",
+        "opencv-python-headless",
         "pillow",
         "pycocotools",
         "scipy",

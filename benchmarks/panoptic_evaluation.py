@@ -57,9 +57,9 @@ def main() -> None:
             numbers["psf"] = run(PanopticEvaluator(NAME), workload)
 
         def ours_without_extension() -> None:
-            decoder, panoptic_png._decoder = panoptic_png._decoder, None
+            extension, panoptic_png.image_extension = panoptic_png.image_extension, None
             numbers["psf, PNGs by Pillow"] = run(PanopticEvaluator(NAME), workload)
-            panoptic_png._decoder = decoder
+            panoptic_png.image_extension = extension
 
         def theirs() -> None:
             numbers["Detectron2"] = run(COCOPanopticEvaluator(NAME), workload)

@@ -67,6 +67,19 @@ def add_psf_config(cfg: CN) -> None:
     cfg.MODEL.PSF.TEST.THING_KEEP_FRACTION = 0.6
     cfg.MODEL.PSF.TEST.STUFF_KEEP_FRACTION = 0.8
 
+    # Augmentation in training: "multi_scale" (DETR; with its crop if INPUT.CROP.ENABLED),
+    # "large_scale_jitter" (Ghiasi et al., 2021) or "fixed_crop" (to INPUT.CROP.SIZE).
+    cfg.INPUT.AUGMENTATION = "multi_scale"
+    # Large-scale jitter: side of the square and range of scales (Mask2Former's keys and values).
+    cfg.INPUT.IMAGE_SIZE = 1024
+    cfg.INPUT.MIN_SCALE = 0.1
+    cfg.INPUT.MAX_SCALE = 2.0
+    # SSD's photometric distortion (Mask2Former's key).
+    cfg.INPUT.COLOR_AUG_SSD = False
+    # "exact": the bits of Detectron2's transforms. "fast": resample once, only what is kept, with
+    # OpenCV; in training only (psf/data/mapper.py says what changes).
+    cfg.INPUT.RESAMPLING = "exact"
+
     # Factors on the learning rate of the backbone, and of the layers that predict where to sample
     # (Deformable DETR, section A.4). AdamW is the only optimizer; Detectron2's other SOLVER keys
     # keep their meaning, and CLIP_GRADIENTS.CLIP_TYPE also takes Mask2Former's "full_model".

@@ -1,6 +1,6 @@
 """The PNGs of panoptic segmentations: a pixel's colours stand for the id R + 256 G + 65536 B.
 
-Reading RGB files goes through ``psf._png``, which is built with the extension and several times
+Reading RGB files goes through ``psf._image``, which is built with the extension and several times
 faster than general decoders; files of other kinds (palette, alpha), and all where it is not built
 or ``PSF_DISABLE_EXTENSION=1`` is set, are read by Pillow. The ids are the same.
 
@@ -12,6 +12,7 @@ import importlib.util
 import io
 import os
 import struct
+from types import ModuleType
 
 import cv2
 import numpy as np
@@ -28,19 +29,19 @@ _RGB_8_BIT_NOT_INTERLACED = (8, 2, 0)
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-def _find_decoder() -> str | None:
+def _find_extension() -> ModuleType | None:
     if os.environ.get("PSF_DISABLE_EXTENSION") == "1":
         return None
-    return "psf._png" if importlib.util.find_spec("psf._png") else None
+    name = "psf._image"
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 
-_DECODER_NAME = _find_decoder()
-_decoder = importlib.import_module(_DECODER_NAME) if _DECODER_NAME else None
+image_extension = _find_extension()
 
 
-def has_decoder() -> bool:
-    """Whether ``psf._png`` is in use."""
-    return _decoder is not None
+def has_image_extension() -> bool:
+    """Whether ``psf._image`` is in use."""
+    return image_extension is not None
 
 
 def read_panoptic_ids(path: str) -> NDArray[np.uint32]:
@@ -71,14 +72,14 @@ def read_panoptic_ids(path: str) -> NDArray[np.uint32]:
 
 
 def _decode(content: bytes) -> NDArray[np.uint32]:
-    if _decoder is not None and len(content) >= _HEADER.size:
+    if image_extension is not None and len(content) >= _HEADER.size:
         signature, width, height, *kind = _HEADER.unpack_from(content)
         if signature == _SIGNATURE and tuple(kind) == _RGB_8_BIT_NOT_INTERLACED:
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and width * height > 2 * limit:  # as Pillow does
                 raise ValueError(f"its header says {width} x {height} pixels")
             ids = np.empty((height, width), dtype=np.uint32)
-            _decoder.decode_ids(content, ids, height, width)
+            image_extension.decode_ids(content, ids, height, width)
             return ids
     with Image.open(io.BytesIO(content)) as image:
         rgba = np.asarray(image.convert("RGBA"))

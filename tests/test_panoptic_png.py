@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from psf import panoptic_png
-from psf.panoptic_png import has_decoder, read_panoptic_ids, write_panoptic_ids
+from psf.panoptic_png import has_image_extension, read_panoptic_ids, write_panoptic_ids
 
 
 def ids_of(rgb: np.ndarray) -> np.ndarray:
@@ -102,7 +102,7 @@ def test_every_truncation_and_damaged_byte_is_refused(tmp_path):
     content = buffer.getvalue()
     path = tmp_path / "a.png"
     damaged = [content[:n] for n in range(len(content) - 12)]
-    if has_decoder():  # Pillow overlooks a damaged checksum at the very end
+    if has_image_extension():  # Pillow overlooks a damaged checksum at the very end
         damaged += [
             content[:i] + bytes([b ^ 0x5A]) + content[i + 1 :] for i, b in enumerate(content)
         ]
@@ -112,7 +112,7 @@ def test_every_truncation_and_damaged_byte_is_refused(tmp_path):
             read_panoptic_ids(str(path))
 
 
-@pytest.mark.skipif(not has_decoder(), reason="psf._png is not in use")
+@pytest.mark.skipif(not has_image_extension(), reason="psf._image is not in use")
 def test_damage_behind_right_checksums_is_refused():
     """Any bytes as compressed data: refused or decoded, never a write beyond the image."""
     rng = np.random.default_rng(0)
@@ -132,14 +132,14 @@ def test_damage_behind_right_checksums_is_refused():
         png += struct.pack(">I", zlib.crc32(chunk)) + whole[-12:]
         ids = np.zeros((22, 30), dtype=np.uint32)
         try:
-            panoptic_png._decoder.decode_ids(png, ids[:20], 20, 30)
+            panoptic_png.image_extension.decode_ids(png, ids[:20], 20, 30)
         except ValueError:
             refused += 1
         assert not ids[20:].any()
     assert refused > 500
 
 
-@pytest.mark.skipif(not has_decoder(), reason="psf._png is not in use")
+@pytest.mark.skipif(not has_image_extension(), reason="psf._image is not in use")
 @pytest.mark.parametrize(
     ("rows", "height", "message"),
     [
@@ -150,11 +150,11 @@ def test_damage_behind_right_checksums_is_refused():
 )
 def test_contents_that_contradict_the_header(rows, height, message):
     with pytest.raises(ValueError, match=message):
-        panoptic_png._decoder.decode_ids(
+        panoptic_png.image_extension.decode_ids(
             png_of(rows, 2), np.zeros((height, 2), np.uint32), height, 2
         )
     with pytest.raises(ValueError, match="smaller than the image"):
-        panoptic_png._decoder.decode_ids(png_of(rows, 2), np.zeros(3, np.uint32), height, 2)
+        panoptic_png.image_extension.decode_ids(png_of(rows, 2), np.zeros(3, np.uint32), height, 2)
 
 
 def test_what_is_written_is_read_back(tmp_path):
@@ -172,8 +172,8 @@ def test_without_the_extension_the_ids_are_the_same(tmp_path):
     rgb = flat_image(np.random.default_rng(2), 31, 17)
     Image.fromarray(rgb).save(path)
     program = (
-        "import sys; from psf.panoptic_png import has_decoder, read_panoptic_ids as read;"
-        "assert not has_decoder(); print(int(read(sys.argv[1]).astype(int).sum()))"
+        "import sys; from psf.panoptic_png import has_image_extension, read_panoptic_ids as read;"
+        "assert not has_image_extension(); print(int(read(sys.argv[1]).astype(int).sum()))"
     )
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program, str(path)],

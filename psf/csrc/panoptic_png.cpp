@@ -1,11 +1,10 @@
-// psf._png: decodes the PNGs of panoptic segmentations (8-bit RGB, not interlaced) to segment ids.
+// Decodes the PNGs of panoptic segmentations (8-bit RGB, not interlaced) to segment ids.
 //
 // Such images are flat: most of the compressed data are long repetitions, and most residuals of PNG's
 // row filters are zero. General decoders work pixel by pixel all the same; this one copies the
 // repetitions in blocks and skips the zeros, several times faster. Everything that is wrong with the
-// data raises ValueError: each chunk's CRC is checked, and every read and write is bounded.
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+// data throws: each chunk's CRC is checked, and every read and write is bounded.
+#include "image.h"
 
 #include <algorithm>
 #include <array>
@@ -13,9 +12,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
+namespace psf {
 namespace {
 
 using Bytes = std::vector<uint8_t>;
@@ -390,7 +389,10 @@ void undo_filter(uint8_t filter, uint8_t* row, const uint8_t* above, size_t size
   }
 }
 
-void decode(const uint8_t* png, size_t png_size, uint32_t* ids, size_t height, size_t width) {
+}  // namespace
+
+void decode_panoptic_png(
+    const uint8_t* png, size_t png_size, uint32_t* ids, size_t height, size_t width) {
   const size_t row_size = kPixel * width;
   Bytes raw = inflate(join_data_chunks(png, png_size), height * (row_size + 1));
   const Bytes nothing(row_size);
@@ -406,58 +408,4 @@ void decode(const uint8_t* png, size_t png_size, uint32_t* ids, size_t height, s
   }
 }
 
-// ---------------------------------------------------------------------------------------- Python
-
-PyObject* decode_ids(PyObject*, PyObject* args) {
-  Py_buffer png, ids;
-  Py_ssize_t height, width;
-  if (!PyArg_ParseTuple(args, "y*w*nn", &png, &ids, &height, &width)) return nullptr;
-  const char* error = nullptr;
-  std::string damage;
-  if (height < 1 || width < 1 || ids.len / width / 4 < height || png.len < 8) {
-    error = "the output is smaller than the image";
-  } else {
-    Py_BEGIN_ALLOW_THREADS
-    try {
-      decode(
-          static_cast<const uint8_t*>(png.buf),
-          static_cast<size_t>(png.len),
-          static_cast<uint32_t*>(ids.buf),
-          static_cast<size_t>(height),
-          static_cast<size_t>(width));
-    } catch (const std::exception& exception) {
-      damage = exception.what();
-      error = damage.c_str();
-    }
-    Py_END_ALLOW_THREADS
-  }
-  PyBuffer_Release(&png);
-  PyBuffer_Release(&ids);
-  if (error) {
-    PyErr_SetString(PyExc_ValueError, error);
-    return nullptr;
-  }
-  Py_RETURN_NONE;
-}
-
-PyMethodDef methods[] = {
-    {"decode_ids",
-     decode_ids,
-     METH_VARARGS,
-     "decode_ids(png, ids, height, width): write R + 256 G + 65536 B of every pixel to ids (uint32)."},
-    {nullptr, nullptr, 0, nullptr}};
-
-PyModuleDef module = {
-    PyModuleDef_HEAD_INIT,
-    "psf._png",
-    "Decoder of panoptic PNGs.",
-    -1,
-    methods,
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr};
-
-}  // namespace
-
-PyMODINIT_FUNC PyInit__png() { return PyModule_Create(&module); }
+}  // namespace psf

@@ -3,15 +3,18 @@
 Like Detectron2, it reads the environment variable DETECTRON2_DATASETS when it is imported.
 """
 
+from .augmentation import build_augmentations
 from .class_map import ClassMap
 from .coco_panoptic import load_coco_panoptic, panoptic_metadata, register_panoptic
 from .images import read_image
-from .mapper import PanopticDatasetMapper, build_augmentations
+from .index_masks import IndexMasks
+from .mapper import PanopticDatasetMapper
 from .shapes import generate_shapes, register_shapes
 from .shapes.dataset import default_root as _default_root
 
 __all__ = [
     "ClassMap",
+    "IndexMasks",
     "PanopticDatasetMapper",
     "build_augmentations",
     "generate_shapes",

@@ -30,7 +30,8 @@ def read_image(path: str, image_format: str = "BGR") -> NDArray[np.uint8]:
     """
     if image_format not in ("RGB", "BGR"):
         raise ValueError(f"INPUT.FORMAT must be 'RGB' or 'BGR', not '{image_format}'.")
-    rgb = np.array(_to_8bit(_open(path), path).convert("RGB"))
+    image = _to_8bit(_open(path), path)
+    rgb = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return rgb if image_format == "RGB" else rgb[:, :, ::-1]
 
 
@@ -41,7 +42,9 @@ def _open(path: str) -> Image.Image:
         )
     try:
         with PathManager.open(path, "rb") as file, Image.open(file) as image:
-            return ImageOps.exif_transpose(image)  # decodes the pixels too
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return image
     except _UNREADABLE as error:
         raise ValueError(
             f"'{path}' is not a readable image ({error}). It may be truncated: copy it again, or "
