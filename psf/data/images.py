@@ -1,5 +1,10 @@
 """Reading images of any mode."""
 
+import contextlib
+import io
+from collections.abc import Iterator
+
+import cv2
 import numpy as np
 from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
@@ -8,8 +13,11 @@ from PIL import Image, ImageOps
 # What Pillow raises on files that are no images, truncated or damaged.
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
+# A JPEG that was cut off, which OpenCV would fill with gray, lacks it.
+_JPEG_END = b"\xff\xd9"
 
-def read_image(path: str, image_format: str = "BGR") -> NDArray[np.uint8]:
+
+def read_image(path: str, image_format: str = "BGR", *, fast: bool = False) -> NDArray[np.uint8]:
     """
     Read an image file of any mode as 8-bit colours, upright by its EXIF orientation.
 
@@ -20,6 +28,7 @@ def read_image(path: str, image_format: str = "BGR") -> NDArray[np.uint8]:
     Args:
         path: the image file.
         image_format: the order of channels, "RGB" or "BGR" (``cfg.INPUT.FORMAT``).
+        fast: decode complete colour JPEGs with OpenCV, whose last bits may differ from Pillow's.
 
     Returns:
         (H, W, 3).
@@ -30,21 +39,34 @@ def read_image(path: str, image_format: str = "BGR") -> NDArray[np.uint8]:
     """
     if image_format not in ("RGB", "BGR"):
         raise ValueError(f"INPUT.FORMAT must be 'RGB' or 'BGR', not '{image_format}'.")
-    image = _to_8bit(_open(path), path)
+    content = _read(path)
+    with _name_damaged(path):
+        image: Image.Image = Image.open(io.BytesIO(content))  # pixels are not decoded yet
+        if fast and image.format == "JPEG" and image.mode == "RGB" and content.endswith(_JPEG_END):
+            flag = cv2.IMREAD_COLOR_RGB if image_format == "RGB" else cv2.IMREAD_COLOR_BGR
+            pixels = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), flag)
+            if pixels is not None:
+                return np.asarray(pixels, dtype=np.uint8)
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+    image = _to_8bit(image, path)
     rgb = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return rgb if image_format == "RGB" else rgb[:, :, ::-1]
 
 
-def _open(path: str) -> Image.Image:
+def _read(path: str) -> bytes:
     if not PathManager.isfile(path):
         raise FileNotFoundError(
             f"'{path}' does not exist. Complete the data set, or take the image out of its JSON."
         )
+    with PathManager.open(path, "rb") as file:
+        return file.read()
+
+
+@contextlib.contextmanager
+def _name_damaged(path: str) -> Iterator[None]:
     try:
-        with PathManager.open(path, "rb") as file, Image.open(file) as image:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return image
+        yield
     except _UNREADABLE as error:
         raise ValueError(
             f"'{path}' is not a readable image ({error}). It may be truncated: copy it again, or "

@@ -77,9 +77,10 @@ class PanopticDatasetMapper:
             image_format: "RGB" or "BGR", the channels of the result.
             class_map: the model's classes; None for inference, which makes no ``instances``.
             resampling: "exact" gives the bits of Detectron2's transforms one by one; "fast"
-                composes them and resamples the part that is kept once, with OpenCV. Then colours
-                differ by half a level of 255 on average, and the window of a crop is rounded to
-                whole pixels of the file, for image and masks alike.
+                composes them and resamples the part that is kept once, with OpenCV, which also
+                decodes JPEGs. Then colours of photos differ by about half a level of 255 on
+                average, and the window of a crop is rounded to whole pixels of the file, for image
+                and masks alike.
             color_augmentation: distort the colours as SSD, after the geometry.
         """
         if resampling not in RESAMPLING:
@@ -116,7 +117,7 @@ class PanopticDatasetMapper:
             A copy with ``image`` (3, h, w) uint8 and, in training, ``instances``.
         """
         result = dict(dataset_dict)
-        image = read_image(result["file_name"], self.image_format)
+        image = read_image(result["file_name"], self.image_format, fast=self.fast)
         utils.check_image_size(result, image)  # also fills in height and width if absent
         augmented = self._augment(image)
         pixels = distort_colors(augmented.image) if self.color_augmentation else augmented.image

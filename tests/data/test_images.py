@@ -90,8 +90,9 @@ def test_missing_file(tmp_path):
         read_image(str(tmp_path / "nowhere.png"))
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "webp"])
-def test_truncated_and_damaged_files_are_named(tmp_path, suffix):
+def test_truncated_and_damaged_files_are_named(tmp_path, suffix, fast):
     """Every length and every damaged byte: either the file is named, or the pixels are readable."""
     whole = tmp_path / f"whole.{suffix}"
     noise = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
@@ -105,7 +106,7 @@ def test_truncated_and_damaged_files_are_named(tmp_path, suffix):
     for data in damaged:
         path.write_bytes(data)
         try:
-            read_image(str(path))
+            read_image(str(path), fast=fast)
         except ValueError as error:
             refused += 1
             assert f"damaged.{suffix}' is not a readable image" in str(error)  # noqa: PT017
@@ -115,3 +116,17 @@ def test_truncated_and_damaged_files_are_named(tmp_path, suffix):
 def test_unknown_format():
     with pytest.raises(ValueError, match=r"INPUT\.FORMAT must be 'RGB' or 'BGR', not 'L'"):
         read_image("a.png", "L")
+
+
+@pytest.mark.parametrize("image_format", ["RGB", "BGR"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_fast_reading_shows_the_same(tmp_path, image_format, mode, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    large = Image.fromarray(RGB).resize((90, 60), Image.Resampling.BICUBIC)
+    large.convert(mode).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    path = str(tmp_path / "a.jpg")
+    exact, fast = read_image(path, image_format), read_image(path, image_format, fast=True)
+    assert exact.shape == fast.shape
+    assert np.abs(exact.astype(int) - fast).max() <= 2
