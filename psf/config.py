@@ -13,9 +13,12 @@ def add_psf_config(cfg: CN) -> None:
     cfg.MODEL.PSF = CN()
     # Feature maps C3, C4, C5 of the backbone, fine to coarse (paper, section 3.1).
     cfg.MODEL.PSF.IN_FEATURES = ["res3", "res4", "res5"]
-    # Thing and stuff classes; must agree with the data set (checked).
-    cfg.MODEL.PSF.NUM_THING_CLASSES = 80
-    cfg.MODEL.PSF.NUM_STUFF_CLASSES = 53
+    # Thing and stuff classes; 0: as many as the data set has. Other numbers are checked.
+    cfg.MODEL.PSF.NUM_THING_CLASSES = 0
+    cfg.MODEL.PSF.NUM_STUFF_CLASSES = 0
+    # For weights of other classes whose file does not name them: the data set that has these. What
+    # For weights of other classes whose file does not name them: a data set that has these. What
+    cfg.MODEL.PSF.WEIGHTS_DATASET = ""
     # Channels of tokens and queries (paper, section 3.2).
     cfg.MODEL.PSF.HIDDEN_DIM = 256
     # Attention heads, sampling points a head and level (Deformable DETR, section 5).
@@ -54,6 +57,10 @@ def add_psf_config(cfg: CN) -> None:
     cfg.MODEL.PSF.TEST.PANOPTIC_ON = True
     cfg.MODEL.PSF.TEST.INSTANCE_ON = False
     cfg.MODEL.PSF.TEST.SEMANTIC_ON = False
+    # Boundary PQ beside PQ (Boundary IoU, arXiv 2103.16562).
+    cfg.MODEL.PSF.TEST.BOUNDARY_PQ = False
+    # Write predictions.json and PNGs, as COCO's server takes them, beside the results.
+    cfg.MODEL.PSF.TEST.SAVE_PREDICTIONS = False
     # Mask-decoder layers used at inference; 0: all. Two are nearly as good (paper, table 6).
     cfg.MODEL.PSF.TEST.MASK_DECODER_LAYERS = 0
     # "mask_wise" (paper, algorithm 1) or "pixel_wise", its ablation.
@@ -66,6 +73,9 @@ def add_psf_config(cfg: CN) -> None:
     # Least free fraction of a mask (t_keep; official code: overlaps up to 0.4 and 0.2).
     cfg.MODEL.PSF.TEST.THING_KEEP_FRACTION = 0.6
     cfg.MODEL.PSF.TEST.STUFF_KEEP_FRACTION = 0.8
+
+    # Data sets to register, each [name, images, PNGs, JSON] or with the instances JSON as a fifth.
+    cfg.DATASETS.REGISTER = []
 
     # Augmentation in training: "multi_scale" (DETR; with its crop if INPUT.CROP.ENABLED),
     # "large_scale_jitter" (Ghiasi et al., 2021) or "fixed_crop" (to INPUT.CROP.SIZE).

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
@@ -26,7 +25,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 
-from psf.data import PanopticDatasetMapper
+from psf.data import ClassNames, PanopticDatasetMapper
 from psf.evaluation import build_evaluators
 from psf.evaluation.pictures import (
     PanopticSegmentation,
@@ -35,6 +34,7 @@ from psf.evaluation.pictures import (
     write_contact_sheet,
     write_curves,
 )
+from psf.finetuning import ClassCheckpointer
 from psf.solver import build_optimizer, full_model_clip_norm
 
 logger = logging.getLogger(__name__)
@@ -152,8 +152,12 @@ class Trainer(DefaultTrainer):
             clip_norm=full_model_clip_norm(cfg),
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectionCheckpointer(
-            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        self.checkpointer = ClassCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            class_names=_class_names(cfg.DATASETS.TRAIN[0]),
+            weights_class_names=_class_names(cfg.MODEL.PSF.WEIGHTS_DATASET),
+            trainer=weakref.proxy(self),
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -195,7 +199,13 @@ class Trainer(DefaultTrainer):
             instances=test.INSTANCE_ON,
             sem_seg=test.SEMANTIC_ON,
             output_dir=str(Path(cfg.OUTPUT_DIR) / "inference" / dataset_name),
+            boundary_pq=test.BOUNDARY_PQ,
+            save_predictions=test.SAVE_PREDICTIONS,
         )
+
+
+def _class_names(dataset_name: str) -> ClassNames | None:
+    return ClassNames.from_metadata(MetadataCatalog.get(dataset_name)) if dataset_name else None
 
 
 @contextlib.contextmanager

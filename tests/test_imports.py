@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "psf"
-SHELL = {"config", "data", "evaluation", "panoptic_png", "solver", "trainer"} | {
+SHELL = {"config", "data", "evaluation", "finetuning", "panoptic_png", "solver", "trainer"} | {
     "modeling.backbone",
     "modeling.panoptic_segformer",
 }
@@ -14,13 +14,14 @@ CORE_MAY_IMPORT = {"torch", "scipy", "numpy"}
 # Which other parts of the shell a part of the shell may import.
 SHELL_ARROWS = {
     "config": set(),
+    "finetuning": {"data"},
     "panoptic_png": set(),
     "data": {"panoptic_png"},
     "evaluation": {"panoptic_png"},
     "solver": set(),
     "modeling.backbone": set(),
     "modeling.panoptic_segformer": {"data"},
-    "trainer": {"data", "evaluation", "solver"},
+    "trainer": {"data", "evaluation", "finetuning", "solver"},
 }
 
 

@@ -4,8 +4,13 @@ Like Detectron2, it reads the environment variable DETECTRON2_DATASETS when it i
 """
 
 from .augmentation import build_augmentations
-from .class_map import ClassMap
-from .coco_panoptic import load_coco_panoptic, panoptic_metadata, register_panoptic
+from .class_map import ClassMap, ClassNames
+from .coco_panoptic import (
+    load_coco_panoptic,
+    panoptic_metadata,
+    register_listed,
+    register_panoptic,
+)
 from .images import read_image
 from .index_masks import IndexMasks
 from .mapper import PanopticDatasetMapper
@@ -14,6 +19,7 @@ from .shapes.dataset import default_root as _default_root
 
 __all__ = [
     "ClassMap",
+    "ClassNames",
     "IndexMasks",
     "PanopticDatasetMapper",
     "build_augmentations",
@@ -21,6 +27,7 @@ __all__ = [
     "load_coco_panoptic",
     "panoptic_metadata",
     "read_image",
+    "register_listed",
     "register_panoptic",
     "register_shapes",
 ]

@@ -21,6 +21,7 @@ from psf.panoptic_png import read_panoptic_ids
 
 from .augmentation import SizeInput, build_augmentations, distort_colors, looks_at_size_only
 from .class_map import ClassMap
+from .coco_panoptic import register_listed
 from .exact_resampling import image_exactly, index_map_exactly
 from .fast_resampling import compose, resample_image, resample_indices
 from .images import read_image
@@ -98,6 +99,7 @@ class PanopticDatasetMapper:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        register_listed(cfg.DATASETS.REGISTER)
         return {
             "augmentations": build_augmentations(cfg, is_train),
             "image_format": cfg.INPUT.FORMAT,
