@@ -16,8 +16,8 @@ def add_psf_config(cfg: CN) -> None:
     # Thing and stuff classes; 0: as many as the data set has. Other numbers are checked.
     cfg.MODEL.PSF.NUM_THING_CLASSES = 0
     cfg.MODEL.PSF.NUM_STUFF_CLASSES = 0
-    # For weights of other classes whose file does not name them: the data set that has these. What
-    # For weights of other classes whose file does not name them: a data set that has these. What
+    # For weights of other classes whose file does not name them: a data set that has these. Rows of
+    # classes with the same name are taken over, the others start afresh (psf/finetuning.py).
     cfg.MODEL.PSF.WEIGHTS_DATASET = ""
     # Channels of tokens and queries (paper, section 3.2).
     cfg.MODEL.PSF.HIDDEN_DIM = 256

@@ -22,7 +22,12 @@ _ROOT_HINT = (
 )
 
 
-def register_panoptic(
+def datasets_root() -> str:
+    """The folder of data sets, which Detectron2 calls DETECTRON2_DATASETS."""
+    return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+
+
+def register_panoptic(  # noqa: PLR0913  one argument a part of a data set
     name: str,
     *,
     image_root: str,
@@ -32,6 +37,7 @@ def register_panoptic(
     instances_json: str | None = None,
     sem_seg_root: str | None = None,
     things_first: bool = True,
+    image_file: Callable[[str], str] | None = None,
     prepare: Callable[[], None] | None = None,
 ) -> None:
     """
@@ -50,6 +56,7 @@ def register_panoptic(
         sem_seg_root: folder of label PNGs, if the JSON's annotations name such
             (``sem_seg_file_name``); else mIoU is measured against the panoptic PNGs.
         things_first: how classes are numbered (see the module).
+        image_file: from the JSON's name of an image to its path below ``image_root``.
         prepare: called before the annotations are loaded, to create the files.
     """
     if categories is None:
@@ -65,6 +72,7 @@ def register_panoptic(
             categories=categories,
             sem_seg_root=sem_seg_root,
             things_first=things_first,
+            image_file=image_file,
         )
 
     if name in DatasetCatalog.list():
@@ -130,6 +138,7 @@ def load_coco_panoptic(
     categories: Sequence[dict[str, Any]] | None = None,
     sem_seg_root: str | None = None,
     things_first: bool = True,
+    image_file: Callable[[str], str] | None = None,
 ) -> list[dict[str, Any]]:
     """
     Load a JSON in the COCO panoptic format.
@@ -145,6 +154,7 @@ def load_coco_panoptic(
         categories: take these instead of the JSON's.
         sem_seg_root: folder of the label PNGs that the annotations name.
         things_first: how classes are numbered (see the module).
+        image_file: from the JSON's name of an image to its path below ``image_root``.
 
     Returns:
         For each image: file_name, image_id, height, width, pan_seg_file_name and segments_info, the
@@ -180,9 +190,10 @@ def load_coco_panoptic(
                 "images. Add the image or remove the annotation."
             )
         image = images[image_id]
+        name = image["file_name"] if image_file is None else image_file(image["file_name"])
         records.append(
             {
-                "file_name": os.path.join(image_root, image["file_name"]),
+                "file_name": os.path.join(image_root, name),
                 "image_id": image_id,
                 "height": image["height"],
                 "width": image["width"],
