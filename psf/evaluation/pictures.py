@@ -85,7 +85,7 @@ def draw_panoptic(
             "pixels (height, width)."
         )
     ids = panoptic_seg.cpu().numpy().astype(np.int32)
-    image, ids = _resize(image_rgb, scale), _resize(ids, scale)
+    image, ids = resize_picture(image_rgb, scale), resize_picture(ids, scale)
     visualizer = Visualizer(image, metadata, font_size_scale=0.8)  # 8 points: many labels fit
     infos = [dict(info) for info in segments_info]  # Detectron2 writes into them
     with _repeatable_colors():
@@ -93,7 +93,8 @@ def draw_panoptic(
     return drawn.get_image()
 
 
-def _resize(array: NDArray[Any], scale: float) -> NDArray[Any]:
+def resize_picture(array: NDArray[Any], scale: float) -> NDArray[Any]:
+    """Scale an image (H, W, 3), or a map (H, W) to its nearest values."""
     if scale == 1:
         return array
     size = [max(1, round(scale * side)) for side in array.shape[:2]]
@@ -125,28 +126,58 @@ def write_contact_sheet(
         path: the PNG to write; its folder is made.
     """
     images = [read_image(sample[0]["file_name"], "RGB") for sample in samples]
-    least, most = _CELL_RANGE
-    cell = min(max([least, *(max(image.shape[:2]) for image in images)]), most)
+    cell = cell_size(images)
     rows = [
-        _draw_row(image, sample, metadata, cell / max(image.shape[:2]))
+        SheetRow(
+            Path(sample[0]["file_name"]).name,
+            _draw_row(image, sample, metadata, cell / max(image.shape[:2])),
+        )
         for image, sample in zip(images, samples, strict=True)
     ]
-    width = 3 * cell + 4 * _GAP
-    height = _CAPTION + sum(_CAPTION + row[0].shape[0] + _GAP for row in rows)
+    write_sheet(rows, ("image", "ground truth", "prediction"), cell, path)
+
+
+class SheetRow(NamedTuple):
+    """A row of a sheet: pictures of one size, one a column."""
+
+    caption: str
+    pictures: list[NDArray[np.uint8]]  # (h, w, 3)
+
+
+def cell_size(images: Sequence[NDArray[np.uint8]]) -> int:
+    """The longest side that pictures of these images get on a sheet, in pixels."""
+    least, most = _CELL_RANGE
+    return min(max([least, *(max(image.shape[:2]) for image in images)]), most)
+
+
+def write_sheet(
+    rows: Sequence[SheetRow], titles: Sequence[str], cell: int, path: str | os.PathLike[str]
+) -> None:
+    """
+    Write rows of pictures below each other.
+
+    Args:
+        rows: from top to bottom.
+        titles: of the columns.
+        cell: width of a column; no picture is wider.
+        path: the PNG to write; its folder is made.
+    """
+    width = len(titles) * (cell + _GAP) + _GAP
+    height = _CAPTION + sum(_CAPTION + row.pictures[0].shape[0] + _GAP for row in rows)
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
     canvas = FigureCanvasAgg(figure)
     sheet = np.full((height, width, 3), 255, dtype=np.uint8)
-    columns = [_GAP + i * (cell + _GAP) for i in range(3)]
-    for x, title in zip(columns, ("image", "ground truth", "prediction"), strict=True):
+    columns = [_GAP + i * (cell + _GAP) for i in range(len(titles))]
+    for x, title in zip(columns, titles, strict=True):
         _write(figure, title, x + cell / 2, _CAPTION / 2, size=12, ha="center", weight="bold")
     top = _CAPTION
-    for sample, row in zip(samples, rows, strict=True):
-        _write(figure, Path(sample[0]["file_name"]).name, _GAP, top + _CAPTION / 2, size=8)
+    for row in rows:
+        _write(figure, row.caption, _GAP, top + _CAPTION / 2, size=8)
         top += _CAPTION
-        for x, picture in zip(columns, row, strict=True):
+        for x, picture in zip(columns, row.pictures, strict=True):
             left = x + (cell - picture.shape[1]) // 2
             sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-        top += row[0].shape[0] + _GAP
+        top += row.pictures[0].shape[0] + _GAP
     figure.figimage(sheet, zorder=-1)
     _save(canvas, path)
 
@@ -157,7 +188,7 @@ def _draw_row(
     """The pictures of one sample, all of one size."""
     _, ground_truth, prediction = sample
     return [
-        _resize(image, scale),
+        resize_picture(image, scale),
         draw_panoptic(image, *ground_truth, metadata, scale=scale),
         draw_panoptic(image, *prediction, metadata, scale=scale),
     ]
