@@ -275,7 +275,9 @@ def _draw_bars(axes: Axes, rows: Sequence[ClassQuality], mean: float, color: str
     names = [row.name if len(row.name) <= 28 else f"{row.name[:27]}…" for row in rows]
     axes.set_yticks(positions, names, fontsize=7)
     for y, row in zip(positions, rows, strict=True):
-        axes.text(min(row.pq, 92) + 0.7, y, f"{row.pq:.1f}", va="center", fontsize=6)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}  # over the line of the mean
+        x = min(row.pq, 92) + 0.9
+        axes.text(x, y, f"{row.pq:.1f}", va="center", fontsize=6, bbox=box)
     if mean == mean:
         axes.axvline(mean, color="black", linewidth=1, linestyle="--", label=f"mean {mean:.1f}")
         axes.legend(fontsize="small", loc="lower right")
