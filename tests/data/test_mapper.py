@@ -26,6 +26,7 @@ from psf.data import (
 )
 from psf.data.augmentation import distort_colors
 from psf.data.exact_resampling import image_exactly, index_map_exactly
+from psf.data.index_masks import TargetInstances
 from psf.data.mapper import tight_boxes
 from psf.panoptic_png import read_panoptic_ids
 
@@ -583,6 +584,21 @@ def test_index_masks_are_bit_masks():
     assert len(Instances.cat([instances, chosen]).gt_masks) == 5
     copied = pickle.loads(pickle.dumps(masks))
     assert torch.equal(copied.tensor, dense.tensor)
+
+
+def test_what_a_worker_sends_arrives(record):
+    expected = make_mapper()(record)
+    loader = torch.utils.data.DataLoader(
+        [record] * 2, batch_size=None, num_workers=1, collate_fn=make_mapper()
+    )
+    for received in loader:
+        assert torch.equal(received["image"], expected["image"])
+        instances = received["instances"]
+        assert isinstance(instances, TargetInstances)
+        assert_targets(instances, reference_targets(IDS, SEGMENTS, CLASS_MAP))
+    copied = copy.deepcopy(expected["instances"])
+    assert_targets(copied, reference_targets(IDS, SEGMENTS, CLASS_MAP))
+    assert len(expected["instances"][torch.tensor([0, 2])]) == 2
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (17, 23)])
