@@ -13,8 +13,9 @@ from PIL import Image, ImageOps
 # What Pillow raises on files that are no images, truncated or damaged.
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
-# A JPEG that was cut off, which OpenCV would fill with gray, lacks it.
-_JPEG_END = b"\xff\xd9"
+# Markers of a JPEG (ITU T.81, annex B): its ends, and the frames that say how many components.
+_JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 
 
 def read_image(path: str, image_format: str = "BGR", *, fast: bool = False) -> NDArray[np.uint8]:
@@ -40,13 +41,13 @@ def read_image(path: str, image_format: str = "BGR", *, fast: bool = False) -> N
     if image_format not in ("RGB", "BGR"):
         raise ValueError(f"INPUT.FORMAT must be 'RGB' or 'BGR', not '{image_format}'.")
     content = _read(path)
+    if fast and _is_whole_color_jpeg(content):
+        flag = cv2.IMREAD_COLOR_RGB if image_format == "RGB" else cv2.IMREAD_COLOR_BGR
+        pixels = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), flag)
+        if pixels is not None:  # else Pillow says what is wrong
+            return np.asarray(pixels, dtype=np.uint8)
     with _name_damaged(path):
-        image: Image.Image = Image.open(io.BytesIO(content))  # pixels are not decoded yet
-        if fast and image.format == "JPEG" and image.mode == "RGB" and content.endswith(_JPEG_END):
-            flag = cv2.IMREAD_COLOR_RGB if image_format == "RGB" else cv2.IMREAD_COLOR_BGR
-            pixels = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), flag)
-            if pixels is not None:
-                return np.asarray(pixels, dtype=np.uint8)
+        image: Image.Image = Image.open(io.BytesIO(content))
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
     image = _to_8bit(image, path)
@@ -61,6 +62,18 @@ def _read(path: str) -> bytes:
         )
     with PathManager.open(path, "rb") as file:
         return file.read()
+
+
+def _is_whole_color_jpeg(content: bytes) -> bool:
+    """Whether it has three components, and an end: what was cut off OpenCV would fill with gray."""
+    if not (content.startswith(_JPEG_START) and content.endswith(_JPEG_END)):
+        return False
+    at = 2
+    while at + 10 <= len(content) and content[at] == 0xFF:
+        if content[at + 1] in _JPEG_FRAMES:
+            return content[at + 9] == 3
+        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+    return False
 
 
 @contextlib.contextmanager
