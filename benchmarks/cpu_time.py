@@ -59,20 +59,21 @@ def environment(*packages: str) -> dict[str, Any]:
         for line in Path("/proc/cpuinfo").read_text().splitlines()
         if line.startswith("model name")
     }
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
     return {
         "cpu": ", ".join(sorted(models)),
         "cores": multiprocessing.cpu_count(),
-        "commit": commit.stdout.strip(),
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "uncommitted changes": bool(_git("status", "--porcelain", ":!benchmarks/results")),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
     }
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def write_result(name: str, content: Mapping[str, Any]) -> None:
