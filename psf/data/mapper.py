@@ -79,9 +79,9 @@ class PanopticDatasetMapper:
             class_map: the model's classes; None for inference, which makes no ``instances``.
             resampling: "exact" gives the bits of Detectron2's transforms one by one; "fast"
                 composes them and resamples the part that is kept once, with OpenCV, which also
-                decodes JPEGs. Then colours of photos differ by about half a level of 255 on
-                average, and the window of a crop is rounded to whole pixels of the file, for image
-                and masks alike.
+                decodes JPEGs. Then the window of a crop is rounded to whole pixels of the file, for
+                image and masks alike, and what was resized twice is resized once
+                (docs/architecture.md has the differences in numbers).
             color_augmentation: distort the colours as SSD, after the geometry.
         """
         if resampling not in RESAMPLING:
