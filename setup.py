@@ -7,13 +7,18 @@ The extension must be compiled against the torch that will load it, hence no bui
 ``PSF_SKIP_EXTENSION=1`` leaves both out on purpose: everything works, the operator then runs as
 plain PyTorch and PNGs are read by Pillow. Without it, a build that fails stops the installation.
 
+CUDA kernels are built where torch sees a GPU and nvcc is installed; ``FORCE_CUDA=1`` builds them on
+a machine without a GPU, for the architectures in ``TORCH_CUDA_ARCH_LIST``.
+
 Detectron2 and panopticapi are needed too but not listed: they are not on the package index under
 their own names. INSTALL.md says where to get them.
 """
 
 import os
+import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +26,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 
 CSRC = Path("psf/layers/csrc")
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0")  # of GPUs that the kernels are compiled for
 
 
 def version() -> str:
@@ -38,6 +44,10 @@ def compile_args() -> list[str]:
     # The last two let loops with comparisons and square roots vectorise; unlike -ffast-math they
     # keep NaN, infinities and the order of additions.
     args = ["-O3", "-g0", "-Wall", "-fno-math-errno", "-fno-trapping-math"]
+    # Products and sums may be contracted; vectors are passed between inlined functions only.
+    args += ["-ffp-contract=fast", "-Wno-psabi"]
+    if has_x86_kernels():
+        args.append("-DPSF_X86_KERNELS")
     # at::parallel_for is compiled into the extension. Only the compiler gets -fopenmp: without it
     # at the link, the extension uses the OpenMP runtime that torch has loaded, and so obeys
     # torch.set_num_threads. Clang's OpenMP calls another runtime, which torch does not load (and
@@ -52,16 +62,105 @@ def is_clang() -> bool:
     return "clang" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def cuda_home() -> str | None:
+    """The CUDA toolkit: CUDA_HOME, or that of the nvcc on PATH.
+
+    nvcc itself is asked, since it may be a script that stands far from its toolkit, where torch
+    would look for headers in vain.
+    """
+    nvcc = shutil.which("nvcc")
+    if os.environ.get("CUDA_HOME") or nvcc is None:
+        return os.environ.get("CUDA_HOME")
+    command = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+    steps = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    match = re.search(r"^#\$ TOP=(.+)$", steps, re.MULTILINE)
+    if match is None:
+        raise RuntimeError(f"{nvcc} does not say where its toolkit is: set CUDA_HOME")
+    return str(Path(match[1].strip()).resolve())
+
+
+def wants_cuda(home: str | None) -> bool:
+    import torch
+
+    missing = None
+    if torch.version.cuda is None:
+        missing = f"torch {torch.__version__}, which is built without CUDA"
+    elif home is None:
+        missing = "no nvcc (none on PATH, and CUDA_HOME is not set)"
+    if os.environ.get("FORCE_CUDA") == "1":
+        if missing is not None:
+            raise RuntimeError(f"FORCE_CUDA=1 asks for CUDA kernels, but there is {missing}")
+        return True
+    if missing is not None:
+        print(f"psf: building without CUDA kernels, since there is {missing}")  # noqa: T201
+        return False
+    return torch.cuda.is_available()
+
+
+def default_architectures(home: str) -> str:
+    """In the form of TORCH_CUDA_ARCH_LIST: the wanted ones that this compiler knows."""
+    nvcc = Path(home, "bin", "nvcc")
+    command = [str(nvcc), "--list-gpu-arch"]
+    known = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    names = [name for name in ARCHITECTURES if f"compute_{name.replace('.', '')}" in known]
+    if not names:
+        raise RuntimeError(f"{nvcc} knows none of the architectures {', '.join(ARCHITECTURES)}")
+    return ";".join(names) + "+PTX"  # which newer devices compile for themselves
+
+
+# Files of kernels that are compiled for more than the platform's least processor; which of them
+# runs is decided when it runs.
+ISA_FLAGS = {
+    "ms_deform_attn_cpu_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "ms_deform_attn_cpu_avx512.cpp": [
+        *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"),
+        "-mprefer-vector-width=512",
+    ],
+}
+
+
+def has_x86_kernels() -> bool:
+    """Whether this compiler knows the flags above: GCC and clang on x86-64."""
+    return platform.machine() in ("x86_64", "AMD64") and sys.platform != "win32"
+
+
 def extension_arguments() -> dict:
     if os.environ.get("PSF_SKIP_EXTENSION") == "1":
         return {}
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    home = cuda_home()
+    cuda = wants_cuda(home)
+    if cuda:
+        os.environ["CUDA_HOME"] = home  # before torch.utils.cpp_extension looks for one
+    from torch.utils import cpp_extension
 
-    extension = CppExtension(
+    class BuildKernels(cpp_extension.BuildExtension):
+        """Builds the files of :data:`ISA_FLAGS` with their own flags, which setuptools cannot."""
+
+        def build_extension(self, extension: Extension) -> None:
+            if has_x86_kernels():
+                isa_sources = [s for s in extension.sources if Path(s).name in ISA_FLAGS]
+                for source in isa_sources:
+                    extension.sources.remove(source)
+                    flags = [*extension.extra_compile_args["cxx"], *ISA_FLAGS[Path(source).name]]
+                    extension.extra_objects += self.compiler.compile(
+                        [source], output_dir=self.build_temp, extra_postargs=["-std=c++17", *flags]
+                    )
+            super().build_extension(extension)
+
+    sources = [path for path in CSRC.glob("*.cpp") if cuda or not is_cuda(path)]
+    flags = {"cxx": compile_args()}
+    if cuda:
+        sources.extend(CSRC.glob("*.cu"))
+        # No --use_fast_math: sampling coordinates and the softmax keep their last digits.
+        flags["nvcc"] = ["-O3"]
+        if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            os.environ["TORCH_CUDA_ARCH_LIST"] = default_architectures(home)
+    extension_class = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+    extension = extension_class(
         name="psf._C",
-        sources=[str(path) for path in sorted(CSRC.glob("*.cpp"))],
-        depends=[str(path) for path in sorted(CSRC.glob("*.h"))],
-        extra_compile_args={"cxx": compile_args()},
+        sources=[str(path) for path in sorted(sources)],
+        depends=[str(path) for path in sorted([*CSRC.glob("*.h"), *CSRC.glob("*.cuh")])],
+        extra_compile_args=flags,
     )
     image = Extension(
         name="psf._image",
@@ -72,7 +171,12 @@ def extension_arguments() -> dict:
         if sys.platform == "win32"
         else ["-O3", "-std=c++17"],
     )
-    return {"ext_modules": [extension, image], "cmdclass": {"build_ext": BuildExtension}}
+    return {"ext_modules": [extension, image], "cmdclass": {"build_ext": BuildKernels}}
+
+
+def is_cuda(path: Path) -> bool:
+    """Of the kernels ms_deform_attn_cuda*."""
+    return "_cuda" in path.stem
 
 
 setup(
@@ -95,6 +199,7 @@ setup(
         "scipy",
         "tabulate",
         "tensorboard",
+        "timm>=1.0",
         "tqdm",
         "yacs",
     ],

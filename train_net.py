@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
 
 from psf import add_psf_config
 from psf.trainer import CONTACT_SHEET, CURVES, Trainer, summary, write_pictures
+from psf.weights import Checkpointer
 
 logger = logging.getLogger("psf.train_net")
 
@@ -50,6 +51,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     check_weights(cfg.MODEL.WEIGHTS)
     cfg.freeze()
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="psf")
     return cfg
 
 
@@ -86,7 +88,7 @@ def main(args: argparse.Namespace) -> OrderedDict[str, Any] | None:
     cfg = setup(args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():

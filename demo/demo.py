@@ -23,14 +23,15 @@ import cv2
 import numpy as np
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import Metadata
-from detectron2.engine import DefaultPredictor
 from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
 from numpy.typing import NDArray
 from PIL import Image
 
 from psf import add_psf_config
 from psf.data.images import read_image
 from psf.evaluation.pictures import draw_panoptic
+from psf.predictor import Predictor
 
 # What a directory is searched for, and what a picture can be written as.
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -39,7 +40,7 @@ LEAST_SIDE = 512
 
 WINDOW = "psf demo: any key for the next image, Esc or q to quit"
 
-Predictor = Callable[[NDArray[np.uint8]], dict[str, Any]]
+Predict = Callable[[NDArray[np.uint8]], dict[str, Any]]
 
 
 class Job(NamedTuple):
@@ -172,13 +173,13 @@ def show(picture_rgb: NDArray[np.uint8]) -> bool:
     return cv2.waitKey(0) & 0xFF not in (27, ord("q"))
 
 
-def run(jobs: Sequence[Job], predictor: Predictor, metadata: Metadata) -> list[Path]:
+def run(jobs: Sequence[Job], predictor: Predict, metadata: Metadata) -> list[Path]:
     """
     Predict, draw and write or show every image; a line on each.
 
     Args:
         jobs: the images.
-        predictor: takes (H, W, 3) BGR, returns ``panoptic_seg`` in a dict (``DefaultPredictor``).
+        predictor: takes (H, W, 3) BGR, returns ``panoptic_seg`` in a dict (:class:`Predictor`).
         metadata: of the data set that the model was trained on.
 
     Returns:
@@ -215,7 +216,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     jobs = plan(find_images(args.input), args.output)
     if args.output is None:
         check_window()
-    predictor = DefaultPredictor(setup(args.config_file, args.opts))
+    setup_logger(name="psf")
+    predictor = Predictor(setup(args.config_file, args.opts))
     unreadable = run(jobs, predictor, predictor.metadata)
     if unreadable:
         names = ", ".join(str(path) for path in unreadable)

@@ -13,6 +13,9 @@ def add_psf_config(cfg: CN) -> None:
     cfg.MODEL.PSF = CN()
     # Feature maps C3, C4, C5 of the backbone, fine to coarse (paper, section 3.1).
     cfg.MODEL.PSF.IN_FEATURES = ["res3", "res4", "res5"]
+    # Feature levels: those of IN_FEATURES (the paper's), then coarser ones by convolutions of
+    # stride 2 (Deformable DETR's key; official code: 4), which the mask decoder does not see.
+    cfg.MODEL.PSF.NUM_FEATURE_LEVELS = 3
     # Thing and stuff classes; 0: as many as the data set has. Other numbers are checked.
     cfg.MODEL.PSF.NUM_THING_CLASSES = 0
     cfg.MODEL.PSF.NUM_STUFF_CLASSES = 0
@@ -37,12 +40,24 @@ def add_psf_config(cfg: CN) -> None:
     cfg.MODEL.PSF.LOCATION_DECODER.DEC_LAYERS = 6  # paper, section 4.2
 
     cfg.MODEL.PSF.MASK_DECODER = CN()
-    # "joint": thing and stuff queries go through the same layers (the paper's).
+    # "joint": thing and stuff queries go through the same layers (the paper's). "decoupled":
+    # separate stacks, ReLU masks, thing classes from the location decoder (the official code's).
     cfg.MODEL.PSF.MASK_DECODER.NAME = "joint"
-    cfg.MODEL.PSF.MASK_DECODER.DEC_LAYERS = 6  # paper, section 4.2
+    cfg.MODEL.PSF.MASK_DECODER.DEC_LAYERS = 6  # of "joint" (paper, section 4.2)
+    # Layers of the two stacks of "decoupled" (official code).
+    cfg.MODEL.PSF.MASK_DECODER.THING_LAYERS = 4
+    cfg.MODEL.PSF.MASK_DECODER.STUFF_LAYERS = 6
+    # Weights of the second matching of "decoupled", which also compares masks (official code: its
+    # class weight 2 is doubled when the head is built).
+    cfg.MODEL.PSF.MASK_DECODER.MATCHING = CN()
+    cfg.MODEL.PSF.MASK_DECODER.MATCHING.CLASS_WEIGHT = 4.0
+    cfg.MODEL.PSF.MASK_DECODER.MATCHING.L1_WEIGHT = 5.0
+    cfg.MODEL.PSF.MASK_DECODER.MATCHING.GIOU_WEIGHT = 2.0
+    cfg.MODEL.PSF.MASK_DECODER.MATCHING.DICE_WEIGHT = 2.0
 
     # Losses: focal, L1, GIoU as Deformable DETR; Dice as the official code.
     cfg.MODEL.PSF.CLASS_WEIGHT = 2.0
+    cfg.MODEL.PSF.STUFF_CLASS_WEIGHT = 2.0  # official code: 4
     cfg.MODEL.PSF.L1_WEIGHT = 5.0
     cfg.MODEL.PSF.GIOU_WEIGHT = 2.0
     cfg.MODEL.PSF.DICE_WEIGHT = 2.0
@@ -63,6 +78,8 @@ def add_psf_config(cfg: CN) -> None:
     cfg.MODEL.PSF.TEST.SAVE_PREDICTIONS = False
     # Mask-decoder layers used at inference; 0: all. Two are nearly as good (paper, table 6).
     cfg.MODEL.PSF.TEST.MASK_DECODER_LAYERS = 0
+    # (query, class) pairs of things that "decoupled" considers, the best first (official code).
+    cfg.MODEL.PSF.TEST.THING_PAIRS = 100
     # "mask_wise" (paper, algorithm 1) or "pixel_wise", its ablation.
     cfg.MODEL.PSF.TEST.MERGING = "mask_wise"
     # Exponents of class probability and mean mask value in a segment's score (official code).
@@ -90,8 +107,33 @@ def add_psf_config(cfg: CN) -> None:
     # OpenCV; in training only (psf/data/mapper.py says what changes).
     cfg.INPUT.RESAMPLING = "exact"
 
+    # Swin (MODEL.BACKBONE.NAME: build_swin_backbone), in Mask2Former's keys; Swin-T's values (Swin
+    # paper, section 3.3). DROP_PATH_RATE is the last block's.
+    cfg.MODEL.SWIN = CN()
+    cfg.MODEL.SWIN.EMBED_DIM = 96
+    cfg.MODEL.SWIN.DEPTHS = [2, 2, 6, 2]
+    cfg.MODEL.SWIN.NUM_HEADS = [3, 6, 12, 24]
+    cfg.MODEL.SWIN.WINDOW_SIZE = 7
+    cfg.MODEL.SWIN.DROP_PATH_RATE = 0.3  # official code
+    # Recompute activations in the backward pass: less memory, more time.
+    cfg.MODEL.SWIN.USE_CHECKPOINT = False
+
+    # Any network of timm with maps of strides 8, 16, 32 (MODEL.BACKBONE.NAME: build_timm_backbone).
+    cfg.MODEL.TIMM = CN()
+    cfg.MODEL.TIMM.NAME = "pvt_v2_b2"
+    # Fetch timm's weights when MODEL.WEIGHTS names none.
+    cfg.MODEL.TIMM.PRETRAINED = False
+    cfg.MODEL.TIMM.DROP_PATH_RATE = 0.1  # of the last block (official code, for PVTv2)
+    cfg.MODEL.TIMM.USE_CHECKPOINT = False  # as MODEL.SWIN's
+    # Batch normalisations keep their statistics and weights, as in Detectron2's FrozenBN.
+    cfg.MODEL.TIMM.FREEZE_BATCH_NORM = True
+
     # Factors on the learning rate of the backbone, and of the layers that predict where to sample
     # (Deformable DETR, section A.4). AdamW is the only optimizer; Detectron2's other SOLVER keys
     # keep their meaning, and CLIP_GRADIENTS.CLIP_TYPE also takes Mask2Former's "full_model".
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
     cfg.SOLVER.SAMPLING_MULTIPLIER = 0.1
+    # The batch that learning rate and schedule are written for. With another IMS_PER_BATCH the
+    # learning rate is scaled with the images, and iterations and steps against them; 0: never.
+    # Unlike Detectron2's REFERENCE_WORLD_SIZE it leaves the batch size to you.
+    cfg.SOLVER.REFERENCE_BATCH_SIZE = 0

@@ -8,10 +8,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
 from psf.data.class_map import ClassNames
+from psf.weights import Checkpointer
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +74,8 @@ def transfer_classes(
     return result
 
 
-class ClassCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, which saves the names of classes and fits others to the model."""
+class ClassCheckpointer(Checkpointer):
+    """A checkpointer that saves the names of the classes and fits other ones to the model."""
 
     def __init__(
         self,

@@ -1,11 +1,14 @@
 """AdamW with the learning-rate groups of Deformable DETR and the paper."""
 
+import logging
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 # Layers that predict where to sample (Deformable DETR, section A.4; official code).
 SAMPLING_LAYERS = ("sampling_offsets", "reference_points")
@@ -51,3 +54,43 @@ def full_model_clip_norm(cfg: CfgNode) -> float | None:
     if clip.CLIP_VALUE <= 0:
         raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_VALUE must be > 0, got {clip.CLIP_VALUE}")
     return float(clip.CLIP_VALUE)
+
+
+def scale_to_batch_size(cfg: CfgNode) -> CfgNode:
+    """
+    Scale learning rate and schedule to ``SOLVER.IMS_PER_BATCH``.
+
+    They are written for ``SOLVER.REFERENCE_BATCH_SIZE`` images (0: no scaling). For a batch of k
+    times as many, the learning rate is multiplied by k (linear scaling, arXiv 1706.02677) and all
+    counts of iterations are divided by it, so that as many images are seen.
+
+    Returns:
+        A scaled config, with the reference set to its batch size; ``cfg`` if nothing changes.
+    """
+    reference, batch_size = cfg.SOLVER.REFERENCE_BATCH_SIZE, cfg.SOLVER.IMS_PER_BATCH
+    if reference in (0, batch_size):
+        return cfg
+    if cfg.SOLVER.REFERENCE_WORLD_SIZE:
+        raise ValueError(
+            f"SOLVER.REFERENCE_BATCH_SIZE is {reference} and SOLVER.REFERENCE_WORLD_SIZE is "
+            f"{cfg.SOLVER.REFERENCE_WORLD_SIZE}: both would scale the schedule. Set one to 0."
+        )
+    scaled = cfg.clone()
+    scaled.defrost()
+    solver, factor = scaled.SOLVER, batch_size / reference
+    solver.REFERENCE_BATCH_SIZE = batch_size
+    solver.BASE_LR = cfg.SOLVER.BASE_LR * factor
+    for key in ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD"):
+        solver[key] = round(cfg.SOLVER[key] / factor)
+    solver.STEPS = tuple(round(step / factor) for step in cfg.SOLVER.STEPS)
+    scaled.TEST.EVAL_PERIOD = round(cfg.TEST.EVAL_PERIOD / factor)
+    scaled.freeze()
+    logger.info(
+        "Scaled from batches of %d images to %d: learning rate %g, %d iterations, steps at %s",
+        reference,
+        batch_size,
+        solver.BASE_LR,
+        solver.MAX_ITER,
+        solver.STEPS,
+    )
+    return scaled

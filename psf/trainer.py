@@ -35,7 +35,7 @@ from psf.evaluation.pictures import (
     write_curves,
 )
 from psf.finetuning import ClassCheckpointer
-from psf.solver import build_optimizer, full_model_clip_norm
+from psf.solver import build_optimizer, full_model_clip_norm, scale_to_batch_size
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +135,7 @@ class Trainer(DefaultTrainer):
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = scale_to_batch_size(cfg)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)

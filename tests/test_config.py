@@ -39,6 +39,33 @@ def test_the_paper_recipe():
     assert solver.STEPS[0] / epoch == pytest.approx(18, abs=0.01)
 
 
+RELEASED = sorted((ROOT / "configs/coco/release").glob("panoptic*.yaml"))
+
+
+@pytest.mark.parametrize("path", RELEASED, ids=lambda p: p.stem)
+def test_the_released_recipes(path):
+    """MODEL.md, 2.1 and 2.5 to 2.7: batches, schedule, thresholds, frozen stages, drop path."""
+    cfg = psf_cfg()
+    cfg.merge_from_file(str(path))
+    psf, solver = cfg.MODEL.PSF, cfg.SOLVER
+    assert (psf.MASK_DECODER.NAME, psf.NUM_FEATURE_LEVELS) == ("decoupled", 4)
+    assert (psf.MASK_DECODER.THING_LAYERS, psf.MASK_DECODER.STUFF_LAYERS) == (4, 6)
+    assert psf.STUFF_CLASS_WEIGHT == 2 * psf.CLASS_WEIGHT
+    assert (solver.BASE_LR, solver.WEIGHT_DECAY, solver.WEIGHT_DECAY_NORM) == (1.4e-4, 1e-4, 1e-4)
+    assert (solver.IMS_PER_BATCH, solver.REFERENCE_BATCH_SIZE, solver.WARMUP_ITERS) == (8, 8, 0)
+    assert solver.CLIP_GRADIENTS.CLIP_VALUE == 0.1
+    epoch = 118287 / 8
+    epochs, step = (12, 8) if "12ep" in path.stem else (24, 18)
+    assert solver.MAX_ITER / epoch == pytest.approx(epochs, abs=0.01)
+    assert solver.STEPS[0] / epoch == pytest.approx(step, abs=0.01)
+    is_resnet = "_R" in path.stem
+    assert (0.25 if is_resnet else 0.3) == psf.TEST.SCORE_THRESHOLD
+    assert (2 if is_resnet else 0) == cfg.MODEL.BACKBONE.FREEZE_AT
+    assert (cfg.MODEL.SWIN.DROP_PATH_RATE, cfg.MODEL.TIMM.DROP_PATH_RATE) == (0.3, 0.1)
+    assert cfg.INPUT.CROP.SIZE == [384, 600]
+    assert (min(cfg.INPUT.MIN_SIZE_TRAIN), max(cfg.INPUT.MIN_SIZE_TRAIN)) == (480, 800)
+
+
 def test_adding_twice_gives_the_same():
     assert psf_cfg() == psf_cfg()
 

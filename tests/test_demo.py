@@ -107,7 +107,7 @@ def test_pictures_are_written_and_bad_images_reported(demo, photos, capsys):
 
 
 def test_command_exits_with_an_error_after_the_other_images(demo, photos, monkeypatch):
-    monkeypatch.setattr(demo, "DefaultPredictor", FakePredictor)
+    monkeypatch.setattr(demo, "Predictor", FakePredictor)
     monkeypatch.setattr(demo, "setup", lambda config_file, opts: None)
     out = photos.parent / "out"
     files = [str(photos / name) for name in ("notes.txt", "a.jpg")]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from psf.solver import build_optimizer, full_model_clip_norm
+from psf.solver import build_optimizer, full_model_clip_norm, scale_to_batch_size
 
 
 def rates(cfg, model):
@@ -69,3 +69,33 @@ def test_detectron2s_own_clipping_still_works(solver_cfg):
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     assert max(p.grad.max() for p in model.parameters()) == pytest.approx(1e-3)
+
+
+class TestBatchSize:
+    @pytest.fixture
+    def schedule_cfg(self, solver_cfg):
+        solver = solver_cfg.SOLVER
+        solver.BASE_LR, solver.MAX_ITER, solver.STEPS, solver.WARMUP_ITERS = 8e-4, 1000, (600,), 10
+        solver.CHECKPOINT_PERIOD, solver_cfg.TEST.EVAL_PERIOD = 100, 50
+        solver.IMS_PER_BATCH, solver.REFERENCE_BATCH_SIZE = 2, 8
+        return solver_cfg
+
+    def test_a_quarter_of_the_images_takes_four_times_the_iterations(self, schedule_cfg):
+        scaled = scale_to_batch_size(schedule_cfg)
+        solver = scaled.SOLVER
+        assert pytest.approx(2e-4) == solver.BASE_LR
+        assert (solver.MAX_ITER, solver.STEPS, solver.WARMUP_ITERS) == (4000, (2400,), 40)
+        assert (solver.CHECKPOINT_PERIOD, scaled.TEST.EVAL_PERIOD) == (400, 200)
+        assert solver.IMS_PER_BATCH == 2
+        assert scale_to_batch_size(scaled) == scaled, "scaling is done once"
+        assert schedule_cfg.SOLVER.MAX_ITER == 1000
+
+    @pytest.mark.parametrize("reference", [0, 2])
+    def test_nothing_to_scale(self, schedule_cfg, reference):
+        schedule_cfg.SOLVER.REFERENCE_BATCH_SIZE = reference
+        assert scale_to_batch_size(schedule_cfg) is schedule_cfg
+
+    def test_two_rules_are_one_too_many(self, schedule_cfg):
+        schedule_cfg.SOLVER.REFERENCE_WORLD_SIZE = 8
+        with pytest.raises(ValueError, match=r"BATCH_SIZE is 8 and .*WORLD_SIZE is 8: both would"):
+            scale_to_batch_size(schedule_cfg)

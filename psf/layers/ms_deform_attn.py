@@ -39,8 +39,17 @@ def _load_extension() -> str | None:
 
 
 _NO_EXTENSION_REASON = _load_extension()
-# Meta tensors go to the fake kernel.
-_KERNEL_DEVICES = () if _NO_EXTENSION_REASON else ("cpu", "meta")
+
+
+def _kernel_devices() -> tuple[str, ...]:
+    """Devices whose tensors the extension has kernels for; meta tensors go to the fake kernel."""
+    if _NO_EXTENSION_REASON is not None:
+        return ()
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return ("cpu", "meta", *(["cuda"] if has_kernel("psf::ms_deform_attn", "CUDA") else []))
+
+
+_KERNEL_DEVICES = _kernel_devices()
 
 SpatialShapes = Sequence[tuple[int, int]] | Tensor
 
@@ -81,10 +90,96 @@ def ms_deform_attn(
         )
     # Logging is not traceable, and a compiled call is not the slow thing the line warns of.
     if not torch.compiler.is_compiling():
-        _warn_of_fallback(_NO_EXTENSION_REASON or f"psf._C has no kernel for {device} tensors")
+        _warn_of_fallback(_NO_EXTENSION_REASON or _no_kernel_reason(device))
     if _autocasts(device) and value.dtype != torch.float64:
         value = value.to(torch.get_autocast_dtype(device))
     return ms_deform_attn_reference(value, spatial_shapes, sampling_locations, attention_weights)
+
+
+def ms_deform_attn_fused(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
+    """
+    :func:`ms_deform_attn` with the arithmetic before it: softmax, and places from offsets.
+
+    Saves memory and time: neither locations nor weights are ever written. Differentiable once.
+
+    Args:
+        value: (N, S, M, D), levels concatenated.
+        spatial_shapes: (H_l, W_l) of each level, or (L, 2) int64.
+        reference_points: (N, Q, L, 2), (x, y) with the level spanning [0, 1], or (N, Q, L, 4)
+            boxes (cx, cy, w, h) in the same unit. Keep them in float32.
+        sampling_offsets: (N, Q, M, L, P, 2), in pixels around points, in halves of the box's size
+            over P around boxes.
+        attention_logits: (N, Q, M, L, P), before the softmax over the L * P samples.
+
+    Returns:
+        (N, Q, M * D) of ``value``'s type.
+    """
+    device = value.device.type
+    if device in _KERNEL_DEVICES:
+        return torch.ops.psf.ms_deform_attn_fused(
+            value, _flatten(spatial_shapes), reference_points, sampling_offsets, attention_logits
+        )
+    # The chain, whose last part runs as plain PyTorch and says so.
+    locations = sampling_locations(reference_points, sampling_offsets, spatial_shapes)
+    return ms_deform_attn(
+        value, spatial_shapes, locations, _attention_weights(attention_logits, locations.dtype)
+    )
+
+
+def ms_deform_attn_fused_reference(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
+    """Same as :func:`ms_deform_attn_fused`, in plain PyTorch: its definition."""
+    locations = sampling_locations(reference_points, sampling_offsets, spatial_shapes)
+    return ms_deform_attn_reference(
+        value, spatial_shapes, locations, _attention_weights(attention_logits, locations.dtype)
+    )
+
+
+def sampling_locations(
+    reference_points: Tensor, sampling_offsets: Tensor, spatial_shapes: SpatialShapes
+) -> Tensor:
+    """
+    The places that offsets from points or boxes mean (Deformable DETR, sections 4.1 and A.4).
+
+    Args:
+        reference_points: (N, Q, L, 2) points or (N, Q, L, 4) boxes.
+        sampling_offsets: (N, Q, M, L, P, 2), in pixels around points, in halves of the box's size
+            over P around boxes.
+        spatial_shapes: (H_l, W_l) of each level, or (L, 2) int64.
+
+    Returns:
+        (N, Q, M, L, P, 2), (x, y) with the level spanning [0, 1]; at least float32, also under
+        autocast.
+    """
+    if reference_points.dim() != 4 or reference_points.shape[-1] not in (2, 4):
+        raise ValueError(
+            "reference_points must be (N, Q, L, 2) or (N, Q, L, 4), got "
+            f"{list(reference_points.shape)}"
+        )
+    dtype = torch.promote_types(sampling_offsets.dtype, torch.float32)
+    offsets = sampling_offsets.to(dtype)
+    references = reference_points.to(dtype)[:, :, None, :, None]  # (N, Q, 1, L, 1, 2 or 4)
+    centres = references[..., :2]
+    if references.shape[-1] == 2:
+        sizes = torch.as_tensor(spatial_shapes, device=offsets.device).flip(-1)  # (L, 2): W, H
+        return centres + offsets / sizes[:, None]
+    return centres + offsets / offsets.shape[-2] * references[..., 2:] * 0.5
+
+
+def _attention_weights(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Softmax of (N, Q, M, L, P) over the last two dimensions together."""
+    return logits.to(dtype).flatten(3).softmax(-1).view_as(logits)
 
 
 def ms_deform_attn_reference(
@@ -145,6 +240,15 @@ def _warn_of_fallback(reason: str) -> None:
     logging.getLogger(__name__).warning("ms_deform_attn runs as plain PyTorch: %s", reason)
 
 
+def _no_kernel_reason(device: str) -> str:
+    reason = f"psf._C was built without kernels for {device} tensors"
+    return (
+        f"{reason}; build it again with: FORCE_CUDA=1 {_BUILD_COMMAND}"
+        if device == "cuda"
+        else reason
+    )
+
+
 def _autocasts(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
@@ -161,20 +265,29 @@ def _flatten(spatial_shapes: SpatialShapes) -> list[int]:
     return [size for pair in pairs for size in pair]
 
 
+# What the plain and the fused operator call their samples and what these are weighted by.
+_PLAIN_NAMES = ("sampling_locations", "attention_weights")
+_FUSED_NAMES = ("sampling_offsets", "attention_logits")
+
+
 def _check_inputs(
-    value: Tensor, sizes: Sequence[int], sampling_locations: Tensor, attention_weights: Tensor
+    value: Tensor,
+    sizes: Sequence[int],
+    samples: Tensor,
+    weights: Tensor,
+    names: tuple[str, str] = _PLAIN_NAMES,
 ) -> None:
     """What the C++ kernels check too, for the reference and the fake kernels."""
     for name, tensor, shape in (
         ("value", value, "(N, S, M, D)"),
-        ("sampling_locations", sampling_locations, "(N, Q, M, L, P, 2)"),
-        ("attention_weights", attention_weights, "(N, Q, M, L, P)"),
+        (names[0], samples, "(N, Q, M, L, P, 2)"),
+        (names[1], weights, "(N, Q, M, L, P)"),
     ):
         dims = shape.count(",") + 1
         _check(tensor.dim() == dims, f"{name} must have shape {shape}, got {list(tensor.shape)}")
         _check(tensor.is_floating_point(), f"{name} must be floating point, got {tensor.dtype}")
     num_images, num_positions, num_heads, _ = value.shape
-    num_queries, num_points = sampling_locations.shape[1], sampling_locations.shape[4]
+    num_queries, num_points = samples.shape[1], samples.shape[4]
     for size in sizes:
         _check(size >= 0, f"spatial_shapes must not be negative, got {list(sizes)}")
     area = sum(h * w for h, w in zip(sizes[::2], sizes[1::2], strict=True))
@@ -185,17 +298,28 @@ def _check_inputs(
     )
     expected = [num_images, num_queries, num_heads, len(sizes) // 2, num_points, 2]
     _check_shape(
-        "sampling_locations",
-        sampling_locations,
+        names[0],
+        samples,
         expected,
         f"(N, Q, M, L, P, 2) = {expected} to match value {list(value.shape)} and spatial_shapes "
         f"{list(sizes)}",
     )
     _check_shape(
-        "attention_weights",
-        attention_weights,
+        names[1],
+        weights,
         expected[:-1],
-        f"(N, Q, M, L, P) = {expected[:-1]} to match sampling_locations",
+        f"(N, Q, M, L, P) = {expected[:-1]} to match {names[0]}",
+    )
+
+
+def _check_reference_points(reference_points: Tensor, sampling_offsets: Tensor) -> None:
+    num_images, num_queries, _, num_levels = sampling_offsets.shape[:4]
+    expected = [num_images, num_queries, num_levels]
+    given = list(reference_points.shape)
+    _check(
+        len(given) == 4 and given[:3] == expected and given[3] in (2, 4),
+        "reference_points must be (N, Q, L, 2) or (N, Q, L, 4) with (N, Q, L) = "
+        f"{expected} to match sampling_offsets, got {given}",
     )
 
 
@@ -243,6 +367,42 @@ if has_extension():
             for tensor, wanted in zip(inputs, output_mask, strict=True)
         )
         return grad_value, grad_locations, grad_weights
+
+    @torch.library.register_fake("psf::ms_deform_attn_fused")
+    def _fake_fused(
+        value: Tensor,
+        spatial_shapes: Sequence[int],
+        reference_points: Tensor,
+        sampling_offsets: Tensor,
+        attention_logits: Tensor,
+        *,
+        deterministic: bool = False,
+    ) -> Tensor:
+        _check_inputs(value, spatial_shapes, sampling_offsets, attention_logits, _FUSED_NAMES)
+        _check_reference_points(reference_points, sampling_offsets)
+        num_images, _, num_heads, num_channels = value.shape
+        return value.new_empty(num_images, sampling_offsets.shape[1], num_heads * num_channels)
+
+    @torch.library.register_fake("psf::ms_deform_attn_fused_backward")
+    def _fake_fused_backward(
+        grad_output: Tensor,
+        value: Tensor,
+        spatial_shapes: Sequence[int],
+        reference_points: Tensor,
+        sampling_offsets: Tensor,
+        attention_logits: Tensor,
+        output_mask: Sequence[bool],
+        *,
+        deterministic: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        _check_inputs(value, spatial_shapes, sampling_offsets, attention_logits, _FUSED_NAMES)
+        _check_reference_points(reference_points, sampling_offsets)
+        inputs = (value, reference_points, sampling_offsets, attention_logits)
+        grads = [
+            tensor.new_empty(tensor.shape if wanted else 0)
+            for tensor, wanted in zip(inputs, output_mask, strict=True)
+        ]
+        return grads[0], grads[1], grads[2], grads[3]
 
 
 class MSDeformAttn(nn.Module):
@@ -315,38 +475,11 @@ class MSDeformAttn(nn.Module):
         value = self.value_proj(value)
         if padding_mask is not None:
             value = value.masked_fill(padding_mask[..., None], 0.0)
-        weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1)).softmax(-1)
-        offsets = self.sampling_offsets(query).unflatten(-1, (*split, 2))
-        output = ms_deform_attn(
+        output = ms_deform_attn_fused(
             value.unflatten(-1, (self.num_heads, -1)),
             spatial_shapes,
-            self._sampling_locations(reference_points, offsets, spatial_shapes),
-            weights.unflatten(-1, split[1:]),
+            reference_points,
+            self.sampling_offsets(query).unflatten(-1, (*split, 2)),
+            self.attention_weights(query).unflatten(-1, split),
         )
         return self.output_proj(output)
-
-    def _sampling_locations(
-        self, reference_points: Tensor, offsets: Tensor, spatial_shapes: SpatialShapes
-    ) -> Tensor:
-        """
-        Args:
-            reference_points: (N, Q, L, 2) or (N, Q, L, 4).
-            offsets: (N, Q, M, L, P, 2), in pixels for points, in (half sizes / P) for boxes.
-            spatial_shapes: (H_l, W_l) of each level, or (L, 2) int64.
-
-        Returns:
-            (N, Q, M, L, P, 2), at least float32, also under autocast.
-        """
-        dtype = torch.promote_types(offsets.dtype, torch.float32)
-        offsets = offsets.to(dtype)
-        references = reference_points.to(dtype)[:, :, None, :, None]  # (N, Q, 1, L, 1, 2 or 4)
-        centres = references[..., :2]
-        if references.shape[-1] == 2:
-            sizes = torch.as_tensor(spatial_shapes, device=offsets.device).flip(-1)  # (L, 2): W, H
-            return centres + offsets / sizes[:, None]
-        if references.shape[-1] == 4:
-            return centres + offsets / self.num_points * references[..., 2:] * 0.5
-        raise ValueError(
-            f"reference_points must be (N, Q, L, 2) or (N, Q, L, 4), got "
-            f"{list(reference_points.shape)}"
-        )

@@ -5,7 +5,7 @@ Shapes: N images, Q thing queries, K thing classes, T stuff classes, G things an
 of one image, H x W its size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,8 +15,14 @@ from torch import distributed as dist
 from psf.layers.boxes import cxcywh_to_xyxy, generalized_box_iou
 from psf.modeling.location_decoder import Locations
 from psf.modeling.losses import dice_loss, sigmoid_focal_loss
-from psf.modeling.mask_decoder import MaskPredictions
-from psf.modeling.matcher import Assignment, MatchingWeights, match_things
+from psf.modeling.mask_decoder import DeepPredictions, MaskQueries
+from psf.modeling.matcher import (
+    Assignment,
+    MaskMatchingWeights,
+    MatchingWeights,
+    match_masks,
+    match_things,
+)
 from psf.modeling.postprocessing import resize_maps
 
 
@@ -33,7 +39,8 @@ class Targets(NamedTuple):
 class LossWeights(NamedTuple):
     """The weight of each loss; the paper's letters are lambda with these names."""
 
-    class_weight: float  # focal loss of the classes, everywhere
+    class_weight: float  # focal loss of the classes of things
+    stuff_class_weight: float  # focal loss of the classes of stuff
     l1_weight: float  # boxes of the location decoder
     giou_weight: float
     mask_weight: float  # Dice loss
@@ -48,17 +55,21 @@ class Criterion:
         self,
         *,
         matching_weights: MatchingWeights,
+        mask_matching: MaskMatchingWeights | None,
         loss_weights: LossWeights,
         mask_loss_scale: int,
     ) -> None:
         """
         Args:
             matching_weights: of the matching cost.
+            mask_matching: the thing queries that have masks are matched again, comparing masks,
+                with these weights. None: the last layer's matching holds for masks.
             loss_weights: of the losses.
             mask_loss_scale: the Dice loss is taken at so many times the resolution of the
                 predicted masks.
         """
         self.matching_weights = matching_weights
+        self.mask_matching = mask_matching
         self.loss_weights = loss_weights
         self.mask_loss_scale = mask_loss_scale
 
@@ -67,8 +78,8 @@ class Criterion:
         Match things to the thing queries of every layer of the location decoder.
 
         Returns:
-            layers x N assignments. Those of the last layer also hold for the mask decoder, so that
-            it computes masks for matched queries only.
+            layers x N assignments. The mask decoder computes masks for the queries of the last
+            layer's only.
         """
         images = [
             match_things(
@@ -85,15 +96,14 @@ class Criterion:
     def __call__(
         self,
         locations: Locations,
-        predictions: Sequence[MaskPredictions],
+        predictions: DeepPredictions,
         targets: Sequence[Targets],
         assignments: list[list[Assignment]],
     ) -> dict[str, Tensor]:
         """
         Args:
             locations: of the location decoder.
-            predictions: of every layer of the mask decoder; mask logits are those of
-                :func:`mask_queries`.
+            predictions: of the mask decoder, with the masks of :func:`mask_queries`.
             targets: one an image.
             assignments: of :meth:`assign`.
 
@@ -103,32 +113,26 @@ class Criterion:
             of segments in the batch (things + stuff, at least 1 each), averaged over processes:
             the official code's normalisers times its dynamic weights of things and stuff.
         """
-        num_segments = _num_segments(assignments[-1], targets)
-        location_losses = self._location_losses(locations, targets, assignments)
-        losses = {
-            _name(key, layer, len(values)): value / num_segments
-            for key, values in location_losses.items()
+        matched = assignments[-1]
+        sums = {
+            **self._location_losses(locations, targets, assignments),
+            **self._class_losses(predictions, targets, matched),
+            **self._mask_losses(locations, predictions, targets, matched),
+        }
+        num_segments = _num_segments(matched, targets)
+        return {
+            key if layer == len(values) - 1 else f"{key}_{layer}": value / num_segments
+            for key, values in sums.items()
             for layer, value in enumerate(values)
         }
-        mask_targets = [
-            self._mask_targets(target, assignment, logits.shape[-2:])
-            for target, assignment, logits in zip(
-                targets, assignments[-1], predictions[0].mask_logits, strict=True
-            )
-        ]
-        for layer, prediction in enumerate(predictions):
-            values = self._mask_losses(prediction, targets, assignments[-1], mask_targets)
-            for key, value in values.items():
-                losses[_name(key, layer, len(predictions))] = value / num_segments
-        return losses
 
     def _location_losses(
         self,
         locations: Locations,
         targets: Sequence[Targets],
         assignments: list[list[Assignment]],
-    ) -> dict[str, Tensor]:
-        """Detection losses of Deformable DETR, each (layers,): sums, not yet normalised."""
+    ) -> dict[str, Sequence[Tensor]]:
+        """Detection losses of Deformable DETR, one a layer: sums, not yet normalised."""
         weights = self.loss_weights
         logits = locations.logits.float()
         class_targets = torch.zeros_like(logits)
@@ -144,88 +148,137 @@ class Criterion:
         boxes = torch.cat(matched).float().unflatten(0, (len(assignments), -1))  # (layers, n, 4)
         expected = torch.cat(gt_boxes).unflatten(0, (len(assignments), -1))
         giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(expected))
+        focal = sigmoid_focal_loss(logits, class_targets).sum((1, 2, 3))  # (layers,)
+        distance = (boxes - expected).abs().sum((1, 2))
         scale = weights.things_weight
         return {
-            "loss_class": scale
-            * weights.class_weight
-            * sigmoid_focal_loss(logits, class_targets).sum((1, 2, 3)),
-            "loss_bbox": scale * weights.l1_weight * (boxes - expected).abs().sum((1, 2)),
-            "loss_giou": scale * weights.giou_weight * (1 - giou).sum(1),
+            "loss_class": (scale * weights.class_weight * focal).unbind(),
+            "loss_bbox": (scale * weights.l1_weight * distance).unbind(),
+            "loss_giou": (scale * weights.giou_weight * (1 - giou).sum(1)).unbind(),
         }
+
+    def _class_losses(
+        self,
+        predictions: DeepPredictions,
+        targets: Sequence[Targets],
+        assignments: Sequence[Assignment],
+    ) -> dict[str, Sequence[Tensor]]:
+        """Of every layer of the mask decoder that classifies: sums, not yet normalised."""
+        weights = self.loss_weights
+        losses: dict[str, Sequence[Tensor]] = {"loss_thing_class": [], "loss_stuff_class": []}
+        if predictions.thing_logits:
+            logits = torch.stack(predictions.thing_logits).float()  # (layers, N, Q, K)
+            classes = torch.zeros_like(logits[0])
+            for image, (target, assignment) in enumerate(zip(targets, assignments, strict=True)):
+                classes[image, assignment.query, target.thing_labels[assignment.segment]] = 1
+            focal = sigmoid_focal_loss(logits, classes.expand_as(logits)).sum((1, 2, 3))
+            losses["loss_thing_class"] = (
+                weights.things_weight * weights.class_weight * focal
+            ).unbind()
+        if predictions.stuff_logits:
+            logits = torch.stack(predictions.stuff_logits).float()  # (layers, N, T)
+            classes = torch.zeros_like(logits[0])
+            for image, target in enumerate(targets):
+                classes[image, target.stuff_labels] = 1
+            # Unlike the official code: also for images without things.
+            focal = sigmoid_focal_loss(logits, classes.expand_as(logits)).sum((1, 2))
+            losses["loss_stuff_class"] = (
+                weights.stuff_weight * weights.stuff_class_weight * focal
+            ).unbind()
+        return losses
 
     def _mask_losses(
         self,
-        prediction: MaskPredictions,
+        locations: Locations,
+        predictions: DeepPredictions,
         targets: Sequence[Targets],
-        assignments: list[Assignment],
-        mask_targets: list[Tensor],
-    ) -> dict[str, Tensor]:
-        """Losses of one layer of the mask decoder: sums, not yet normalised."""
+        assignments: Sequence[Assignment],
+    ) -> dict[str, Sequence[Tensor]]:
+        """Of every layer of the mask decoder that makes masks: sums, not yet normalised."""
+        shapes = [maps.shape[-2:] for maps in predictions.thing_maps[-1]]
+        segments = self._mask_segments(locations, predictions, targets, assignments)
+        things, stuff = [], []
+        for target, index, shape in zip(targets, segments, shapes, strict=True):
+            size = [self.mask_loss_scale * side for side in shape]
+            things.append(resize_maps(target.thing_masks[index].float(), size))
+            stuff.append(resize_maps(target.stuff_masks.float(), size))
         weights = self.loss_weights
-        thing_logits = prediction.thing_logits.float()
-        stuff_logits = prediction.stuff_logits.float()
-        thing_classes = torch.zeros_like(thing_logits)
-        stuff_classes = torch.zeros_like(stuff_logits)
-        thing_dice, stuff_dice = [], []
-        for image, (target, assignment) in enumerate(zip(targets, assignments, strict=True)):
-            labels = target.thing_labels[assignment.segment]
-            thing_classes[image, assignment.query, labels] = 1
-            stuff_classes[image, target.stuff_labels] = 1
-            # Logits are upsampled, not masks: their slope places the edge within a cell.
-            logits = resize_maps(
-                prediction.mask_logits[image].float(), mask_targets[image].shape[-2:]
-            )
-            dice = dice_loss(logits.sigmoid(), mask_targets[image])
-            num_things = len(assignment.query)
-            thing_dice.append(dice[:num_things])
-            stuff_dice.append(dice[num_things:])
-        things, stuff = weights.things_weight, weights.stuff_weight
         return {
-            "loss_thing_class": things
-            * weights.class_weight
-            * sigmoid_focal_loss(thing_logits, thing_classes).sum(),
-            "loss_stuff_class": stuff
-            * weights.class_weight
-            * sigmoid_focal_loss(stuff_logits, stuff_classes).sum(),
-            "loss_thing_mask": things * weights.mask_weight * torch.cat(thing_dice).sum(),
-            "loss_stuff_mask": stuff * weights.mask_weight * torch.cat(stuff_dice).sum(),
+            "loss_thing_mask": [
+                weights.things_weight * weights.mask_weight * dice
+                for dice in _dice_losses(predictions.thing_maps, predictions.activation, things)
+            ],
+            "loss_stuff_mask": [
+                weights.stuff_weight * weights.mask_weight * dice
+                for dice in _dice_losses(predictions.stuff_maps, predictions.activation, stuff)
+            ],
         }
 
-    def _mask_targets(
-        self, target: Targets, assignment: Assignment, shape: Sequence[int]
-    ) -> Tensor:
-        """
-        The masks that the queries of :func:`mask_queries` should predict.
+    def _mask_segments(
+        self,
+        locations: Locations,
+        predictions: DeepPredictions,
+        targets: Sequence[Targets],
+        assignments: Sequence[Assignment],
+    ) -> list[Tensor]:
+        """N x (R_things,) int64: the thing whose mask each matched query should predict."""
+        if self.mask_matching is None:
+            return [assignment.segment for assignment in assignments]
+        segments = []
+        for image, (target, assignment) in enumerate(zip(targets, assignments, strict=True)):
+            masks = predictions.activation(predictions.thing_maps[-1][image])
+            query, segment = assignment
+            again = match_masks(
+                locations.logits[-1, image, query],
+                locations.boxes[-1, image, query],
+                masks,
+                target.thing_labels[segment],
+                target.thing_boxes[segment],
+                resize_maps(target.thing_masks[segment].float(), masks.shape[-2:]),
+                self.mask_matching,
+            )
+            segments.append(segment[again.segment])
+        return segments
 
-        Returns:
-            (R, scale * h, scale * w) in [0, 1], for predictions of ``shape`` (h, w).
-        """
-        masks = torch.cat([target.thing_masks[assignment.segment], target.stuff_masks])
-        return resize_maps(masks.float(), [self.mask_loss_scale * side for side in shape])
 
-
-def mask_queries(
-    assignments: Sequence[Assignment], targets: Sequence[Targets], num_things: int
+def _dice_losses(
+    maps: list[list[Tensor]], activation: Callable[[Tensor], Tensor], targets: list[Tensor]
 ) -> list[Tensor]:
     """
-    The queries that have a mask target: matched things, then the stuff that is present.
+    Args:
+        maps: layers x N x (R, h, w).
+        activation: of the resized maps.
+        targets: N x (R, H, W) in [0, 1].
+
+    Returns:
+        One sum a layer.
+    """
+    groups: dict[torch.Size, list[int]] = {}
+    for image, target in enumerate(targets):
+        groups.setdefault(target.shape[-2:], []).append(image)
+    losses = []
+    for size, images in groups.items():  # all layers and all images of one size at once
+        own = torch.stack([torch.cat([layer[i] for i in images]) for layer in maps])
+        target = torch.cat([targets[i] for i in images])  # (R, H, W), R of all these images
+        # Maps are upsampled, then activated: the slope of logits places edges within a cell.
+        masks = activation(resize_maps(own.flatten(0, 1).float(), size))
+        dice = dice_loss(masks, target.repeat(len(maps), 1, 1))  # (layers * R,)
+        losses.append(dice.view(len(maps), len(target)).sum(1))
+    return list(torch.stack(losses).sum(0))
+
+
+def mask_queries(assignments: Sequence[Assignment], targets: Sequence[Targets]) -> MaskQueries:
+    """
+    The queries that have a mask target: matched things, and the stuff that is present.
 
     Args:
         assignments: of the last layer, one an image.
         targets: one an image.
-        num_things: thing queries Q; the stuff query of class i is Q + i.
-
-    Returns:
-        N x (R,) int64.
     """
-    return [
-        torch.cat([assignment.query, num_things + target.stuff_labels])
-        for assignment, target in zip(assignments, targets, strict=True)
-    ]
-
-
-def _name(key: str, layer: int, num_layers: int) -> str:
-    return key if layer == num_layers - 1 else f"{key}_{layer}"
+    return MaskQueries(
+        things=[assignment.query for assignment in assignments],
+        stuff=[target.stuff_labels for target in targets],
+    )
 
 
 def _num_segments(assignments: Sequence[Assignment], targets: Sequence[Targets]) -> Tensor:

@@ -61,3 +61,21 @@ def focal_cost(logits: Tensor, labels: Tensor) -> Tensor:
     chosen = logits[..., labels]
     ones = torch.ones_like(chosen)
     return sigmoid_focal_loss(chosen, ones) - sigmoid_focal_loss(chosen, 1 - ones)
+
+
+def dice_cost(masks: Tensor, gt_masks: Tensor, eps: float = 1e-3) -> Tensor:
+    """
+    1 - Dice coefficient of every pair of a prediction and a segment.
+
+    Args:
+        masks: (Q, H, W) soft masks, >= 0.
+        gt_masks: (G, H, W) in [0, 1].
+        eps: added to each squared sum, against empty masks (official code).
+
+    Returns:
+        (Q, G).
+    """
+    masks, gt_masks = masks.flatten(1), gt_masks.flatten(1)
+    overlap = 2 * masks @ gt_masks.T
+    norms = (masks.square().sum(1) + eps)[:, None] + (gt_masks.square().sum(1) + eps)
+    return 1 - overlap / norms

@@ -1,11 +1,13 @@
-"""Mask decoder: cross-attention whose attention maps become the predicted masks.
+"""Mask decoders: cross-attention whose attention maps become the predicted masks.
 
-Paper, section 3.4. Shapes: N images, Q thing queries, T stuff queries (one a stuff class), K thing
-classes, L levels, S positions, M heads, C = M * D channels, R queries of one image whose masks are
-wanted.
+:class:`JointMaskDecoder` is the paper's (section 3.4), :class:`DecoupledMaskDecoder` the authors'
+released one. Both are stacks of :class:`MaskDecoderLayer` and return the same results.
+
+Shapes: N images, Q thing queries, T stuff queries (one a stuff class), K thing classes, L levels,
+S positions, M heads, C = M * D channels, R queries of one image whose masks are wanted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,22 +16,47 @@ from torch.nn import functional as F
 
 from psf.layers.transformer import ClassHead, FeedForward, init_linear_weights
 from psf.modeling.location_decoder import Locations
-from psf.modeling.pixel_encoder import Memory
+from psf.modeling.pixel_encoder import Memory, Shape
 
 # The official code's value in its mask decoders (1e-5 elsewhere).
 LAYER_NORM_EPS = 1e-6
 
 
+class MaskQueries(NamedTuple):
+    """The queries of every image whose masks are wanted."""
+
+    things: list[Tensor]  # N x (R_things,) int64 in [0, Q)
+    stuff: list[Tensor]  # N x (R_stuff,) int64 in [0, T), also the classes
+
+
+class DeepPredictions(NamedTuple):
+    """What the layers of a mask decoder predict in training, each to be supervised.
+
+    There may be more layers with masks than with classes.
+    """
+
+    thing_logits: list[Tensor]  # layers x (N, Q, K)
+    stuff_logits: list[Tensor]  # layers x (N, T), each stuff query for its own class
+    thing_maps: list[list[Tensor]]  # layers x N x (R_things, h, w) at the finest level, unpadded
+    stuff_maps: list[list[Tensor]]  # layers x N x (R_stuff, h, w)
+    activation: Callable[[Tensor], Tensor]  # turns maps, once resized, into soft masks >= 0
+
+
 class MaskPredictions(NamedTuple):
-    """What one layer of a mask decoder predicts."""
+    """What a mask decoder predicts at inference."""
 
     thing_logits: Tensor  # (N, Q, K)
     stuff_logits: Tensor  # (N, T), each stuff query for its own class
-    mask_logits: list[Tensor]  # N x (R, h, w) at the finest level, unpadded
+    maps: list[Tensor]  # N x (Q + T, h, w) at the finest level, unpadded
+    activation: Callable[[Tensor], Tensor]  # turns maps, once resized, into soft masks >= 0
 
 
-class MaskAttention(nn.Module):
-    """Multi-head cross-attention that can also turn its attention maps into masks."""
+class AttentionMaps(nn.Module):
+    """What makes masks of attention logits; base of the two modules below."""
+
+    PROJECTIONS: tuple[str, ...] = ("q_proj", "k_proj")
+    q_proj: nn.Linear
+    k_proj: nn.Linear
 
     def __init__(self, *, dim: int, num_heads: int, num_levels: int) -> None:
         """
@@ -40,97 +67,154 @@ class MaskAttention(nn.Module):
         """
         super().__init__()
         self.num_heads = num_heads
-        self.q_proj = nn.Linear(dim, dim)
-        self.k_proj = nn.Linear(dim, dim)
-        self.v_proj = nn.Linear(dim, dim)
-        self.out_proj = nn.Linear(dim, dim)
+        for name in self.PROJECTIONS:
+            self.add_module(name, nn.Linear(dim, dim))
         # About 200 parameters make the mask, so the attention itself must learn where to look.
         self.level_projs = nn.ModuleList(nn.Linear(num_heads, num_heads) for _ in range(num_levels))
         self.mask_proj = nn.Linear(num_heads * num_levels, 1)
         init_linear_weights(self)
 
-    def forward(
-        self, query: Tensor, memory: Memory, mask_queries: Sequence[Tensor] | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """
-        Args:
-            query: (N, Q + T, C).
-            memory: the encoder's tokens, keys and values.
-            mask_queries: N x (R,) int64 indices of the queries whose masks are wanted; None: no
-                masks.
-
-        Returns:
-            Attended queries (N, Q + T, C), and N x (R, h, w) mask logits (empty without
-            ``mask_queries``).
-        """
-        q = self._split_heads(self.q_proj(query))  # (N, M, Q + T, D)
-        k = self._split_heads(self.k_proj(memory.features))  # (N, M, S, D)
-        v = self._split_heads(self.v_proj(memory.features))
-        visible = None if memory.padding_mask is None else ~memory.padding_mask[:, None, None]
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-        masks = []
-        if mask_queries is not None:
-            masks = [
-                self._masks(q[image][:, index], k[image], memory, image)
-                for image, index in enumerate(mask_queries)
-            ]
-        return self.out_proj(attended.transpose(1, 2).flatten(2)), masks
-
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def _masks(self, q: Tensor, k: Tensor, memory: Memory, image: int) -> Tensor:
-        """Mask logits (R, h, w) of one image from queries (M, R, D) and keys (M, S, D)."""
-        logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (M, R, S)
+    def _maps(
+        self, q: Tensor, k: Tensor, memory: Memory, mask_queries: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """N x (R, h, w) from queries (N, M, Q, D) and keys (N, M, S, D)."""
+        maps: list[Tensor] = [q.new_empty(0)] * len(mask_queries)
+        for members in _images_of_one_size(memory):
+            # Filled up to the most queries of an image, with query 0.
+            size = max(len(mask_queries[i]) for i in members)
+            index = torch.stack(
+                [F.pad(mask_queries[i], (0, size - len(mask_queries[i]))) for i in members]
+            )
+            index = index[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[-1])
+            together = len(members) == len(q)  # as nearly always: nothing to copy
+            queries = (q if together else q[members]).gather(2, index)  # (n, M, R, D)
+            keys = k if together else k[members]
+            fused = self._fuse(queries, keys, memory, members[0])
+            for image, own in zip(members, fused, strict=True):
+                maps[image] = own[: len(mask_queries[image])]
+        return maps
+
+    def _fuse(self, q: Tensor, k: Tensor, memory: Memory, image: int) -> Tensor:
+        """Maps (n, R, h, w) from queries (n, M, R, D), keys (n, M, S, D); sizes as ``image``'s."""
+        logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (n, M, R, S)
         target = memory.valid_shapes[image][0]
         weights = self.mask_proj.weight.split(self.num_heads, dim=1)  # L x (1, M)
         fused: Tensor = self.mask_proj.bias
         # A linear map commutes with bilinear upsampling, so each level is reduced to one channel
         # before it is upsampled: M times less memory than upsampling the heads.
         for level, (projection, weight) in enumerate(zip(self.level_projs, weights, strict=True)):
-            level_logits = self._level_logits(logits, memory, image, level)  # (R, h_l, w_l, M)
-            score = F.linear(projection(level_logits).relu(), weight)  # (R, h_l, w_l, 1)
-            score = score.permute(0, 3, 1, 2)  # queries as the batch, which may be empty
+            level_logits = self._level_logits(logits, memory, image, level)  # (n, R, h_l, w_l, M)
+            score = F.linear(projection(level_logits).relu(), weight)  # (n, R, h_l, w_l, 1)
+            score = score.flatten(0, 1).permute(0, 3, 1, 2)  # queries as the batch, may be empty
             if score.shape[-2:] != target:
                 score = F.interpolate(score, size=target, mode="bilinear", align_corners=False)
             fused = fused + score[:, 0]
-        return fused
+        return fused.unflatten(0, (q.shape[0], q.shape[2]))
 
     @staticmethod
     def _level_logits(logits: Tensor, memory: Memory, image: int, level: int) -> Tensor:
-        """The valid part (R, h_l, w_l, M) of one level of attention logits (M, R, S)."""
+        """The valid part (n, R, h_l, w_l, M) of one level of attention logits (n, M, R, S)."""
         height, width = memory.spatial_shapes[level]
         start = sum(h * w for h, w in memory.spatial_shapes[:level])
         h, w = memory.valid_shapes[image][level]
-        maps = logits[:, :, start : start + height * width].unflatten(-1, (height, width))
-        return maps[:, :, :h, :w].permute(1, 2, 3, 0)
+        maps = logits[..., start : start + height * width].unflatten(-1, (height, width))
+        return maps[..., :h, :w].permute(0, 2, 3, 4, 1)
 
 
-class MaskDecoderLayer(nn.Module):
-    """Mask attention and a feed-forward network, each with a residual and LayerNorm (post-norm)."""
+class MaskAttention(AttentionMaps):
+    """Multi-head cross-attention that can also turn its attention logits into masks."""
 
-    def __init__(self, *, dim: int, num_heads: int, num_levels: int, feedforward_dim: int) -> None:
-        super().__init__()
-        self.cross_attn = MaskAttention(dim=dim, num_heads=num_heads, num_levels=num_levels)
-        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.ffn = FeedForward(dim=dim, hidden_dim=feedforward_dim, activation=nn.GELU)
-        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+    PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+    v_proj: nn.Linear
+    out_proj: nn.Linear
 
     def forward(
         self, query: Tensor, memory: Memory, mask_queries: Sequence[Tensor] | None
     ) -> tuple[Tensor, list[Tensor]]:
         """
         Args:
-            query: (N, Q + T, C).
+            query: (N, Q, C).
+            memory: the encoder's tokens, keys and values.
+            mask_queries: N x (R,) int64 indices of the queries whose masks are wanted; None: no
+                masks.
+
+        Returns:
+            Attended queries (N, Q, C), and N x (R, h, w) maps, before any activation (empty
+            without ``mask_queries``).
+        """
+        q = self._split_heads(self.q_proj(query))  # (N, M, Q, D)
+        k = self._split_heads(self.k_proj(memory.features))  # (N, M, S, D)
+        v = self._split_heads(self.v_proj(memory.features))
+        visible = None if memory.padding_mask is None else ~memory.padding_mask[:, None, None]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        maps = [] if mask_queries is None else self._maps(q, k, memory, mask_queries)
+        return self.out_proj(attended.transpose(1, 2).flatten(2)), maps
+
+
+class MaskTail(AttentionMaps):
+    """Only the masks of an attention: what the released decoder has after its last layer."""
+
+    def forward(
+        self, query: Tensor, memory: Memory, mask_queries: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """As :class:`MaskAttention`, without attended queries."""
+        q = self._split_heads(self.q_proj(query))  # (N, M, Q, D)
+        k = self._split_heads(self.k_proj(memory.features))  # (N, M, S, D)
+        return self._maps(q, k, memory, mask_queries)
+
+
+class MaskDecoderLayer(nn.Module):
+    """Mask attention and a feed-forward network, each with a residual and LayerNorm (post-norm)."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        num_levels: int,
+        feedforward_dim: int,
+        self_attention: bool = False,
+    ) -> None:
+        """
+        Args:
+            dim: channels C.
+            num_heads: attention heads M.
+            num_levels: feature levels L of the memory.
+            feedforward_dim: hidden channels of the feed-forward network.
+            self_attention: queries first attend to each other (released decoder, stuff).
+        """
+        super().__init__()
+        self.cross_attn = MaskAttention(dim=dim, num_heads=num_heads, num_levels=num_levels)
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.ffn = FeedForward(dim=dim, hidden_dim=feedforward_dim, activation=nn.GELU)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.self_attn: nn.MultiheadAttention | None = None
+        if self_attention:
+            self.self_attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+            nn.init.xavier_uniform_(self.self_attn.out_proj.weight)  # the others are so by default
+            self.norm3 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+
+    def forward(
+        self, query: Tensor, memory: Memory, mask_queries: Sequence[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """
+        Args:
+            query: (N, Q, C).
             memory: the encoder's tokens.
             mask_queries: N x (R,) int64 queries whose masks are wanted, or None.
 
         Returns:
-            Refined queries (N, Q + T, C), and N x (R, h, w) mask logits.
+            Refined queries (N, Q, C), and N x (R, h, w) maps.
         """
-        attended, masks = self.cross_attn(query, memory, mask_queries)
+        if self.self_attn is not None:
+            attended = self.self_attn(query, query, query, need_weights=False)[0]
+            query = self.norm3(query + attended)
+        attended, maps = self.cross_attn(query, memory, mask_queries)
         query = self.norm1(query + attended)
-        return self.norm2(query + self.ffn(query)), masks
+        return self.norm2(query + self.ffn(query)), maps
 
 
 class JointMaskDecoder(nn.Module):
@@ -154,10 +238,12 @@ class JointMaskDecoder(nn.Module):
             num_stuff_classes: T, also the number of stuff queries.
             num_layers: decoder layers (paper: 6), each with its own class heads and mask head.
             num_heads: attention heads M.
-            num_levels: feature levels L of the memory.
+            num_levels: the finest levels L of the memory that make keys and masks.
             feedforward_dim: hidden channels of the feed-forward networks.
         """
         super().__init__()
+        self.num_layers = num_layers
+        self.num_levels = num_levels
         self.stuff_query = nn.Embedding(num_stuff_classes, dim)
         self.layers = nn.ModuleList(
             MaskDecoderLayer(
@@ -174,42 +260,270 @@ class JointMaskDecoder(nn.Module):
         self.stuff_heads = nn.ModuleList(ClassHead(dim, 1) for _ in range(num_layers))
 
     def forward(
-        self,
-        memory: Memory,
-        locations: Locations,
-        mask_queries: Sequence[Tensor],
-        *,
-        deep_supervision: bool,
-        num_layers: int | None = None,
-    ) -> list[MaskPredictions]:
+        self, memory: Memory, locations: Locations, mask_queries: MaskQueries
+    ) -> DeepPredictions:
         """
         Args:
             memory: the encoder's tokens.
             locations: the location-aware thing queries.
-            mask_queries: N x (R,) int64 queries whose masks are wanted; thing queries count from 0,
-                the stuff query of class i is Q + i.
-            deep_supervision: predict after every layer; otherwise the earlier layers compute no
-                classes and no masks.
+            mask_queries: the queries whose masks are wanted.
+
+        Returns:
+            The predictions of every layer.
+        """
+        memory = memory.finest(self.num_levels)
+        query = self._queries(locations)
+        num_things = locations.query.shape[1]
+        wanted = list(zip(mask_queries.things, mask_queries.stuff, strict=True))
+        index = [torch.cat([things, num_things + stuff]) for things, stuff in wanted]
+        predictions = DeepPredictions([], [], [], [], torch.sigmoid)
+        for i, layer in enumerate(self.layers):
+            query, maps = layer(query, memory, index)
+            predictions.thing_logits.append(self.thing_heads[i](query[:, :num_things]))
+            predictions.stuff_logits.append(self.stuff_heads[i](query[:, num_things:]).squeeze(-1))
+            split = [m.tensor_split([len(w[0])]) for m, w in zip(maps, wanted, strict=True)]
+            predictions.thing_maps.append([things for things, _ in split])
+            predictions.stuff_maps.append([stuff for _, stuff in split])
+        return predictions
+
+    def predict(
+        self, memory: Memory, locations: Locations, num_layers: int | None = None
+    ) -> MaskPredictions:
+        """
+        Predict at inference: earlier layers compute no classes and no masks.
+
+        Args:
+            memory: the encoder's tokens.
+            locations: the location-aware thing queries.
             num_layers: use only so many of the first layers; None: all.
 
         Returns:
-            The predictions of every used layer, or of the last used one only.
+            The predictions of the last used layer.
         """
-        batch_size, num_things = locations.query.shape[:2]
-        stuff_query = self.stuff_query.weight.expand(batch_size, -1, -1)
-        query = torch.cat([locations.query, stuff_query], dim=1)  # (N, Q + T, C)
-        layers = list(zip(self.layers, self.thing_heads, self.stuff_heads, strict=True))
-        layers = layers[:num_layers]
-        predictions = []
-        for i, (layer, thing_head, stuff_head) in enumerate(layers):
-            predict = deep_supervision or i == len(layers) - 1
-            query, masks = layer(query, memory, mask_queries if predict else None)
-            if predict:
-                predictions.append(
-                    MaskPredictions(
-                        thing_logits=thing_head(query[:, :num_things]),
-                        stuff_logits=stuff_head(query[:, num_things:]).squeeze(-1),
-                        mask_logits=masks,
-                    )
-                )
-        return predictions
+        memory = memory.finest(self.num_levels)
+        query = self._queries(locations)
+        num_things, last = locations.query.shape[1], (num_layers or self.num_layers) - 1
+        for layer in self.layers[:last]:
+            query, _ = layer(query, memory, None)
+        query, maps = self.layers[last](query, memory, _everything(query))
+        return MaskPredictions(
+            thing_logits=self.thing_heads[last](query[:, :num_things]),
+            stuff_logits=self.stuff_heads[last](query[:, num_things:]).squeeze(-1),
+            maps=maps,
+            activation=torch.sigmoid,
+        )
+
+    def _queries(self, locations: Locations) -> Tensor:
+        """(N, Q + T, C) the queries of the first layer."""
+        stuff_query = self.stuff_query.weight.expand(len(locations.query), -1, -1)
+        return torch.cat([locations.query, stuff_query], dim=1)
+
+
+class StackOutput(NamedTuple):
+    """What a stack of mask-decoder layers gives."""
+
+    queries: list[Tensor]  # layers x (N, Q, C), after each
+    maps: list[list[Tensor]]  # (layers + tail) x N x (R, h, w), or of the last of these only; >= 0
+
+
+class MaskDecoderStack(nn.Module):
+    """One of the released decoder's two stacks: layers, and a tail that makes the last masks."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        num_levels: int,
+        feedforward_dim: int,
+        self_attention: bool,
+    ) -> None:
+        """
+        Args:
+            dim: channels C.
+            num_layers: decoder layers, each with its own mask head.
+            num_heads: attention heads M.
+            num_levels: feature levels L of the memory.
+            feedforward_dim: hidden channels of the feed-forward networks.
+            self_attention: queries attend to each other in every layer.
+        """
+        super().__init__()
+        self.layers = nn.ModuleList(
+            MaskDecoderLayer(
+                dim=dim,
+                num_heads=num_heads,
+                num_levels=num_levels,
+                feedforward_dim=feedforward_dim,
+                self_attention=self_attention,
+            )
+            for _ in range(num_layers)
+        )
+        self.tail = MaskTail(dim=dim, num_heads=num_heads, num_levels=num_levels)
+
+    def forward(
+        self,
+        query: Tensor,
+        position: Tensor | float,
+        memory: Memory,
+        mask_queries: Sequence[Tensor],
+        *,
+        deep_supervision: bool,
+        num_layers: int | None = None,
+    ) -> StackOutput:
+        """
+        Args:
+            query: (N, Q, C).
+            position: (Q, C), added to the queries before every layer: it stays in the residual and
+                accumulates (official code). 0 for none.
+            memory: the encoder's tokens.
+            mask_queries: N x (R,) int64 queries whose masks are wanted.
+            deep_supervision: make the masks of every layer, not only the last.
+            num_layers: use only so many of the first layers, and the tail if these are all; None:
+                all.
+        """
+        layers = self.layers[:num_layers]
+        with_tail = len(layers) == len(self.layers)
+        output = StackOutput([], [])
+        for i, layer in enumerate(layers, start=1):
+            wanted = deep_supervision or (i == len(layers) and not with_tail)
+            query, maps = layer(query + position, memory, mask_queries if wanted else None)
+            output.queries.append(query)
+            if wanted:
+                output.maps.append([m.relu() for m in maps])
+        if with_tail:
+            maps = self.tail(query + position, memory, mask_queries)
+            output.maps.append([m.relu() for m in maps])
+        return output
+
+
+class DecoupledMaskDecoder(nn.Module):
+    """
+    The mask decoder of the authors' released models.
+
+    Things and stuff have stacks of their own; things have no self-attention and their classes are
+    those of the location decoder; masks end in a ReLU, before upsampling.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_stuff_classes: int,
+        num_thing_layers: int,
+        num_stuff_layers: int,
+        num_heads: int,
+        num_levels: int,
+        feedforward_dim: int,
+    ) -> None:
+        """
+        Args:
+            dim: channels C.
+            num_stuff_classes: T, also the number of stuff queries.
+            num_thing_layers: layers of the stack for things (released: 4).
+            num_stuff_layers: layers of the stack for stuff (released: 6), each with a class head.
+            num_heads: attention heads M.
+            num_levels: the finest levels L of the memory that make keys and masks.
+            feedforward_dim: hidden channels of the feed-forward networks.
+        """
+        super().__init__()
+        self.num_layers = max(num_thing_layers, num_stuff_layers)
+        self.num_levels = num_levels
+        self.stuff_query = nn.Embedding(num_stuff_classes, 2 * dim)  # content, then position
+        common = {
+            "dim": dim,
+            "num_heads": num_heads,
+            "num_levels": num_levels,
+            "feedforward_dim": feedforward_dim,
+        }
+        self.things = MaskDecoderStack(num_layers=num_thing_layers, self_attention=False, **common)
+        self.stuff = MaskDecoderStack(num_layers=num_stuff_layers, self_attention=True, **common)
+        self.stuff_heads = nn.ModuleList(ClassHead(dim, 1) for _ in range(num_stuff_layers))
+
+    def forward(
+        self, memory: Memory, locations: Locations, mask_queries: MaskQueries
+    ) -> DeepPredictions:
+        """As :meth:`JointMaskDecoder.forward`; no layer classifies things."""
+        memory = memory.finest(self.num_levels)
+        query, position = self._stuff_queries(locations)
+        # Thing queries do not see each other, so those without a mask need not go through.
+        thing_query, index = _chosen(locations.query, mask_queries.things)
+        things = self.things(thing_query, 0.0, memory, index, deep_supervision=True)
+        stuff = self.stuff(query, position, memory, mask_queries.stuff, deep_supervision=True)
+        heads = zip(self.stuff_heads, stuff.queries, strict=True)
+        return DeepPredictions(
+            thing_logits=[],
+            stuff_logits=[head(query).squeeze(-1) for head, query in heads],
+            thing_maps=things.maps,
+            stuff_maps=stuff.maps,
+            activation=_as_they_are,
+        )
+
+    def predict(
+        self, memory: Memory, locations: Locations, num_layers: int | None = None
+    ) -> MaskPredictions:
+        """As :meth:`JointMaskDecoder.predict`; a stack has at most ``num_layers`` layers."""
+        memory = memory.finest(self.num_levels)
+        query, position = self._stuff_queries(locations)
+        things, stuff = (
+            stack(
+                query,
+                position,
+                memory,
+                _everything(query),
+                deep_supervision=False,
+                num_layers=num_layers,
+            )
+            for stack, query, position in (
+                (self.things, locations.query, 0.0),
+                (self.stuff, query, position),
+            )
+        )
+        last_head = self.stuff_heads[len(stuff.queries) - 1]
+        maps = zip(things.maps[-1], stuff.maps[-1], strict=True)
+        return MaskPredictions(
+            thing_logits=locations.logits[-1],
+            stuff_logits=last_head(stuff.queries[-1]).squeeze(-1),
+            maps=[torch.cat(image) for image in maps],
+            activation=_as_they_are,
+        )
+
+    def _stuff_queries(self, locations: Locations) -> tuple[Tensor, Tensor]:
+        """Content (N, T, C) and position (T, C) of the stuff queries."""
+        query, position = self.stuff_query.weight.chunk(2, dim=-1)
+        return query.expand(len(locations.query), -1, -1), position
+
+
+MaskDecoder = JointMaskDecoder | DecoupledMaskDecoder
+
+
+def _images_of_one_size(memory: Memory) -> list[list[int]]:
+    """The images whose maps have one valid size, in groups."""
+    groups: dict[tuple[Shape, ...], list[int]] = {}
+    for image, shapes in enumerate(memory.valid_shapes):
+        groups.setdefault(tuple(shapes), []).append(image)
+    return list(groups.values())
+
+
+def _everything(query: Tensor) -> list[Tensor]:
+    """N x (Q,): all queries (N, Q, C) of every image."""
+    return [torch.arange(query.shape[1], device=query.device)] * len(query)
+
+
+def _chosen(query: Tensor, index: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """
+    Pick queries (N, Q, C) of every image by N x (R,) indices.
+
+    Returns:
+        (N, R', C), filled up to the most of an image, at least 1, so that every layer has a
+        gradient; and N x (R,) the places of the picked ones.
+    """
+    size = max([1, *(len(i) for i in index)])
+    filled = torch.stack([F.pad(i, (0, size - len(i))) for i in index])  # with query 0
+    chosen = query.gather(1, filled[..., None].expand(-1, -1, query.shape[-1]))
+    return chosen, [torch.arange(len(i), device=query.device) for i in index]
+
+
+def _as_they_are(maps: Tensor) -> Tensor:
+    """The activation of maps that have had theirs."""
+    return maps

@@ -5,7 +5,8 @@ segments of one image.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +22,21 @@ from psf.data.coco_panoptic import register_listed
 from psf.layers.boxes import masks_to_boxes, xyxy_to_cxcywh
 from psf.modeling.criterion import Criterion, LossWeights, Targets, mask_queries
 from psf.modeling.location_decoder import LocationDecoder
-from psf.modeling.mask_decoder import JointMaskDecoder, MaskPredictions
-from psf.modeling.matcher import MatchingWeights
+from psf.modeling.mask_decoder import (
+    DecoupledMaskDecoder,
+    JointMaskDecoder,
+    MaskDecoder,
+    MaskPredictions,
+)
+from psf.modeling.matcher import MaskMatchingWeights, MatchingWeights
 from psf.modeling.pixel_encoder import InputProjection, PixelEncoder, Shape
 from psf.modeling.postprocessing import (
     MASK_THRESHOLD,
+    Candidates,
     MergingRules,
     Segments,
+    best_class_of_each_query,
+    best_thing_pairs,
     merge_mask_wise,
     merge_pixel_wise,
     resize_maps,
@@ -40,7 +49,13 @@ logger = logging.getLogger(__name__)
 # normalisations such as GroupNorm may have a single value to normalise, which PyTorch refuses.
 LEAST_SIDE = 64
 
+# Relative slack for sums of floats that are compared with a bound.
+ROUNDING = 1e-4
+
 MERGING = {"mask_wise": merge_mask_wise, "pixel_wise": merge_pixel_wise}
+
+
+CandidateRule = Callable[[Tensor, Tensor], Candidates]  # of thing and stuff scores
 
 
 class InferenceOptions(NamedTuple):
@@ -50,19 +65,18 @@ class InferenceOptions(NamedTuple):
     instance_on: bool
     semantic_on: bool
     mask_decoder_layers: int | None  # None: all
+    find_candidates: CandidateRule
     merging: str  # a key of MERGING
     rules: MergingRules
     max_instances: int  # most instances returned for an image
 
 
-class Candidates(NamedTuple):
-    """The queries of one image that may become segments, with masks of the output's size."""
+class ScoredMasks(NamedTuple):
+    """The candidates of one image with masks of the output's size."""
 
-    query: Tensor  # (R,) int64; the stuff query of class i is Q + i
     labels: Tensor  # (R,) int64 classes: things 0..K-1, stuff K..K+T-1
-    class_scores: Tensor  # (R,) in [0, 1]
-    masks: Tensor  # (R, H, W) soft masks in [0, 1]
-    scores: Tensor  # (R,) in [0, 1] segment scores
+    masks: Tensor  # (R, H, W) soft masks >= 0
+    scores: Tensor  # (R,) >= 0 segment scores
 
 
 @META_ARCH_REGISTRY.register()
@@ -80,7 +94,7 @@ class PanopticSegFormer(nn.Module):
         input_proj: InputProjection,
         pixel_encoder: PixelEncoder,
         location_decoder: LocationDecoder,
-        mask_decoder: JointMaskDecoder,
+        mask_decoder: MaskDecoder,
         criterion: Criterion,
         class_map: ClassMap,
         in_features: list[str],
@@ -127,28 +141,39 @@ class PanopticSegFormer(nn.Module):
         common = {
             "dim": psf.HIDDEN_DIM,
             "num_heads": psf.NHEADS,
-            "num_levels": len(psf.IN_FEATURES),
             "feedforward_dim": psf.DIM_FEEDFORWARD,
         }
-        deformable = {"num_points": psf.NUM_POINTS, "dropout": psf.DROPOUT}
+        deformable = {
+            "num_levels": psf.NUM_FEATURE_LEVELS,
+            "num_points": psf.NUM_POINTS,
+            "dropout": psf.DROPOUT,
+        }
+        input_proj = InputProjection(
+            [shapes[name].channels for name in psf.IN_FEATURES],
+            psf.HIDDEN_DIM,
+            psf.NUM_FEATURE_LEVELS,
+        )
+        pixel_encoder = PixelEncoder(num_layers=psf.ENC_LAYERS, **common, **deformable)
+        location_decoder = LocationDecoder(
+            num_classes=psf.NUM_THING_CLASSES,
+            num_queries=psf.NUM_OBJECT_QUERIES,
+            num_layers=psf.LOCATION_DECODER.DEC_LAYERS,
+            **common,
+            **deformable,
+        )
+        design = _mask_design(psf, common)
         return {
             "backbone": backbone,
-            "input_proj": InputProjection(
-                [shapes[name].channels for name in psf.IN_FEATURES], psf.HIDDEN_DIM
-            ),
-            "pixel_encoder": PixelEncoder(num_layers=psf.ENC_LAYERS, **common, **deformable),
-            "location_decoder": LocationDecoder(
-                num_classes=psf.NUM_THING_CLASSES,
-                num_queries=psf.NUM_OBJECT_QUERIES,
-                num_layers=psf.LOCATION_DECODER.DEC_LAYERS,
-                **common,
-                **deformable,
-            ),
-            "mask_decoder": _build_mask_decoder(psf, common),
+            "input_proj": input_proj,
+            "pixel_encoder": pixel_encoder,
+            "location_decoder": location_decoder,
+            "mask_decoder": design.decoder,
             "criterion": Criterion(
                 matching_weights=MatchingWeights(psf.CLASS_WEIGHT, psf.L1_WEIGHT, psf.GIOU_WEIGHT),
+                mask_matching=design.mask_matching,
                 loss_weights=LossWeights(
                     class_weight=psf.CLASS_WEIGHT,
+                    stuff_class_weight=psf.STUFF_CLASS_WEIGHT,
                     l1_weight=psf.L1_WEIGHT,
                     giou_weight=psf.GIOU_WEIGHT,
                     mask_weight=psf.DICE_WEIGHT,
@@ -161,7 +186,7 @@ class PanopticSegFormer(nn.Module):
             "in_features": psf.IN_FEATURES,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            "inference_options": _inference_options(cfg),
+            "inference_options": _inference_options(cfg, design),
         }
 
     @property
@@ -185,22 +210,15 @@ class PanopticSegFormer(nn.Module):
         maps, valid_shapes = self.extract_maps(images)
         memory = self.pixel_encoder(maps, valid_shapes)
         locations = self.location_decoder(memory)
-        num_things, num_stuff = locations.query.shape[1], len(self.class_map.stuff_ids)
-
         if self.training:
             targets = self.prepare_targets(batched_inputs)
             assignments = self.criterion.assign(locations, targets)
-            selected = mask_queries(assignments[-1], targets, num_things)
-            predictions = self.mask_decoder(memory, locations, selected, deep_supervision=True)
+            wanted = mask_queries(assignments[-1], targets)
+            predictions = self.mask_decoder(memory, locations, wanted)
             return self.criterion(locations, predictions, targets, assignments)
 
-        everything = torch.arange(num_things + num_stuff, device=self.device)
-        (prediction,) = self.mask_decoder(
-            memory,
-            locations,
-            [everything] * len(images),
-            deep_supervision=False,
-            num_layers=self.inference_options.mask_decoder_layers,
+        prediction = self.mask_decoder.predict(
+            memory, locations, self.inference_options.mask_decoder_layers
         )
         return [
             self.postprocess(prediction, i, _output_size(batched_inputs[i], image))
@@ -265,46 +283,52 @@ class PanopticSegFormer(nn.Module):
         options = self.inference_options
         thing_scores = prediction.thing_logits[image].float().sigmoid()  # (Q, K)
         stuff_scores = prediction.stuff_logits[image].float().sigmoid()  # (T,)
-        mask_logits = prediction.mask_logits[image].float()  # (Q + T, h, w)
-        candidates = self._candidates(thing_scores, stuff_scores, mask_logits, size)
+        maps = prediction.maps[image].float()  # (Q + T, h, w)
         output: dict[str, Any] = {}
+        if options.panoptic_on or options.instance_on:
+            candidates = options.find_candidates(thing_scores, stuff_scores)
+            scored = self._score(candidates, maps, prediction.activation, size)
         if options.panoptic_on:
             segments = MERGING[options.merging](
-                candidates.scores,
-                candidates.masks,
-                candidates.labels,
+                scored.scores,
+                scored.masks,
+                scored.labels,
                 len(self.class_map.thing_ids),
                 options.rules,
             )
             output["panoptic_seg"] = (segments.id_map, self._segments_info(segments))
         if options.instance_on:
-            output["instances"] = self._instances(candidates, size)
+            output["instances"] = self._instances(scored, size)
         if options.semantic_on:
-            output["sem_seg"] = self._semantic(thing_scores, stuff_scores, mask_logits, size)
+            masks = prediction.activation(maps)
+            output["sem_seg"] = self._semantic(thing_scores, stuff_scores, masks, size)
         return output
 
-    def _candidates(
-        self, thing_scores: Tensor, stuff_scores: Tensor, mask_logits: Tensor, size: Shape
-    ) -> Candidates:
-        """Queries that can reach the score threshold, or the best things when these are wanted."""
+    def _score(
+        self,
+        candidates: Candidates,
+        maps: Tensor,
+        activation: Callable[[Tensor], Tensor],
+        size: Shape,
+    ) -> ScoredMasks:
+        """Candidates that can reach the score threshold, or the best things if these are wanted."""
         options = self.inference_options
         num_thing_classes = len(self.class_map.thing_ids)
-        best, thing_labels = thing_scores.max(-1)
-        stuff_labels = torch.arange(len(stuff_scores), device=best.device) + num_thing_classes
-        class_scores = torch.cat([best, stuff_scores])
-        labels = torch.cat([thing_labels, stuff_labels])
-        # A segment's score is at most its class factor, so the others need no mask of full size.
-        keep = class_scores**options.rules.class_exponent >= options.rules.score_threshold
+        is_thing = candidates.labels < num_thing_classes
+        # Resizing averages, so no pixel is above the map's highest, nor is the mean over a segment:
+        # what is too low even with that needs no mask of full size.
+        highest = activation(maps.amax((1, 2)))[candidates.query]
+        bound = candidates.class_scores**options.rules.class_exponent
+        bound = bound * (highest * (1 + ROUNDING)) ** options.rules.mask_exponent
+        keep = bound >= options.rules.score_threshold
         if options.instance_on:
+            best = candidates.class_scores[is_thing]
             keep[best.topk(min(options.max_instances, len(best))).indices] = True
-        query = keep.nonzero()[:, 0]
-        masks = resize_maps(mask_logits[query], size).sigmoid()
-        return Candidates(
-            query=query,
-            labels=labels[query],
-            class_scores=class_scores[query],
+        masks = activation(resize_maps(maps[candidates.query[keep]], size))
+        return ScoredMasks(
+            labels=candidates.labels[keep],
             masks=masks,
-            scores=segment_scores(class_scores[query], masks, options.rules),
+            scores=segment_scores(candidates.class_scores[keep], masks, options.rules),
         )
 
     def _segments_info(self, segments: Segments) -> list[dict[str, Any]]:
@@ -324,7 +348,7 @@ class PanopticSegFormer(nn.Module):
             )
         return infos
 
-    def _instances(self, candidates: Candidates, size: Shape) -> Instances:
+    def _instances(self, candidates: ScoredMasks, size: Shape) -> Instances:
         """The best things by segment score, not merged; masks may overlap."""
         things = (candidates.labels < len(self.class_map.thing_ids)).nonzero()[:, 0]
         best = candidates.scores[things].topk(
@@ -340,10 +364,10 @@ class PanopticSegFormer(nn.Module):
         return instances
 
     def _semantic(
-        self, thing_scores: Tensor, stuff_scores: Tensor, mask_logits: Tensor, size: Shape
+        self, thing_scores: Tensor, stuff_scores: Tensor, masks: Tensor, size: Shape
     ) -> Tensor:
         """(K + T, H, W) sums of class probability times mask, in the order of contiguous ids."""
-        num_queries, masks = len(thing_scores), mask_logits.sigmoid()
+        num_queries = len(thing_scores)
         things = torch.einsum("qk,qhw->khw", thing_scores, masks[:num_queries])
         stuff = stuff_scores[:, None, None] * masks[num_queries:]
         by_class = torch.cat([things, stuff])
@@ -381,22 +405,67 @@ class PanopticSegFormer(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
 
-def _build_mask_decoder(psf: CfgNode, common: dict[str, Any]) -> JointMaskDecoder:
-    if psf.MASK_DECODER.NAME != "joint":
+class MaskDesign(NamedTuple):
+    """A mask decoder, and how its masks are matched in training and scored at inference."""
+
+    decoder: MaskDecoder
+    mask_matching: MaskMatchingWeights | None
+    find_candidates: CandidateRule
+    area_offset: int
+
+
+def _mask_design(psf: CfgNode, common: dict[str, Any]) -> MaskDesign:
+    if psf.MASK_DECODER.NAME not in MASK_DESIGNS:
         raise ValueError(
-            f"MODEL.PSF.MASK_DECODER.NAME is '{psf.MASK_DECODER.NAME}'; known: 'joint'"
+            f"MODEL.PSF.MASK_DECODER.NAME is '{psf.MASK_DECODER.NAME}'; known: "
+            f"{sorted(MASK_DESIGNS)}"
         )
-    return JointMaskDecoder(
-        num_thing_classes=psf.NUM_THING_CLASSES,
-        num_stuff_classes=psf.NUM_STUFF_CLASSES,
-        num_layers=psf.MASK_DECODER.DEC_LAYERS,
+    common = {
         **common,
+        "num_stuff_classes": psf.NUM_STUFF_CLASSES,
+        "num_levels": len(psf.IN_FEATURES),
+    }
+    return MASK_DESIGNS[psf.MASK_DECODER.NAME](psf, common)
+
+
+def _joint_design(psf: CfgNode, common: dict[str, Any]) -> MaskDesign:
+    """The paper's."""
+    return MaskDesign(
+        decoder=JointMaskDecoder(
+            num_thing_classes=psf.NUM_THING_CLASSES,
+            num_layers=psf.MASK_DECODER.DEC_LAYERS,
+            **common,
+        ),
+        mask_matching=None,
+        find_candidates=best_class_of_each_query,
+        area_offset=0,
     )
 
 
-def _inference_options(cfg: CfgNode) -> InferenceOptions:
+def _decoupled_design(psf: CfgNode, common: dict[str, Any]) -> MaskDesign:
+    """The authors' released one."""
+    matching = psf.MASK_DECODER.MATCHING
+    return MaskDesign(
+        decoder=DecoupledMaskDecoder(
+            num_thing_layers=psf.MASK_DECODER.THING_LAYERS,
+            num_stuff_layers=psf.MASK_DECODER.STUFF_LAYERS,
+            **common,
+        ),
+        mask_matching=MaskMatchingWeights(
+            MatchingWeights(matching.CLASS_WEIGHT, matching.L1_WEIGHT, matching.GIOU_WEIGHT),
+            matching.DICE_WEIGHT,
+        ),
+        find_candidates=partial(best_thing_pairs, num_pairs=psf.TEST.THING_PAIRS),
+        area_offset=1,
+    )
+
+
+MASK_DESIGNS = {"joint": _joint_design, "decoupled": _decoupled_design}
+
+
+def _inference_options(cfg: CfgNode, design: MaskDesign) -> InferenceOptions:
     test = cfg.MODEL.PSF.TEST
-    layers = cfg.MODEL.PSF.MASK_DECODER.DEC_LAYERS
+    layers = design.decoder.num_layers
     if test.MERGING not in MERGING:
         raise ValueError(f"MODEL.PSF.TEST.MERGING is '{test.MERGING}'; known: {sorted(MERGING)}")
     if not 0 <= test.MASK_DECODER_LAYERS <= layers:
@@ -409,6 +478,7 @@ def _inference_options(cfg: CfgNode) -> InferenceOptions:
         instance_on=test.INSTANCE_ON,
         semantic_on=test.SEMANTIC_ON,
         mask_decoder_layers=test.MASK_DECODER_LAYERS or None,
+        find_candidates=design.find_candidates,
         merging=test.MERGING,
         rules=MergingRules(
             class_exponent=test.CLASS_EXPONENT,
@@ -416,6 +486,7 @@ def _inference_options(cfg: CfgNode) -> InferenceOptions:
             score_threshold=test.SCORE_THRESHOLD,
             thing_keep_fraction=test.THING_KEEP_FRACTION,
             stuff_keep_fraction=test.STUFF_KEEP_FRACTION,
+            area_offset=design.area_offset,
         ),
         max_instances=cfg.TEST.DETECTIONS_PER_IMAGE,
     )

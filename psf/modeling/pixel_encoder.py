@@ -32,24 +32,57 @@ class Memory(NamedTuple):
         valid = torch.tensor(self.valid_shapes, dtype=torch.float32, device=device)
         return (valid.reshape(-1, *padded.shape) / padded).flip(-1)
 
+    def finest(self, num_levels: int) -> "Memory":
+        """The tokens of the ``num_levels`` finest levels."""
+        size = sum(h * w for h, w in self.spatial_shapes[:num_levels])
+        return Memory(
+            features=self.features[:, :size],
+            padding_mask=None if self.padding_mask is None else self.padding_mask[:, :size],
+            spatial_shapes=self.spatial_shapes[:num_levels],
+            valid_shapes=[image[:num_levels] for image in self.valid_shapes],
+        )
+
 
 class InputProjection(nn.ModuleList):
     """A 1x1 convolution and a group normalisation for each feature map (Deformable DETR).
+
+    Coarser levels than the backbone has come from 3x3 convolutions of stride 2, the first of the
+    backbone's coarsest map, every other of the level before it (Deformable DETR, section 4.1).
 
     The normalisation sees a whole map: give it the maps of one image size at a time, so that the
     statistics of an image do not depend on what it is batched with.
     """
 
-    def __init__(self, in_channels: Sequence[int], dim: int) -> None:
+    def __init__(self, in_channels: Sequence[int], dim: int, num_levels: int) -> None:
+        """
+        Args:
+            in_channels: C_l of the backbone's maps, fine to coarse.
+            dim: channels C.
+            num_levels: levels L, at least as many as there are maps.
+        """
         super().__init__()
         for channels in in_channels:
-            convolution = nn.Conv2d(channels, dim, kernel_size=1, bias=False)
-            nn.init.xavier_uniform_(convolution.weight)
-            self.append(nn.Sequential(convolution, nn.GroupNorm(32, dim)))
+            self.append(_projection(nn.Conv2d(channels, dim, kernel_size=1, bias=False)))
+        channels = in_channels[-1]
+        for _ in range(num_levels - len(in_channels)):
+            convolution = nn.Conv2d(channels, dim, 3, stride=2, padding=1, bias=False)
+            self.append(_projection(convolution))
+            channels = dim
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """L x (N, C_l, H_l, W_l) to L x (N, C, H_l, W_l)."""
-        return [projection(x) for projection, x in zip(self, features, strict=True)]
+        """(N, C_l, H_l, W_l) of each map of the backbone to L x (N, C, H_l, W_l)."""
+        projections = list(self)
+        levels = [project(x) for project, x in zip(projections, features, strict=False)]
+        coarsest = features[-1]
+        for project in projections[len(features) :]:
+            coarsest = project(coarsest)
+            levels.append(coarsest)
+        return levels
+
+
+def _projection(convolution: nn.Conv2d) -> nn.Sequential:
+    nn.init.xavier_uniform_(convolution.weight)
+    return nn.Sequential(convolution, nn.GroupNorm(32, convolution.out_channels))
 
 
 class EncoderLayer(nn.Module):

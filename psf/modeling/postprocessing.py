@@ -1,6 +1,7 @@
-"""Post-processing: segment scores, mask-wise merging, and pixel-wise argmax, its ablation.
+"""Post-processing: candidates, their scores, mask-wise merging and its ablation, pixel-wise argmax.
 
-Paper, section 3.7. Shapes: R candidate segments of one image, H x W the size of the output.
+Paper, section 3.7. Shapes: Q thing and T stuff queries, K thing classes, R candidate segments of
+one image, H x W the size of the output.
 """
 
 from collections.abc import Sequence
@@ -23,6 +24,14 @@ class Segments(NamedTuple):
     candidates: list[int]  # index in [0, R) that became segment 1, 2, ...
 
 
+class Candidates(NamedTuple):
+    """Queries of one image that may become segments, each with a class."""
+
+    query: Tensor  # (R,) int64; the stuff query of class i is Q + i
+    labels: Tensor  # (R,) int64 classes: things 0..K-1, stuff K..K+T-1
+    class_scores: Tensor  # (R,) in [0, 1]
+
+
 class MergingRules(NamedTuple):
     """Thresholds and exponents of the merging."""
 
@@ -31,11 +40,61 @@ class MergingRules(NamedTuple):
     score_threshold: float  # t_cnf: segments that score less are dropped
     thing_keep_fraction: float  # t_keep: least fraction of a thing's mask that must be free
     stuff_keep_fraction: float
+    area_offset: int  # added to the area that a mask's mean is taken over (official code: 1)
 
 
 def resize_maps(maps: Tensor, size: Sequence[int]) -> Tensor:
     """(R, h, w) to (R, *size), bilinear; R may be 0."""
     return F.interpolate(maps[:, None], size=list(size), mode="bilinear", align_corners=False)[:, 0]
+
+
+def best_class_of_each_query(thing_scores: Tensor, stuff_scores: Tensor) -> Candidates:
+    """
+    The paper's candidates: each query once.
+
+    Args:
+        thing_scores: (Q, K) in [0, 1].
+        stuff_scores: (T,) in [0, 1].
+
+    Returns:
+        R = Q + T candidates, things first.
+    """
+    best, labels = thing_scores.max(-1)
+    return _with_stuff(
+        torch.arange(len(best), device=best.device), labels, best, stuff_scores, thing_scores.shape
+    )
+
+
+def best_thing_pairs(thing_scores: Tensor, stuff_scores: Tensor, num_pairs: int) -> Candidates:
+    """
+    The official code's candidates: the best (query, class) pairs, and all stuff.
+
+    Args:
+        thing_scores: (Q, K) in [0, 1].
+        stuff_scores: (T,) in [0, 1].
+        num_pairs: most things; a query may come several times, with different classes.
+
+    Returns:
+        R = min(num_pairs, Q K) + T candidates, things first, by falling score.
+    """
+    num_classes = thing_scores.shape[1]
+    best, pair = thing_scores.flatten().topk(min(num_pairs, thing_scores.numel()))
+    return _with_stuff(
+        pair // num_classes, pair % num_classes, best, stuff_scores, thing_scores.shape
+    )
+
+
+def _with_stuff(
+    query: Tensor, labels: Tensor, scores: Tensor, stuff_scores: Tensor, shape: Sequence[int]
+) -> Candidates:
+    """Thing candidates, then every stuff query; ``shape`` is (Q, K)."""
+    num_queries, num_classes = shape
+    stuff = torch.arange(len(stuff_scores), device=scores.device)
+    return Candidates(
+        query=torch.cat([query, num_queries + stuff]),
+        labels=torch.cat([labels, num_classes + stuff]),
+        class_scores=torch.cat([scores, stuff_scores]),
+    )
 
 
 def segment_scores(class_scores: Tensor, masks: Tensor, rules: MergingRules) -> Tensor:
@@ -44,15 +103,15 @@ def segment_scores(class_scores: Tensor, masks: Tensor, rules: MergingRules) -> 
 
     Args:
         class_scores: (R,) in [0, 1].
-        masks: (R, H, W) soft masks in [0, 1].
-        rules: with the exponents.
+        masks: (R, H, W) soft masks >= 0.
+        rules: with the exponents and the area's offset.
 
     Returns:
-        (R,) in [0, 1]; 0 for a mask without a pixel above the threshold.
+        (R,) >= 0, and <= 1 if the masks are; 0 for a mask without a pixel above the threshold.
     """
     foreground = masks > MASK_THRESHOLD
     area = foreground.sum((1, 2))
-    mean = (masks * foreground).sum((1, 2)) / area.clamp(min=1)
+    mean = (masks * foreground).sum((1, 2)) / (area + rules.area_offset).clamp(min=1)
     return class_scores**rules.class_exponent * mean**rules.mask_exponent
 
 

@@ -1,7 +1,9 @@
-"""The operator on whichever path is active (kernels, or plain PyTorch without the extension)."""
+"""The operator on whichever path is active (kernels, or plain PyTorch without the extension).
+
+Every test runs on the CPU, and on a CUDA device where there is one.
+"""
 
 import itertools
-import sys
 
 import pytest
 import torch
@@ -9,11 +11,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from psf.layers import MSDeformAttn, ms_deform_attn, ms_deform_attn_reference
+from psf.layers import (
+    MSDeformAttn,
+    MSDeformAttnFunction,
+    ms_deform_attn,
+    ms_deform_attn_fused,
+    ms_deform_attn_fused_reference,
+    ms_deform_attn_reference,
+)
 from psf.layers.ms_deform_attn import has_extension
 
 needs_extension = pytest.mark.skipif(not has_extension(), reason="psf._C is not in use")
 both_paths = pytest.mark.parametrize("op", [ms_deform_attn, ms_deform_attn_reference])
+
+DEVICES = ["cpu"]
+if torch.cuda.is_available():
+    DEVICES.append(pytest.param("cuda", marks=pytest.mark.cuda))
+
+
+@pytest.fixture(autouse=True, params=DEVICES)
+def device(request):
+    """The device that tensors are made on unless another is named."""
+    with torch.device(request.param):
+        yield request.param
+
 
 SHAPES = [(5, 4), (1, 3), (1, 1)]
 SIZES = [5, 4, 1, 3, 1, 1]
@@ -21,7 +42,7 @@ SIZES = [5, 4, 1, 3, 1, 1]
 
 def off_the_knots(locations, shapes):
     """Move each coordinate to the nearest at least 1/4 pixel from where the derivative jumps."""
-    sizes = torch.tensor(shapes).view(-1, 2).flip(-1)[:, None].to(locations)  # (L, 1, 2)
+    sizes = torch.tensor(shapes, device="cpu").view(-1, 2).flip(-1)[:, None].double()  # (L, 1, 2)
     pixels = locations * sizes - 0.5
     return (pixels.floor() + (pixels - pixels.floor()).clamp(0.25, 0.75) + 0.5) / sizes
 
@@ -30,18 +51,15 @@ def inputs(
     shapes=SHAPES, images=2, queries=7, heads=2, channels=3, points=2, dtype=torch.float64, seed=0
 ):
     """Locations reach half a level beyond every border."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = {"generator": generator, "dtype": torch.float64}
+    generator = torch.Generator("cpu").manual_seed(seed)
+    draw = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
     positions = sum(h * w for h, w in shapes)
     value = torch.randn(images, positions, heads, channels, **draw)
     locations = 2 * torch.rand(images, queries, heads, len(shapes), points, 2, **draw) - 0.5
     weights = torch.rand(images, queries, heads, len(shapes), points, **draw)
-    return (
-        value.to(dtype),
-        shapes,
-        off_the_knots(locations, shapes).to(dtype),
-        weights.to(dtype),
-    )
+    locations = off_the_knots(locations, shapes)
+    place = {"dtype": dtype, "device": torch.get_default_device()}
+    return value.to(**place), shapes, locations.to(**place), weights.to(**place)
 
 
 def loop(value, shapes, locations, weights):
@@ -140,7 +158,7 @@ def test_derivatives_are_those_of_the_output(
     value, shapes, *rest = inputs(shapes, images, queries, heads, channels, points, seed=seed)
     leaves = [t.requires_grad_() for t in (value, *rest)]
     assert torch.autograd.gradcheck(
-        lambda v, x, w: op(v, shapes, x, w), leaves, eps=1e-6, fast_mode=True
+        lambda v, x, w: op(v, shapes, x, w), leaves, eps=1e-6, fast_mode=True, nondet_tol=1e-10
     )
 
 
@@ -338,10 +356,10 @@ def test_spatial_shapes_may_be_a_tensor():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_converts_the_value_and_not_the_locations(dtype):
+def test_autocast_converts_the_value_and_not_the_locations(dtype, device):
     value, shapes, locations, weights = inputs(dtype=torch.float32)
     value.requires_grad_()
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(device, dtype):
         out = ms_deform_attn(value, shapes, locations, weights)
     assert out.dtype == dtype
     expected = ms_deform_attn(value.to(dtype), shapes, locations, weights)
@@ -350,29 +368,68 @@ def test_autocast_converts_the_value_and_not_the_locations(dtype):
     assert value.grad.dtype == torch.float32
 
 
-def test_autocast_leaves_double_alone():
+def test_autocast_leaves_double_alone(device):
     args = inputs()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         out = ms_deform_attn(*args)
     torch.testing.assert_close(out, ms_deform_attn(*args))
 
 
 @needs_extension
-def test_same_bits_for_any_number_of_threads():
+def test_single_precision_is_as_exact_as_its_inputs():
+    """
+    The rounding of a coordinate in pixels is carried along: 1e-6 on a level 2000 pixels wide.
+
+    Without that, coordinates alone would be wrong by up to 6e-5 pixels.
+    """
+    value, shapes, *rest = inputs([(3, 2000), (40, 50)], queries=50, channels=32, points=4)
+    args = [value.float(), *(t.float() for t in rest)]
+    out, grads = gradients(ms_deform_attn, args[0], shapes, *args[1:])
+    exact, exact_grads = gradients(
+        ms_deform_attn_reference, args[0].double(), shapes, *(t.double() for t in args[1:])
+    )
+    for a, b in zip((out, *grads), (exact, *exact_grads), strict=True):
+        assert (a.double() - b).norm() <= 1e-6 * b.norm()
+
+
+@needs_extension
+def test_same_bits_for_any_number_of_threads(device):
+    if device != "cpu":
+        pytest.skip("threads are the CPU's")
     shapes = [(16, 16), (8, 8), (4, 4)]
     args = inputs(shapes, images=2, queries=336, heads=8, channels=12, points=4)
     args = (args[0].float(), shapes, args[2].float(), args[3].float())
+    fused = fused_inputs(
+        shapes, images=2, queries=336, heads=8, channels=12, points=4, dtype=torch.float32
+    )
     threads = torch.get_num_threads()
     try:
         results = []
-        for count in (1, 2, 3, 5):
+        for count in (1, 2, 3, 5, 40):
             torch.set_num_threads(count)
             out, grads = gradients(ms_deform_attn, *args)
-            results.append((out, *grads))
+            fused_out, fused_grads = fused_gradients(ms_deform_attn_fused, *fused)
+            results.append((out, *grads, fused_out, *fused_grads))
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
+
+
+@needs_extension
+def test_deterministic_mode_gives_the_same_bits(device):
+    """Always so on a CPU; on a GPU additions are atomic otherwise."""
+    args = inputs([(9, 9)], queries=500, channels=32, points=4, dtype=torch.float32)
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = [gradients(ms_deform_attn, *args)[1] for _ in range(20)]
+    finally:
+        torch.use_deterministic_algorithms(was)
+    expected = gradients(ms_deform_attn_reference, *args)[1] if device == "cpu" else results[0]
+    torch.testing.assert_close(results[0], expected, atol=1e-4, rtol=1e-4)
+    for grads in results[1:]:
+        assert all(map(torch.equal, grads, results[0]))
 
 
 @needs_extension
@@ -485,6 +542,281 @@ def test_gradient_of_the_wrong_shape_is_named():
         )
 
 
+# ---- the fused operator --------------------------------------------------------------------------
+
+both_fused_paths = pytest.mark.parametrize(
+    "op", [ms_deform_attn_fused, ms_deform_attn_fused_reference]
+)
+both_kinds = pytest.mark.parametrize("coordinates", [2, 4], ids=["points", "boxes"])
+
+
+def fused_inputs(shapes=SHAPES, *, coordinates=2, dtype=torch.float64, seed=0, **sizes):
+    """Offsets that lead to the locations of :func:`inputs`, from points or boxes."""
+    value, shapes, locations, _ = inputs(shapes, seed=seed, **sizes)
+    images, queries, _, levels, points = locations.shape[:5]
+    generator = torch.Generator("cpu").manual_seed(seed + 1)
+    draw = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+    reference = (0.2 + 0.6 * torch.rand(images, queries, levels, coordinates, **draw)).to(locations)
+    shift = locations - reference[:, :, None, :, None, :2]
+    if coordinates == 2:
+        unit = 1 / torch.tensor(shapes).flip(-1)[:, None].to(locations)
+    else:
+        unit = reference[:, :, None, :, None, 2:] / 2 / points
+    logits = torch.randn(*locations.shape[:-1], **draw).to(locations)
+    tensors = (value, reference, shift / unit, logits)
+    value, *rest = (t.to(dtype) for t in tensors)
+    return value, shapes, *rest
+
+
+def chain(value, shapes, reference, offsets, logits):
+    """What the fused operator stands for, level by level."""
+    locations = torch.empty_like(offsets)
+    for level, (h, w) in enumerate(shapes):
+        point = reference[:, :, None, level, None]  # (N, Q, 1, 1, 2 or 4)
+        if point.shape[-1] == 2:
+            unit = torch.tensor([1 / w, 1 / h], dtype=offsets.dtype)
+        else:
+            unit = point[..., 2:] / 2 / offsets.shape[-2]
+        locations[:, :, :, level] = point[..., :2] + offsets[:, :, :, level] * unit
+    weights = logits.exp() / logits.exp().sum((-1, -2), keepdim=True)
+    return loop(value, shapes, locations, weights)
+
+
+def fused_gradients(op, value, shapes, *rest):
+    leaves = [t.detach().clone().requires_grad_() for t in (value, *rest)]
+    out = op(leaves[0], shapes, *leaves[1:])
+    grad = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    return out.detach(), torch.autograd.grad(out, leaves, grad)
+
+
+@both_fused_paths
+@both_kinds
+@pytest.mark.parametrize(
+    "empty", [{"images": 0}, {"queries": 0}, {"heads": 0}, {"channels": 0}], ids=str
+)
+def test_fused_empty_inputs(op, coordinates, empty):
+    args = fused_inputs(coordinates=coordinates, dtype=torch.float32, **empty)
+    out, grads = fused_gradients(op, *args)
+    assert out.shape == (args[0].shape[0], args[2].shape[1], args[0].shape[2] * args[0].shape[3])
+    for grad, tensor in zip(grads, (args[0], *args[2:]), strict=True):
+        assert grad.shape == tensor.shape
+        assert not grad.any()
+
+
+def test_fused_without_points_or_levels_gives_zeros():
+    value, shapes, reference, offsets, logits = fused_inputs()
+    out = ms_deform_attn_fused(value, shapes, reference, offsets[..., :0, :], logits[..., :0])
+    torch.testing.assert_close(out, torch.zeros(2, 7, 6).double())
+
+
+@both_fused_paths
+@both_kinds
+def test_fused_equals_the_chain_and_its_gradients(op, coordinates):
+    args = fused_inputs(coordinates=coordinates, channels=5)
+    out, grads = fused_gradients(op, *args)
+    expected, expected_grads = fused_gradients(chain, *args)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(grads, expected_grads)
+
+
+@both_kinds
+@pytest.mark.parametrize("points", [1, 3, 4, 8])
+@pytest.mark.parametrize("channels", [4, 12, 32])
+@pytest.mark.parametrize("levels", [1, 3, 5, 9])
+def test_fused_sizes(coordinates, points, channels, levels):
+    shapes = [(4 + i % 3, 5 + i % 2) for i in range(levels)]
+    sizes = {"images": 1, "queries": 70, "points": points, "channels": channels}
+    args = fused_inputs(shapes, coordinates=coordinates, **sizes)
+    out, grads = fused_gradients(ms_deform_attn_fused, *args)
+    expected, expected_grads = fused_gradients(ms_deform_attn_fused_reference, *args)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(grads, expected_grads)
+
+
+@needs_extension
+@both_kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fused_kernel_is_as_accurate_as_the_reference(coordinates, dtype):
+    """Error against float64 at most twice that of plain PyTorch in the same precision."""
+    sizes = {"queries": 40, "channels": 32, "points": 4}
+    value, shapes, *rest = fused_inputs([(30, 40), (15, 20)], coordinates=coordinates, **sizes)
+    value, rest = value.to(dtype), [t.float() for t in rest]
+    exact, exact_grads = fused_gradients(
+        ms_deform_attn_fused_reference, value.double(), shapes, *(t.double() for t in rest)
+    )
+    floor = 4 * torch.finfo(torch.float32).eps
+    results = [
+        fused_gradients(op, value, shapes, *rest)
+        for op in (ms_deform_attn_fused, ms_deform_attn_fused_reference)
+    ]
+    for a, b, exact_value in zip(
+        (results[0][0], *results[0][1]),
+        (results[1][0], *results[1][1]),
+        (exact, *exact_grads),
+        strict=True,
+    ):
+        assert a.dtype == b.dtype
+        error, bound = ((x.double() - exact_value).norm() for x in (a, b))
+        assert error <= 2 * bound + floor * exact_value.norm()
+
+
+@both_fused_paths
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_fused_points_that_are_nowhere(op, bad):
+    """Their share of the softmax is lost, and no gradient comes from where they would be."""
+    value, shapes, reference, offsets, logits = fused_inputs(dtype=torch.float32)
+    offsets[:, :, :, 1, 0] = bad
+    far = offsets.clone()
+    far[:, :, :, 1, 0] = 50.0
+    out, grads = fused_gradients(op, value, shapes, reference, offsets, logits)
+    expected, expected_grads = fused_gradients(op, value, shapes, reference, far, logits)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(grads[0], expected_grads[0])
+    torch.testing.assert_close(grads[3], expected_grads[3])
+    assert not grads[2][:, :, :, 1, 0].any()
+
+
+@both_fused_paths
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_fused_references_that_are_nowhere(op, bad):
+    value, shapes, reference, offsets, logits = fused_inputs(dtype=torch.float32)
+    reference[:, 2] = bad
+    out = op(value, shapes, reference, offsets, logits)
+    assert not out[:, 2].any()
+    assert out.isfinite().all()
+
+
+def test_fused_logits_of_any_size():
+    """The softmax neither overflows nor divides by nothing."""
+    value, shapes, reference, offsets, logits = fused_inputs(dtype=torch.float32)
+    logits = logits * 200
+    out = ms_deform_attn_fused(value, shapes, reference, offsets, logits)
+    expected = ms_deform_attn_fused_reference(value, shapes, reference, offsets, logits)
+    torch.testing.assert_close(out, expected)
+    shifted = ms_deform_attn_fused(value, shapes, reference, offsets, logits - 1e4)
+    torch.testing.assert_close(shifted, expected, atol=1e-2, rtol=1e-2)
+
+
+@both_kinds
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=4)), ids=str)
+def test_fused_gradients_of_some_inputs_only(coordinates, wanted):
+    args = fused_inputs(coordinates=coordinates)
+    _, expected = fused_gradients(ms_deform_attn_fused, *args)
+    leaves = [
+        t.detach().clone().requires_grad_(flag)
+        for t, flag in zip((args[0], *args[2:]), wanted, strict=True)
+    ]
+    out = ms_deform_attn_fused(leaves[0], args[1], *leaves[1:])
+    assert out.requires_grad == any(wanted)
+    if any(wanted):
+        out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out))
+    for leaf, grad, flag in zip(leaves, expected, wanted, strict=True):
+        assert (leaf.grad is not None) == flag
+        if flag:
+            torch.testing.assert_close(leaf.grad, grad)
+
+
+@both_kinds
+def test_fused_derivatives_are_those_of_the_output(coordinates):
+    value, shapes, *rest = fused_inputs(coordinates=coordinates)
+    leaves = [t.requires_grad_() for t in (value, *rest)]
+    assert torch.autograd.gradcheck(
+        lambda v, *r: ms_deform_attn_fused(v, shapes, *r),
+        leaves,
+        eps=1e-6,
+        fast_mode=True,
+        nondet_tol=1e-10,
+    )
+
+
+@needs_extension
+def test_fused_second_derivative_is_refused_with_a_reason():
+    args = [t.requires_grad_() if torch.is_tensor(t) else t for t in fused_inputs()]
+    (grad,) = torch.autograd.grad(ms_deform_attn_fused(*args).sum(), args[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"ms_deform_attn.*second derivatives"):
+        grad.square().sum().backward()
+
+
+@needs_extension
+@both_kinds
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_fused_operator_check(coordinates, requires_grad):
+    value, _, *rest = fused_inputs(coordinates=coordinates, dtype=torch.float32)
+    args = [t.requires_grad_(requires_grad) for t in (value, *rest)]
+    opcheck(torch.ops.psf.ms_deform_attn_fused.default, (args[0], SIZES, *args[1:]))
+
+
+@needs_extension
+@both_kinds
+@pytest.mark.parametrize("mask", [[True] * 4, [True, False, False, True], [False, True] * 2])
+def test_fused_operator_check_of_the_backward(coordinates, mask):
+    value, _, *rest = fused_inputs(coordinates=coordinates, dtype=torch.float32)
+    args = (torch.randn(2, 7, 6), value, SIZES, *rest, mask)
+    opcheck(torch.ops.psf.ms_deform_attn_fused_backward.default, args)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_fused_compiles_to_one_graph(dynamic):
+    def function(value, *rest):
+        return ms_deform_attn_fused(value, SHAPES, *rest)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for queries in (7, 9):
+        value, _, *rest = fused_inputs(queries=queries)
+        leaves = [t.requires_grad_() for t in (value, *rest)]
+        grads = torch.autograd.grad(compiled(*leaves).square().sum(), leaves)
+        expected = torch.autograd.grad(function(*leaves).square().sum(), leaves)
+        torch.testing.assert_close(grads, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fused_autocast_converts_the_value_and_not_the_references(dtype, device):
+    value, shapes, *rest = fused_inputs(dtype=torch.float32)
+    with torch.autocast(device, dtype):
+        out = ms_deform_attn_fused(value, shapes, *rest)
+    expected = ms_deform_attn_fused(value.to(dtype), shapes, *rest)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    assert out.dtype == dtype
+
+
+def broken_fused(**changes):
+    names = ("value", "shapes", "reference", "offsets", "logits")
+    args = dict(zip(names, fused_inputs(dtype=torch.float32), strict=True))
+    return {**args, **{name: change(args[name]) for name, change in changes.items()}}.values()
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"value": lambda t: t[:, 1:]}, "value has S = 23 positions.*sum to 24"),
+        ({"offsets": lambda t: t[:, :, :1]}, r"sampling_offsets must .*\[2, 7, 2, 3, 2, 2\]"),
+        ({"logits": lambda t: t[:, 1:]}, "attention_logits must have shape"),
+        ({"logits": lambda t: t.long()}, "attention_logits must be floating point"),
+        ({"reference": lambda t: t[..., :1]}, r"reference_points must be .*got \[2, 7, 3, 1\]"),
+        ({"reference": lambda t: t[:, :-1]}, r"reference_points must be .*got \[2, 6, 3, 2\]"),
+    ],
+    ids=str,
+)
+def test_fused_bad_input_is_named(changes, message):
+    with pytest.raises(RuntimeError, match=message):
+        ms_deform_attn_fused(*broken_fused(**changes))
+    meta = [t.to("meta") if torch.is_tensor(t) else t for t in broken_fused(**changes)]
+    with pytest.raises(RuntimeError, match=message):
+        ms_deform_attn_fused(*meta)
+
+
+# ---- for other projects --------------------------------------------------------------------------
+
+
+def test_the_signature_of_deformable_detr():
+    value, shapes, locations, weights = inputs(images=3)
+    starts = torch.tensor([0, 20, 23])
+    out = MSDeformAttnFunction.apply(value, torch.tensor(shapes), starts, locations, weights, 64)
+    torch.testing.assert_close(out, ms_deform_attn(value, shapes, locations, weights))
+
+
 class TestModule:
     dim = 12
     positions = sum(h * w for h, w in SHAPES)
@@ -555,19 +887,23 @@ class TestModule:
         torch.testing.assert_close(module(query, reference, changed, shapes, mask), out)
         assert not torch.allclose(module(query, reference, value, shapes), out)
 
-    def test_coordinates_stay_single_precision_under_autocast(self, module, monkeypatch):
-        seen = []
-
-        def spy(value, spatial_shapes, locations, weights):
-            seen.append((value.dtype, locations.dtype))
-            return ms_deform_attn(value, spatial_shapes, locations, weights)
-
-        # Not by the dotted name: in the package that name is the function.
-        monkeypatch.setattr(sys.modules["psf.layers.ms_deform_attn"], "ms_deform_attn", spy)
-        with torch.autocast("cpu", torch.bfloat16):
-            out = module(*self.arguments())
-        assert seen == [(torch.bfloat16, torch.float32)]
+    def test_reference_points_stay_single_precision_under_autocast(self, module, device):
+        """Only the linear layers and the value are rounded, not where the points are."""
+        query, reference, value, shapes = self.arguments()
+        with torch.autocast(device, torch.bfloat16):
+            out = module(query, reference, value, shapes)
+            split = (4, 3, 2)
+            expected = module.output_proj(
+                ms_deform_attn_fused_reference(
+                    module.value_proj(value).unflatten(-1, (4, -1)),
+                    shapes,
+                    reference,
+                    module.sampling_offsets(query).unflatten(-1, (*split, 2)),
+                    module.attention_weights(query).unflatten(-1, split),
+                )
+            )
         assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out, expected, atol=0.05, rtol=0.02)
 
     def test_compiles_to_one_graph(self, module):
         torch._dynamo.reset()
@@ -577,5 +913,5 @@ class TestModule:
     def test_bad_arguments(self, module):
         with pytest.raises(ValueError, match="10 and 4"):
             MSDeformAttn(dim=10, num_levels=1, num_heads=4)
-        with pytest.raises(ValueError, match=r"\[2, 5, 3, 3\]"):
+        with pytest.raises((ValueError, RuntimeError), match=r"\[2, 5, 3, 3\]"):
             module(*self.arguments(coordinates=3))

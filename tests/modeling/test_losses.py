@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from psf.modeling.losses import dice_loss, focal_cost, sigmoid_focal_loss
+from psf.modeling.losses import dice_cost, dice_loss, focal_cost, sigmoid_focal_loss
 
 
 def test_nothing_to_lose():
@@ -50,3 +50,18 @@ def test_dice_loss_of_empty_masks_is_finite_with_gradient():
     loss.sum().backward()
     assert loss.item() == 1
     assert prediction.grad.isfinite().all()
+
+
+def test_dice_cost_is_the_dice_loss_of_every_pair():
+    masks, targets = torch.rand(3, 4, 5) * 2, (torch.rand(2, 4, 5) > 0.5).float()
+    cost = dice_cost(masks, targets, eps=1e-6)
+    assert cost.shape == (3, 2)
+    for q in range(3):
+        for g in range(2):
+            expected = dice_loss(masks[q : q + 1], targets[g : g + 1])[0]
+            torch.testing.assert_close(cost[q, g], expected)
+
+
+def test_dice_cost_of_nothing():
+    assert dice_cost(torch.zeros(0, 4, 5), torch.zeros(0, 4, 5)).shape == (0, 0)
+    assert dice_cost(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)).item() == 1

@@ -3,7 +3,13 @@ import torch
 from torch.nn import functional as F
 
 from psf.modeling.location_decoder import Locations
-from psf.modeling.mask_decoder import JointMaskDecoder, MaskAttention
+from psf.modeling.mask_decoder import (
+    AttentionMaps,
+    DecoupledMaskDecoder,
+    JointMaskDecoder,
+    MaskAttention,
+    MaskQueries,
+)
 from psf.modeling.pixel_encoder import Memory
 
 SHAPES = [(8, 6), (4, 3), (2, 2)]
@@ -35,8 +41,31 @@ def decoder() -> JointMaskDecoder:
     ).eval()
 
 
+@pytest.fixture
+def decoupled() -> DecoupledMaskDecoder:
+    torch.manual_seed(0)
+    return DecoupledMaskDecoder(
+        dim=DIM,
+        num_stuff_classes=STUFF,
+        num_thing_layers=LAYERS,
+        num_stuff_layers=LAYERS + 1,
+        num_heads=HEADS,
+        num_levels=len(SHAPES),
+        feedforward_dim=24,
+    ).eval()
+
+
+@pytest.fixture(params=["decoder", "decoupled"])
+def any_decoder(request) -> JointMaskDecoder | DecoupledMaskDecoder:
+    return request.getfixturevalue(request.param)
+
+
 def locate(query: torch.Tensor) -> Locations:
-    return Locations(query, torch.zeros(0), torch.zeros(0))
+    return Locations(query, torch.randn(2, *query.shape[:2], THINGS), torch.zeros(0))
+
+
+def all_masks(batch_size: int) -> MaskQueries:
+    return MaskQueries([torch.arange(5)] * batch_size, [torch.arange(STUFF)] * batch_size)
 
 
 def everything(batch_size: int, num_queries: int) -> list[torch.Tensor]:
@@ -85,50 +114,97 @@ def test_attention_is_ordinary_attention(attention):
     torch.testing.assert_close(attention(query, tokens, None)[0], expected)
 
 
-def test_only_the_wanted_masks_are_made(decoder):
-    tokens, query = memory(2), torch.randn(2, 5, DIM)
-    wanted = [torch.tensor([6, 1]), torch.tensor([], dtype=torch.int64)]
-    every = decoder(tokens, locate(query), everything(2, 7), deep_supervision=True)
-    some = decoder(tokens, locate(query), wanted, deep_supervision=True)
-    for a, b in zip(every, some, strict=True):
-        torch.testing.assert_close(b.mask_logits[0], a.mask_logits[0][[6, 1]])
-        assert b.mask_logits[1].shape == (0, 8, 6)
-        assert torch.equal(a.thing_logits, b.thing_logits)
+def test_only_the_wanted_masks_are_made(any_decoder):
+    tokens, places = memory(2), locate(torch.randn(2, 5, DIM))
+    none = torch.tensor([], dtype=torch.int64)
+    wanted = MaskQueries(things=[torch.tensor([3, 1]), none], stuff=[torch.tensor([1]), none])
+    every = any_decoder(tokens, places, all_masks(2))
+    some = any_decoder(tokens, places, wanted)
+    for a, b in zip(every.thing_maps, some.thing_maps, strict=True):
+        torch.testing.assert_close(b[0], a[0][[3, 1]])
+        assert b[1].shape == (0, 8, 6)
+    for a, b in zip(every.stuff_maps, some.stuff_maps, strict=True):
+        torch.testing.assert_close(b[0], a[0][[1]])
+        assert b[1].shape == (0, 8, 6)
+    for a, b in zip(every.stuff_logits, some.stuff_logits, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, None])
-def test_inference_gives_the_last_used_layer(decoder, num_layers):
-    tokens, query = memory(1), torch.randn(1, 5, DIM)
-    every = decoder(tokens, locate(query), everything(1, 7), deep_supervision=True)
-    (last,) = decoder(
-        tokens, locate(query), everything(1, 7), deep_supervision=False, num_layers=num_layers
+def test_inference_gives_the_last_used_layer(any_decoder, num_layers):
+    tokens, places = memory(1), locate(torch.randn(1, 5, DIM))
+    every = any_decoder(tokens, places, all_masks(1))
+    last = any_decoder.predict(tokens, places, num_layers)
+    index = (num_layers or 0) - 1
+    expected = torch.cat([every.thing_maps[index][0], every.stuff_maps[index][0]])
+    torch.testing.assert_close(last.maps[0], expected)
+    torch.testing.assert_close(last.stuff_logits, every.stuff_logits[index])
+    assert last.activation is every.activation
+
+
+def test_every_layer_of_the_joint_decoder_classifies_things(decoder):
+    tokens, places = memory(1), locate(torch.randn(1, 5, DIM))
+    every = decoder(tokens, places, all_masks(1))
+    assert len(every.thing_logits) == len(every.thing_maps) == LAYERS
+    assert torch.equal(decoder.predict(tokens, places).thing_logits, every.thing_logits[-1])
+
+
+def test_things_of_the_decoupled_decoder_are_classified_by_the_location_decoder(decoupled):
+    tokens, places = memory(1), locate(torch.randn(1, 5, DIM))
+    assert decoupled(tokens, places, all_masks(1)).thing_logits == []
+    assert torch.equal(decoupled.predict(tokens, places).thing_logits, places.logits[-1])
+
+
+def test_the_tails_masks_come_after_those_of_all_layers(decoupled):
+    every = decoupled(memory(1), locate(torch.randn(1, 5, DIM)), all_masks(1))
+    assert len(every.thing_maps) == LAYERS + 1
+    assert (len(every.stuff_maps), len(every.stuff_logits)) == (LAYERS + 2, LAYERS + 1)
+    assert all((m[0] >= 0).all() for m in every.thing_maps + every.stuff_maps)
+
+
+def test_the_position_of_a_stuff_query_accumulates(decoupled):
+    """It is added before every layer, and the sum is what the layer refines."""
+    tokens, stack = memory(1), decoupled.stuff
+    query, position = torch.randn(1, STUFF, DIM), torch.randn(STUFF, DIM)
+    wanted = [torch.arange(STUFF)]
+    output = stack(query, position, tokens, wanted, deep_supervision=False)
+    by_hand = query
+    for layer in stack.layers:
+        by_hand, _ = layer(by_hand + position, tokens, None)
+    torch.testing.assert_close(output.queries[-1], by_hand)
+    torch.testing.assert_close(
+        output.maps[-1][0], stack.tail(by_hand + position, tokens, wanted)[0].relu()
     )
-    expected = every[(num_layers or LAYERS) - 1]
-    assert len(every) == LAYERS
-    torch.testing.assert_close(last.mask_logits[0], expected.mask_logits[0])
-    torch.testing.assert_close(last.thing_logits, expected.thing_logits)
-    torch.testing.assert_close(last.stuff_logits, expected.stuff_logits)
 
 
-def test_earlier_layers_compute_no_masks_at_inference(decoder, monkeypatch):
+def test_coarser_levels_than_a_decoders_are_left_out(any_decoder):
+    tokens, places = memory(1, [*SHAPES, (1, 1)]), locate(torch.randn(1, 5, DIM))
+    expected = any_decoder.predict(tokens.finest(len(SHAPES)), places)
+    torch.testing.assert_close(any_decoder.predict(tokens, places).maps, expected.maps)
+
+
+def test_earlier_layers_compute_no_masks_at_inference(any_decoder, monkeypatch):
     calls = []
-    make_masks = MaskAttention._masks
+    make_maps = AttentionMaps._maps
     monkeypatch.setattr(
-        MaskAttention, "_masks", lambda self, *args: calls.append(self) or make_masks(self, *args)
+        AttentionMaps, "_maps", lambda self, *args: calls.append(self) or make_maps(self, *args)
     )
-    decoder(memory(1), locate(torch.randn(1, 5, DIM)), everything(1, 7), deep_supervision=False)
-    assert calls == [decoder.layers[-1].cross_attn]
+    any_decoder.predict(memory(1), locate(torch.randn(1, 5, DIM)))
+    if isinstance(any_decoder, JointMaskDecoder):
+        assert calls == [any_decoder.layers[-1].cross_attn]
+    else:
+        assert calls == [any_decoder.things.tail, any_decoder.stuff.tail]
 
 
-def test_thing_queries_are_a_set(decoder):
+def test_thing_queries_are_a_set(any_decoder):
     tokens, query, order = memory(2), torch.randn(2, 5, DIM), torch.randperm(5)
-    (a,) = decoder(tokens, locate(query), everything(2, 5), deep_supervision=False)
-    (b,) = decoder(tokens, locate(query[:, order]), everything(2, 5), deep_supervision=False)
-    torch.testing.assert_close(b.thing_logits, a.thing_logits[:, order])
-    torch.testing.assert_close(b.mask_logits[1], a.mask_logits[1][order])
+    a = any_decoder.predict(tokens, locate(query))
+    b = any_decoder.predict(tokens, locate(query[:, order]))
+    torch.testing.assert_close(b.maps[1][:5], a.maps[1][order])
+    torch.testing.assert_close(b.maps[1][5:], a.maps[1][5:])
 
 
-def test_padding_changes_nothing(decoder):
+def test_padding_changes_nothing(any_decoder):
     small = [(4, 5), (2, 3), (1, 2)]
     own = memory(1, small)
     shapes = [(8, 6), (4, 3), (2, 2)]
@@ -143,8 +219,8 @@ def test_padding_changes_nothing(decoder):
         start, own_start = start + height * width, own_start + h * w
     together = Memory(padded, mask, shapes, [small, shapes])
     query = torch.randn(2, 5, DIM)
-    (a,) = decoder(own, locate(query[:1]), everything(1, 7), deep_supervision=False)
-    (b,) = decoder(together, locate(query), everything(2, 7), deep_supervision=False)
-    assert [m.shape for m in b.mask_logits] == [(7, 4, 5), (7, 8, 6)]
-    torch.testing.assert_close(b.mask_logits[0], a.mask_logits[0], atol=1e-5, rtol=1e-5)
+    a = any_decoder.predict(own, locate(query[:1]))
+    b = any_decoder.predict(together, locate(query))
+    assert [m.shape for m in b.maps] == [(7, 4, 5), (7, 8, 6)]
+    torch.testing.assert_close(b.maps[0], a.maps[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(b.stuff_logits[:1], a.stuff_logits, atol=1e-5, rtol=1e-5)

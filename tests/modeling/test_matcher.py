@@ -3,7 +3,13 @@ import itertools
 import pytest
 import torch
 
-from psf.modeling.matcher import MatchingWeights, match, match_things
+from psf.modeling.matcher import (
+    MaskMatchingWeights,
+    MatchingWeights,
+    match,
+    match_masks,
+    match_things,
+)
 
 WEIGHTS = MatchingWeights(class_weight=2, l1_weight=5, giou_weight=2)
 
@@ -57,3 +63,29 @@ def test_every_layer_is_matched_on_its_own():
         )
         assert torch.equal(alone.query, together[layer].query)
         assert torch.equal(alone.segment, together[layer].segment)
+
+
+MASK_WEIGHTS = MaskMatchingWeights(MatchingWeights(4, 5, 2), dice_weight=2)
+
+
+def test_masks_decide_between_equal_boxes_and_classes():
+    logits, boxes = torch.zeros(2, 3), torch.tensor([[0.5, 0.5, 0.4, 0.4]] * 2)
+    gt_masks = torch.zeros(2, 4, 4)
+    gt_masks[0, :2], gt_masks[1, 2:] = 1, 1
+    labels = torch.tensor([1, 1])
+    for order in ([0, 1], [1, 0]):
+        found = match_masks(logits, boxes, gt_masks[order], labels, boxes, gt_masks, MASK_WEIGHTS)
+        assert found.segment.tolist() == order
+
+
+def test_no_masks():
+    found = match_masks(
+        torch.zeros(0, 3),
+        torch.zeros(0, 4),
+        torch.zeros(0, 4, 4),
+        torch.zeros(0, dtype=torch.int64),
+        torch.zeros(0, 4),
+        torch.zeros(0, 4, 4),
+        MASK_WEIGHTS,
+    )
+    assert found.query.tolist() == found.segment.tolist() == []

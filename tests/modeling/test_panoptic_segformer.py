@@ -9,6 +9,22 @@ from torch import distributed as dist
 from torch import multiprocessing as mp
 
 
+@pytest.fixture(params=["joint", "decoupled"])
+def tiny_cfg(request, tiny_cfg):
+    """Everything here holds for both mask decoders."""
+    if request.param == "decoupled":
+        tiny_cfg.merge_from_list(
+            [
+                *("MODEL.PSF.MASK_DECODER.NAME", "decoupled"),
+                *("MODEL.PSF.MASK_DECODER.THING_LAYERS", 1),
+                *("MODEL.PSF.MASK_DECODER.STUFF_LAYERS", 2),
+                *("MODEL.PSF.NUM_FEATURE_LEVELS", 4),
+                *("MODEL.PSF.HIDDEN_DIM", 64),  # 32 groups of 1 channel cannot normalise 1 cell
+            ]
+        )
+    return tiny_cfg
+
+
 @pytest.fixture
 def model(tiny_cfg):
     torch.manual_seed(0)
@@ -56,7 +72,9 @@ def test_prediction_of_odd_images(tiny_cfg, size):
     assert id_map.dtype == torch.int32
     assert set(id_map.unique().tolist()) - {0} == {info["id"] for info in infos}
     assert output["sem_seg"].shape == (5, *size)
-    assert output["instances"].pred_masks.shape == (6, *size)
+    # Six queries, or their pairs with three classes.
+    num_candidates = {"joint": 6, "decoupled": 18}[tiny_cfg.MODEL.PSF.MASK_DECODER.NAME]
+    assert output["instances"].pred_masks.shape == (num_candidates, *size)
 
 
 def test_outputs_follow_detectron2s_contract(tiny_cfg):
@@ -87,10 +105,10 @@ def test_semantic_scores_stand_at_their_contiguous_ids(tiny_cfg):
     """Class scores of one class at a time light up the channel of its contiguous id."""
     model = outputs_on(tiny_cfg, SEMANTIC_ON=True)
     things, stuff = torch.eye(3), torch.ones(2)
-    logits = torch.full((5, 4, 4), 30.0)
-    by_class = model._semantic(things, stuff, logits, (4, 4))[:, 0, 0]
+    masks = torch.ones(5, 4, 4)
+    by_class = model._semantic(things, stuff, masks, (4, 4))[:, 0, 0]
     assert by_class.tolist() == [1] * 5
-    only_circle = model._semantic(things * torch.tensor([1.0, 0, 0]), stuff * 0, logits, (4, 4))
+    only_circle = model._semantic(things * torch.tensor([1.0, 0, 0]), stuff * 0, masks, (4, 4))
     assert only_circle[:, 0, 0].tolist() == [0, 1, 0, 0, 0]
 
 
@@ -118,8 +136,9 @@ def test_a_backbone_that_pads_its_images(tiny_cfg):
     model = outputs_on(tiny_cfg, SEMANTIC_ON=True)
     small, large = make_input(70, 90, []), make_input(128, 128, [])
     maps, valid_shapes = model.extract_maps(model.preprocess_images([small, large]))
-    assert [tuple(m.shape[-2:]) for m in maps] == [(16, 16), (8, 8), (4, 4)]
-    assert valid_shapes == [[(9, 12), (5, 6), (3, 3)], [(16, 16), (8, 8), (4, 4)]]
+    shapes, small_shapes = [(16, 16), (8, 8), (4, 4), (2, 2)], [(9, 12), (5, 6), (3, 3), (2, 2)]
+    assert [tuple(m.shape[-2:]) for m in maps] == shapes[: len(maps)]
+    assert valid_shapes == [small_shapes[: len(maps)], shapes[: len(maps)]]
     together = predict(model, small, large)
     (alone,) = predict(model, small)
     torch.testing.assert_close(alone["sem_seg"], together[0]["sem_seg"], atol=1e-4, rtol=1e-4)
@@ -174,7 +193,7 @@ def test_mixed_precision(model):
         ("NUM_THING_CLASSES", 7, r"7 thing and 2 stuff .*'tiny_interleaved' has 3 and 2"),
         ("TEST.MERGING", "magic", r"MERGING is 'magic'; known: .*mask_wise"),
         ("TEST.MASK_DECODER_LAYERS", 3, "is 3, but the mask decoder has 2 layers"),
-        ("MASK_DECODER.NAME", "other", "NAME is 'other'; known: 'joint'"),
+        ("MASK_DECODER.NAME", "other", "NAME is 'other'; known: .'decoupled', 'joint'"),
     ],
 )
 def test_config_errors_name_the_key_and_the_mend(tiny_cfg, key, value, message):
@@ -205,8 +224,10 @@ class TestCheckpoints:
         path = self.save(model, tmp_path / "model.pth")
         tiny_cfg.MODEL.PSF.NUM_OBJECT_QUERIES = 9
         tiny_cfg.MODEL.PSF.MASK_DECODER.DEC_LAYERS = 1
+        tiny_cfg.MODEL.PSF.MASK_DECODER.STUFF_LAYERS = 1
         with pytest.raises(
-            ValueError, match=r"location_decoder\.query_embed\.weight.*mask_decoder\.layers\.1"
+            ValueError,
+            match=r"location_decoder\.query_embed\.weight.*mask_decoder\.(stuff\.)?layers\.1",
         ):
             DetectionCheckpointer(build_model(tiny_cfg)).load(path)
 

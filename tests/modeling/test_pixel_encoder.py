@@ -63,6 +63,28 @@ def test_wrong_number_of_maps(encoder):
 
 
 def test_input_projection_maps_every_level_to_the_same_channels():
-    projection = InputProjection([4, 8], DIM)
+    projection = InputProjection([4, 8], DIM, 2)
     out = projection([torch.randn(2, 4, 6, 8), torch.randn(2, 8, 3, 4)])
     assert [x.shape for x in out] == [(2, DIM, 6, 8), (2, DIM, 3, 4)]
+
+
+def test_input_projection_adds_coarser_levels():
+    """The first of the backbone's coarsest map itself, the next of that level."""
+    projection = InputProjection([4, 8], DIM, 4)
+    maps = [torch.randn(2, 4, 6, 7), torch.randn(2, 8, 3, 4)]
+    out = projection(maps)
+    assert [x.shape[-2:] for x in out] == [(6, 7), (3, 4), (2, 2), (1, 1)]
+    torch.testing.assert_close(out[2], projection[2](maps[1]))
+    torch.testing.assert_close(out[3], projection[3](out[2]))
+    assert projection[2][0].in_channels == 8
+
+
+def test_the_finest_levels_of_a_memory(encoder):
+    small = [(4, 5), (2, 3), (1, 2)]
+    memory = encoder(maps(2), [small, SHAPES])
+    finest = memory.finest(2)
+    assert finest.spatial_shapes == SHAPES[:2]
+    assert finest.valid_shapes == [small[:2], SHAPES[:2]]
+    assert finest.features.shape == (2, 48 + 12, DIM)
+    assert torch.equal(finest.padding_mask, memory.padding_mask[:, :60])
+    assert memory.finest(3).features.shape == memory.features.shape

@@ -3,6 +3,8 @@ import torch
 
 from psf.modeling.postprocessing import (
     MergingRules,
+    best_class_of_each_query,
+    best_thing_pairs,
     merge_mask_wise,
     merge_pixel_wise,
     segment_scores,
@@ -14,6 +16,7 @@ RULES = MergingRules(
     score_threshold=0.25,
     thing_keep_fraction=0.6,
     stuff_keep_fraction=0.8,
+    area_offset=0,
 )
 MERGERS = [merge_mask_wise, merge_pixel_wise]
 
@@ -101,3 +104,30 @@ def test_pixel_wise_gives_a_pixel_to_the_highest_mask():
     rules = RULES._replace(thing_keep_fraction=0.5)
     assert merge_mask_wise(scores, masks, labels, 2, rules).id_map.tolist() == [[1, 1, 2, 2]]
     assert merge_pixel_wise(scores, masks, labels, 2, rules).id_map.tolist() == [[1, 2, 2, 2]]
+
+
+def test_each_query_has_its_best_class():
+    things = torch.tensor([[0.1, 0.9, 0.2], [0.3, 0.2, 0.1]])
+    found = best_class_of_each_query(things, torch.tensor([0.5, 0.6]))
+    assert found.query.tolist() == [0, 1, 2, 3]
+    assert found.labels.tolist() == [1, 0, 3, 4]
+    torch.testing.assert_close(found.class_scores, torch.tensor([0.9, 0.3, 0.5, 0.6]))
+
+
+@pytest.mark.parametrize("num_pairs", [3, 100])
+def test_a_query_may_come_with_several_classes(num_pairs):
+    things = torch.tensor([[0.1, 0.9, 0.8], [0.3, 0.2, 0.0]])
+    found = best_thing_pairs(things, torch.tensor([0.5]), num_pairs)
+    number = min(num_pairs, 6)
+    assert found.query[:3].tolist() == [0, 0, 1]
+    assert found.labels[:3].tolist() == [1, 2, 0]
+    assert (found.query[number:].tolist(), found.labels[number:].tolist()) == ([2], [3])
+    assert len(found.class_scores) == number + 1
+
+
+def test_the_released_codes_mean_of_a_mask():
+    """Two pixels of 0.9: (0.9 + 0.9) / (2 + 1) = 0.6, squared, times 0.5."""
+    masks = torch.tensor([[[0.9, 0.9, 0.1]]])
+    rules = RULES._replace(area_offset=1)
+    score = segment_scores(torch.tensor([0.5]), masks, rules)
+    torch.testing.assert_close(score, torch.tensor([0.5 * 0.36]))

@@ -74,29 +74,4 @@ PSF_HOST_DEVICE inline A to_pixels(A location, int64_t size) {
   return location * static_cast<A>(size) - A(0.5);
 }
 
-// The CPU kernels, instantiated for T = double, float, at::BFloat16 and at::Half. Every element of
-// the output and of the gradients of locations and weights is written. The value gradient is
-// added to its buffer. A null gradient is not computed. The results do not depend on the number of
-// threads.
-template <typename T, typename A>
-void ms_deform_attn_cpu(
-    const Sizes& sizes,
-    const std::vector<Level>& levels,
-    const T* value,
-    const A* locations,
-    const A* weights,
-    T* output);
-
-template <typename T, typename A>
-void ms_deform_attn_backward_cpu(
-    const Sizes& sizes,
-    const std::vector<Level>& levels,
-    const T* grad_output,
-    const T* value,
-    const A* locations,
-    const A* weights,
-    A* grad_value,
-    A* grad_locations,
-    A* grad_weights);
-
 }  // namespace psf

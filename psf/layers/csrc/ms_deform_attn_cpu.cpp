@@ -1,4 +1,5 @@
-// CPU kernels, for any processor.
+// Entry of the CPU kernels: prepares the value rows, splits the work, picks the instruction set.
+#include "ms_deform_attn_cpu.h"
 #include "ms_deform_attn_inputs.h"
 
 #include <ATen/Dispatch.h>
@@ -8,383 +9,579 @@
 #include <ATen/ops/zeros.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
-
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
-#include <cstring>
-#include <type_traits>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <string>
+#include <vector>
 
 namespace psf {
 namespace {
 
-// Samples a thread should have at least, to be worth waking.
-constexpr int64_t kGrainSamples = 2048;
-
-// Vectors of kLanes values, by GCC's and clang's extension: left to themselves they compile short
-// loops over channels to scalar code. Other compilers get vectors of one value.
-#ifdef __GNUC__
-constexpr int kVectorBytes = 16;  // what every x86-64 and ARM64 processor has
-
-template <typename A, int kLanes>
-struct Vector {
-  typedef A Type __attribute__((vector_size(kLanes * sizeof(A))));
-};
-
-template <typename A>
-struct Vector<A, 1> {
-  using Type = A;
-};
-#else
-constexpr int kVectorBytes = 1;
-
-template <typename A, int kLanes>
-struct Vector {
-  using Type = A;
-};
-#endif
-
-// The channels of one head, kLanes at a time: kChannels of them, or as many as given when kChannels
-// is 0. The number is a multiple of kLanes.
-template <typename ScalarType, int kChannelCount, int kLaneCount>
-struct Channels {
-  using A = ScalarType;
-  using Lanes = typename Vector<A, kLaneCount>::Type;
-  static constexpr int kChannels = kChannelCount;
-  static constexpr int kLanes = kLaneCount;
-
-  explicit Channels(int64_t channels) : count(channels) {
-    if constexpr (kChannels == 0) {
-      lanes.resize(channels / kLanes);
-    }
-  }
-
-  int64_t size() const {
-    return kChannels == 0 ? count : kChannels;
-  }
-
-  int64_t vectors() const {
-    return size() / kLanes;
-  }
-
-  int64_t count;
-  std::conditional_t<kChannels == 0, std::vector<Lanes>, std::array<Lanes, kChannels / kLanes>>
-      lanes;
-};
-
-// Calls f with a Channels type (as a null pointer) that fits the number of channels.
-template <typename A, typename F>
-void specialise_channels(int64_t channels, const F& f) {
-  constexpr int kLanes = kVectorBytes < sizeof(A) ? 1 : kVectorBytes / sizeof(A);
-  switch (channels) {
-    case 8:
-      return f(static_cast<Channels<A, 8, kLanes>*>(nullptr));
-    case 12:
-      return f(static_cast<Channels<A, 12, kLanes>*>(nullptr));
-    case 16:
-      return f(static_cast<Channels<A, 16, kLanes>*>(nullptr));
-    case 32:
-      return f(static_cast<Channels<A, 32, kLanes>*>(nullptr));
-    case 64:
-      return f(static_cast<Channels<A, 64, kLanes>*>(nullptr));
-    default:
-      return channels % kLanes == 0 ? f(static_cast<Channels<A, 0, kLanes>*>(nullptr))
-                                    : f(static_cast<Channels<A, 0, 1>*>(nullptr));
-  }
-}
-
-template <typename C, typename T>
-typename C::Lanes load(const T* from) {
-  typename C::Lanes lanes;
-  if constexpr (std::is_same_v<T, typename C::A>) {
-    std::memcpy(&lanes, from, sizeof(lanes));  // from may be unaligned
-  } else {
-    typename C::A converted[C::kLanes];
-    for (int i = 0; i < C::kLanes; ++i) {
-      converted[i] = static_cast<typename C::A>(from[i]);
-    }
-    std::memcpy(&lanes, converted, sizeof(lanes));
-  }
-  return lanes;
-}
-
-template <typename C, typename T>
-void store(const typename C::Lanes& lanes, T* to) {
-  typename C::A values[C::kLanes];
-  std::memcpy(values, &lanes, sizeof(lanes));
-  for (int i = 0; i < C::kLanes; ++i) {
-    to[i] = static_cast<T>(values[i]);
-  }
-}
-
-// The four pixels around a sample in one head's value rows, and their interpolation weights.
-template <typename A>
-struct Corners {
-  std::array<int64_t, 4> offset;  // of the first channel, from the head's first position
-  std::array<A, 4> weight;
-};
-
-template <typename A>
-Corners<A> corners(const Axis<A>& y, const Axis<A>& x, const Level& level, int64_t stride) {
-  const int64_t rows[2] = {
-      (level.start + y.index[0] * level.width) * stride,
-      (level.start + y.index[1] * level.width) * stride};
-  const int64_t columns[2] = {x.index[0] * stride, x.index[1] * stride};
-  Corners<A> result;
-  for (int i = 0; i < 4; ++i) {
-    result.offset[i] = rows[i / 2] + columns[i % 2];
-    result.weight[i] = y.weight[i / 2] * x.weight[i % 2];
-  }
-  return result;
-}
-
-template <typename C, typename T>
-typename C::A dot(const C& a, const T* b) {
-  typename C::Lanes products{};
-  for (int64_t i = 0; i < a.vectors(); ++i) {
-    products += a.lanes[i] * load<C>(b + i * C::kLanes);
-  }
-  typename C::A values[C::kLanes];
-  store<C>(products, values);
-  typename C::A sum = values[0];
-  for (int i = 1; i < C::kLanes; ++i) {
-    sum += values[i];
-  }
-  return sum;
-}
-
-template <typename C, typename T, typename A>
-void forward_rows(
-    const Sizes& sizes,
-    const std::vector<Level>& levels,
-    const T* value,
-    const A* locations,
-    const A* weights,
-    T* output,
-    int64_t begin,
-    int64_t end) {
-  C sum(sizes.channels);
-  const int64_t channels = sum.size();
-  const int64_t stride = sizes.heads * channels;
-  for (int64_t row = begin; row < end; ++row) {  // (n, q, m)
-    const int64_t n = row / (sizes.queries * sizes.heads);
-    const int64_t m = row % sizes.heads;
-    const T* head = value + n * sizes.positions * stride + m * channels;
-    for (typename C::Lanes& lanes : sum.lanes) {
-      lanes = typename C::Lanes{};
-    }
-    int64_t sample = row * sizes.levels * sizes.points;
-    for (const Level& level : levels) {
-      for (int64_t p = 0; p < sizes.points; ++p, ++sample) {
-        const A x = to_pixels(locations[2 * sample], level.width);
-        const A y = to_pixels(locations[2 * sample + 1], level.height);
-        if (!touches(x, level.width) || !touches(y, level.height)) {
-          continue;
-        }
-        const Corners<A> at = corners(
-            bilinear_axis(y, level.height), bilinear_axis(x, level.width), level, stride);
-        const A w0 = weights[sample] * at.weight[0];
-        const A w1 = weights[sample] * at.weight[1];
-        const A w2 = weights[sample] * at.weight[2];
-        const A w3 = weights[sample] * at.weight[3];
-        const T* v0 = head + at.offset[0];
-        const T* v1 = head + at.offset[1];
-        const T* v2 = head + at.offset[2];
-        const T* v3 = head + at.offset[3];
-        for (int64_t i = 0; i < sum.vectors(); ++i) {
-          const int64_t d = i * C::kLanes;
-          sum.lanes[i] += (w0 * load<C>(v0 + d) + w1 * load<C>(v1 + d)) +
-              (w2 * load<C>(v2 + d) + w3 * load<C>(v3 + d));
-        }
-      }
-    }
-    for (int64_t i = 0; i < sum.vectors(); ++i) {
-      store<C>(sum.lanes[i], output + row * channels + i * C::kLanes);
-    }
-  }
-}
-
-// All queries of one (image, head, level): what a thread owns, so that no two threads ever add to
-// the same element.
-template <typename C, typename T, typename A>
-void backward_level(
-    const Sizes& sizes,
-    const Level& level,
-    int64_t n,
-    int64_t m,
-    int64_t l,
-    const T* grad_output,
-    const T* value,
-    const A* locations,
-    const A* weights,
-    A* grad_value,
-    A* grad_locations,
-    A* grad_weights) {
-  C grad(sizes.channels);
-  const int64_t channels = grad.size();
-  const int64_t stride = sizes.heads * channels;
-  const int64_t head = n * sizes.positions * stride + m * channels;
-  for (int64_t q = 0; q < sizes.queries; ++q) {
-    const int64_t row = (n * sizes.queries + q) * sizes.heads + m;
-    for (int64_t i = 0; i < grad.vectors(); ++i) {
-      grad.lanes[i] = load<C>(grad_output + row * channels + i * C::kLanes);
-    }
-    for (int64_t p = 0; p < sizes.points; ++p) {
-      const int64_t sample = (row * sizes.levels + l) * sizes.points + p;
-      const A location_x = to_pixels(locations[2 * sample], level.width);
-      const A location_y = to_pixels(locations[2 * sample + 1], level.height);
-      A grad_x = 0;
-      A grad_y = 0;
-      A grad_weight = 0;
-      if (touches(location_x, level.width) && touches(location_y, level.height)) {
-        const Axis<A> x = bilinear_axis(location_x, level.width);
-        const Axis<A> y = bilinear_axis(location_y, level.height);
-        const Corners<A> at = corners(y, x, level, stride);
-        if (grad_value) {
-          for (int corner = 0; corner < 4; ++corner) {
-            const A weight = weights[sample] * at.weight[corner];
-            A* pixel = grad_value + head + at.offset[corner];
-            for (int64_t i = 0; i < grad.vectors(); ++i) {
-              A* to = pixel + i * C::kLanes;
-              store<C>(load<C>(to) + weight * grad.lanes[i], to);
-            }
-          }
-        }
-        if (grad_locations || grad_weights) {
-          for (int i = 0; i < 4; ++i) {
-            const A product = dot(grad, value + head + at.offset[i]);
-            grad_weight += at.weight[i] * product;
-            grad_x += y.weight[i / 2] * x.slope[i % 2] * product;
-            grad_y += y.slope[i / 2] * x.weight[i % 2] * product;
-          }
-          grad_x *= weights[sample] * static_cast<A>(level.width);
-          grad_y *= weights[sample] * static_cast<A>(level.height);
-        }
-      }
-      if (grad_locations) {
-        grad_locations[2 * sample] = grad_x;
-        grad_locations[2 * sample + 1] = grad_y;
-      }
-      if (grad_weights) {
-        grad_weights[sample] = grad_weight;
-      }
-    }
-  }
-}
-
-}  // namespace
-
-template <typename T, typename A>
-void ms_deform_attn_cpu(
-    const Sizes& sizes,
-    const std::vector<Level>& levels,
-    const T* value,
-    const A* locations,
-    const A* weights,
-    T* output) {
-  const int64_t rows = sizes.images * sizes.queries * sizes.heads;
-  const int64_t samples = sizes.levels * sizes.points;
-  const int64_t grain = kGrainSamples / (samples + 1) + 1;
-  specialise_channels<A>(sizes.channels, [&](auto* channels) {
-    using C = std::remove_pointer_t<decltype(channels)>;
-    at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-      forward_rows<C, T, A>(
-          sizes, levels, value, locations, weights, output, begin, end);
-    });
-  });
-}
-
-template <typename T, typename A>
-void ms_deform_attn_backward_cpu(
-    const Sizes& sizes,
-    const std::vector<Level>& levels,
-    const T* grad_output,
-    const T* value,
-    const A* locations,
-    const A* weights,
-    A* grad_value,
-    A* grad_locations,
-    A* grad_weights) {
-  const int64_t tasks = sizes.images * sizes.heads * sizes.levels;
-  const int64_t grain = kGrainSamples / (sizes.queries * sizes.points + 1) + 1;
-  specialise_channels<A>(sizes.channels, [&](auto* channels) {
-    using C = std::remove_pointer_t<decltype(channels)>;
-    at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t l = task % sizes.levels;
-        const int64_t m = task / sizes.levels % sizes.heads;
-        const int64_t n = task / (sizes.levels * sizes.heads);
-        backward_level<C, T, A>(
-            sizes,
-            levels[l],
-            n,
-            m,
-            l,
-            grad_output,
-            value,
-            locations,
-            weights,
-            grad_value,
-            grad_locations,
-            grad_weights);
-      }
-    });
-  });
-}
-
-#define PSF_INSTANTIATE(T, A)            \
-  template void ms_deform_attn_cpu<T, A>( \
-      const Sizes&, const std::vector<Level>&, const T*, const A*, const A*, T*); \
-  template void ms_deform_attn_backward_cpu<T, A>( \
-      const Sizes&, \
-      const std::vector<Level>&, \
-      const T*, \
-      const T*, \
-      const A*, \
-      const A*, \
-      A*, \
-      A*, \
-      A*);
-
-PSF_INSTANTIATE(double, double)
-PSF_INSTANTIATE(float, float)
-PSF_INSTANTIATE(c10::BFloat16, float)
-PSF_INSTANTIATE(c10::Half, float)
-
-namespace {
-
 using at::Tensor;
 
+// ---- instruction sets ------------------------------------------------------------------------
+
+enum class Capability { kBaseline, kAvx2, kAvx512 };
+
+const char* name(Capability capability) {
+  switch (capability) {
+    case Capability::kAvx512:
+      return "avx512";
+    case Capability::kAvx2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
+}
+
+Capability of_processor() {
+#ifdef PSF_X86_KERNELS
+  __builtin_cpu_init();
+  // F16C came before AVX2, and the compiler's list of features lacks it.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+    return Capability::kAvx512;
+  }
+  if (avx2) {
+    return Capability::kAvx2;
+  }
+#endif
+  return Capability::kBaseline;
+}
+
+// The best set of the processor, or the lower one that PSF_CPU_CAPABILITY names: for tests and
+// benchmarks.
+Capability choose_capability() {
+  const Capability best = of_processor();
+  const char* wanted = std::getenv("PSF_CPU_CAPABILITY");
+  if (wanted == nullptr) {
+    return best;
+  }
+  for (const auto capability : {Capability::kBaseline, Capability::kAvx2, Capability::kAvx512}) {
+    if (wanted == std::string(name(capability)) && capability <= best) {
+      return capability;
+    }
+  }
+  TORCH_CHECK(
+      false, "PSF_CPU_CAPABILITY is '", wanted, "'; this machine runs baseline",
+      best >= Capability::kAvx2 ? ", avx2" : "", best >= Capability::kAvx512 ? ", avx512" : "");
+}
+
+Capability capability() {
+  static const Capability chosen = choose_capability();
+  return chosen;
+}
+
+// Calls f(name) of the chosen set; `template` names cannot be values, hence the macro.
+#ifdef PSF_X86_KERNELS
+#define PSF_CALL_KERNEL(NAME, ...)       \
+  switch (capability()) {                \
+    case Capability::kAvx512:            \
+      avx512::NAME(__VA_ARGS__);         \
+      break;                             \
+    case Capability::kAvx2:              \
+      avx2::NAME(__VA_ARGS__);           \
+      break;                             \
+    default:                             \
+      baseline::NAME(__VA_ARGS__);       \
+  }
+#else
+#define PSF_CALL_KERNEL(NAME, ...) baseline::NAME(__VA_ARGS__);
+#endif
+
+// ---- the call --------------------------------------------------------------------------------
+
+// Rows of at most so many bytes are padded to a multiple of 4 channels, others to one of 16.
+constexpr int64_t kShortRow = 8;
+constexpr int64_t kRowMultiple = 16;
+// Samples a task should have at least, to be worth a thread.
+constexpr int64_t kGrainSamples = 4096;
+// Queries of a task in the forward pass.
+constexpr int64_t kQueryBlock = 128;
+// Value rows are copied to head-major order when every row is used so many times or more: with
+// heads interleaved, the rows of one head share few sets of the cache and many pages.
+constexpr int64_t kSamplesPerRow = 2;
+
+// The type in which a kernel sees elements of T.
+template <typename T>
+struct StorageOf {
+  using Type = T;
+};
+template <>
+struct StorageOf<c10::BFloat16> {
+  using Type = BFloat16;
+};
+template <>
+struct StorageOf<c10::Half> {
+  using Type = Float16;
+};
+template <typename T>
+using Storage = typename StorageOf<T>::Type;
+
+// The arrays behind a SampleTable.
+template <typename A>
+struct Table {
+  using Index = typename IndexOf<A>::Type;
+
+  std::vector<A> values[2];
+  std::vector<Index> indices[5];
+
+  Table(const Inputs& inputs, int64_t padded) {
+    for (auto& array : values) {
+      array.assign(padded, A(1));
+    }
+    for (auto& array : indices) {
+      array.assign(padded, Index(0));
+    }
+    std::fill(indices[0].begin(), indices[0].end(), Index(1));
+    std::fill(indices[1].begin(), indices[1].end(), Index(1));
+    std::fill(indices[3].begin(), indices[3].end(), Index(-1));
+    int64_t j = 0;
+    for (size_t l = 0; l < inputs.levels.size(); ++l) {
+      const Level& level = inputs.levels[l];
+      for (int64_t p = 0; p < inputs.sizes.points; ++p, ++j) {
+        values[0][j] = static_cast<A>(level.width);
+        values[1][j] = static_cast<A>(level.height);
+        // No place is inside an empty level, also not half a pixel off.
+        const bool empty = level.width * level.height == 0;
+        indices[0][j] = empty ? std::numeric_limits<Index>::min() : static_cast<Index>(level.width);
+        indices[1][j] = static_cast<Index>(level.height);
+        indices[2][j] = static_cast<Index>(level.start);
+        indices[3][j] = 0;
+        indices[4][j] = static_cast<Index>(2 * l);
+      }
+    }
+  }
+
+  SampleTable<A> view() const {
+    return {
+        values[0].data(),
+        values[1].data(),
+        indices[0].data(),
+        indices[1].data(),
+        indices[2].data(),
+        indices[3].data(),
+        indices[4].data()};
+  }
+};
+
+// The arrays behind Origins, of reference points (N, Q, L, 2) or boxes (N, Q, L, 4).
+template <typename A>
+struct OriginArrays {
+  using Index = typename IndexOf<A>::Type;
+
+  std::vector<Index> whole;
+  std::vector<A> part;
+  std::vector<A> unit;
+
+  OriginArrays(const Inputs& inputs, const Tensor& reference) {
+    if (!reference.defined()) {
+      return;
+    }
+    const int64_t coordinates = reference.size(3);
+    const int64_t levels = inputs.sizes.levels;
+    const int64_t count = reference.numel() / coordinates;  // (N, Q, L)
+    whole.resize(2 * count + kSamplePadding);
+    part.resize(2 * count + kSamplePadding);
+    unit.resize(coordinates == 4 ? 2 * count + kSamplePadding : 0);
+    const A* from = reference.const_data_ptr<A>();
+    const double share = 0.5 / static_cast<double>(inputs.sizes.points);  // of a box's size
+    at::parallel_for(0, count, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Level& level = inputs.levels[i % levels];
+        const double size[2] = {
+            static_cast<double>(level.width), static_cast<double>(level.height)};
+        for (int64_t axis = 0; axis < 2; ++axis) {
+          const double place = from[i * coordinates + axis] * size[axis] - 0.5;
+          const bool near = place > -kFar && place < kFar;  // not for NaN
+          const double low = near ? std::floor(place) : 0.0;
+          whole[2 * i + axis] = static_cast<Index>(low);
+          part[2 * i + axis] =
+              near ? static_cast<A>(place - low) : std::numeric_limits<A>::quiet_NaN();
+          if (coordinates == 4) {
+            unit[2 * i + axis] =
+                static_cast<A>(from[i * coordinates + 2 + axis] * size[axis] * share);
+          }
+        }
+      }
+    });
+  }
+};
+
+int64_t round_up(int64_t x, int64_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
+
+int64_t padded_channels(int64_t channels) {
+  return round_up(channels, channels <= kShortRow ? 4 : kRowMultiple);
+}
+
+// Whether copying the value rows pays: the samples of the queries outnumber the rows.
+bool pays_to_pack(const Sizes& sizes) {
+  return sizes.queries * sizes.levels * sizes.points * 4 >= kSamplesPerRow * sizes.positions;
+}
+
+// Memory whose vectors do not straddle lines of the cache, from which they could not be read back
+// at once.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : memory_(bytes + kLine) {}
+
+  char* data() {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
+    return memory_.data() + (kLine - address % kLine) % kLine;
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  std::vector<char> memory_;
+};
+
+// Runs f(task, scratch) for all tasks on the threads of torch.
+template <typename A, typename F>
+void for_tasks(int64_t tasks, int64_t samples_per_task, int64_t padded_samples, const F& f) {
+  const int64_t grain = kGrainSamples / (samples_per_task + 1) + 1;
+  at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    Scratch scratch(scratch_bytes<A>(padded_samples));
+    for (int64_t task = begin; task < end; ++task) {
+      f(task, scratch.data());
+    }
+  });
+}
+
+// Copies `size` elements from row to row; whole blocks without a call of memcpy.
+template <typename From, typename To>
+inline void copy_row(const From* from, To* to, int64_t size) {
+  constexpr int64_t kBlock = 16;
+  int64_t i = 0;
+  for (; i + kBlock <= size; i += kBlock) {
+    for (int64_t j = 0; j < kBlock; ++j) {
+      to[i + j] = static_cast<To>(from[i + j]);
+    }
+  }
+  for (; i < size; ++i) {
+    to[i] = static_cast<To>(from[i]);
+  }
+}
+
+constexpr int64_t kCopyBlock = 256;  // positions that a thread copies at least
+
+// The value rows (S, D) of heads [begin, end) of N * M, from (N, S, M, D) of any strides with D
+// contiguous to (end - begin, S, channels), zeros from D on.
+template <typename T, typename A>
+void pack(const Tensor& value, int64_t begin, int64_t end, int64_t channels, A* packed) {
+  const int64_t positions = value.size(1);
+  const int64_t heads = value.size(2);
+  const int64_t size = value.size(3);
+  const T* from = value.const_data_ptr<T>();
+  const auto strides = value.strides();
+  at::parallel_for(0, positions, kCopyBlock, [&](int64_t first, int64_t last) {
+    for (int64_t head = begin; head < end; ++head) {
+      const T* row = from + head / heads * strides[0] + first * strides[1] +
+          head % heads * strides[2];
+      A* to = packed + ((head - begin) * positions + first) * channels;
+      for (int64_t s = first; s < last; ++s, row += strides[1], to += channels) {
+        copy_row(row, to, size);
+        std::fill(to + size, to + channels, A(0));
+      }
+    }
+  });
+}
+
+// The inverse for a contiguous value, without the padding.
+template <typename T, typename A>
+void unpack(const A* packed, int64_t begin, int64_t end, int64_t channels, Tensor& value) {
+  const int64_t positions = value.size(1);
+  const int64_t heads = value.size(2);
+  const int64_t size = value.size(3);
+  T* to = value.mutable_data_ptr<T>();
+  at::parallel_for(0, positions, kCopyBlock, [&](int64_t first, int64_t last) {
+    for (int64_t head = begin; head < end; ++head) {
+      const A* row = packed + ((head - begin) * positions + first) * channels;
+      T* next = to + ((head / heads * positions + first) * heads + head % heads) * size;
+      for (int64_t s = first; s < last; ++s, row += channels, next += heads * size) {
+        copy_row(row, next, size);
+      }
+    }
+  });
+}
+
+// What the plain and the fused operator have in common, as tensors.
+struct Arguments {
+  Inputs inputs;
+  Tensor value;
+  Tensor points;
+  Tensor weights;
+  Tensor reference;  // undefined in the plain operator
+};
+
+Tensor in_arithmetic(const Tensor& tensor, const Tensor& value) {
+  return tensor.to(accumulator_type(value)).contiguous();
+}
+
+bool is_empty(const Sizes& sizes) {
+  return sizes.images * sizes.queries * sizes.heads * sizes.channels * sizes.levels *
+      sizes.points * sizes.positions == 0;
+}
+
+template <typename V, typename O, typename A>
+Call<V, O, A> make_call(
+    const Arguments& arguments,
+    const Table<A>& table,
+    const OriginArrays<A>& origins,
+    int64_t padded_samples) {
+  const Sizes& sizes = arguments.inputs.sizes;
+  Call<V, O, A> call{};
+  call.sizes = sizes;
+  call.table = table.view();
+  call.samples = sizes.levels * sizes.points;
+  call.padded_samples = padded_samples;
+  call.points = arguments.points.const_data_ptr<A>();
+  call.weights = arguments.weights.const_data_ptr<A>();
+  if (arguments.reference.defined()) {
+    call.origins = {origins.whole.data(), origins.part.data(), origins.unit.data()};
+    call.in_pixels = arguments.reference.size(3) == 2;
+  }
+  return call;
+}
+
+// Whether the rows of one head can be counted in 32 bits, as the kernels do.
+template <typename A>
+bool fits(const Sizes& sizes, int64_t row_stride) {
+  return sizeof(A) == sizeof(double) ||
+      sizes.positions * row_stride <= std::numeric_limits<int32_t>::max();
+}
+
+// Heads that are packed together: enough to fill the threads, and caches of about this size.
+constexpr int64_t kGroupBytes = 4 << 20;
+
+template <typename A>
+int64_t heads_in_group(const Sizes& sizes, int64_t channels) {
+  const int64_t bytes = sizes.positions * channels * static_cast<int64_t>(sizeof(A));
+  const int64_t heads = std::max<int64_t>(kGroupBytes / bytes, at::get_num_threads());
+  return std::min(heads, sizes.images * sizes.heads);
+}
+
+// The value rows of heads [begin, end) of N * M: packed (end - begin, S, channels), or where they lie
+// in (N, S, M, D).
+template <typename V>
+struct Group {
+  int64_t begin;
+  int64_t end;
+  bool packed;
+  const V* value;
+
+  // Where the rows of a head begin, in values and in gradients laid out alike.
+  int64_t offset(const Sizes& sizes, int64_t channels, int64_t head) const {
+    if (packed) {
+      return (head - begin) * sizes.positions * channels;
+    }
+    return (head / sizes.heads * sizes.positions * sizes.heads + head % sizes.heads) * channels;
+  }
+
+  // Elements of gradients laid out alike.
+  int64_t size(const Sizes& sizes, int64_t channels) const {
+    return (end - begin) * sizes.positions * channels;
+  }
+};
+
+// Calls f(call, group) for groups of heads: packed where that pays or must be, else all in one group
+// where they lie.
+template <typename T, typename F>
+void for_groups(const Arguments& arguments, const F& f) {
+  using A = Accumulator<T>;
+  const Sizes& sizes = arguments.inputs.sizes;
+  const int64_t heads = sizes.images * sizes.heads;
+  const int64_t padded_samples = round_up(sizes.levels * sizes.points, kSamplePadding);
+  const Table<A> table(arguments.inputs, padded_samples);
+  const OriginArrays<A> origins(arguments.inputs, arguments.reference);
+  if (!pays_to_pack(sizes) && fits<A>(sizes, sizes.heads * sizes.channels)) {
+    const Tensor value = arguments.value.contiguous();
+    auto call = make_call<Storage<T>, Storage<T>, A>(arguments, table, origins, padded_samples);
+    call.channels = sizes.channels;
+    call.row_stride = sizes.heads * sizes.channels;
+    const auto* rows = reinterpret_cast<const Storage<T>*>(value.const_data_ptr<T>());
+    f(call, Group<Storage<T>>{0, heads, false, rows});
+    return;
+  }
+  auto call = make_call<A, Storage<T>, A>(arguments, table, origins, padded_samples);
+  call.channels = padded_channels(sizes.channels);
+  call.row_stride = call.channels;
+  TORCH_CHECK(
+      fits<A>(sizes, call.row_stride),
+      "ms_deform_attn: value has S * D = ", sizes.positions, " * ", sizes.channels,
+      " elements a head, more than 2^31: split it by channels");
+  const int64_t group = heads_in_group<A>(sizes, call.channels);
+  const Tensor packed =
+      at::empty({group * sizes.positions * call.channels}, arguments.points.options());
+  A* rows = packed.mutable_data_ptr<A>();
+  for (int64_t begin = 0; begin < heads; begin += group) {
+    const int64_t end = std::min(begin + group, heads);
+    pack<T, A>(arguments.value, begin, end, call.channels, rows);
+    f(call, Group<A>{begin, end, true, rows});
+  }
+}
+
+// One head of a group; grad_rows is laid out like the group's values, or null.
+template <typename V, typename O, typename A>
+Head<V, A> head_of(const Call<V, O, A>& call, const Group<V>& group, int64_t head, A* grad_rows) {
+  const int64_t offset = group.offset(call.sizes, call.channels, head);
+  return {
+      head / call.sizes.heads,
+      head % call.sizes.heads,
+      group.value + offset,
+      grad_rows ? grad_rows + offset : nullptr};
+}
+
+template <typename V, typename O, typename A>
+void forward_group(const Call<V, O, A>& call, const Group<V>& group) {
+  const int64_t queries = call.sizes.queries;
+  const int64_t blocks = (queries + kQueryBlock - 1) / kQueryBlock;
+  const int64_t samples = std::min(queries, kQueryBlock) * call.samples;
+  const int64_t tasks = (group.end - group.begin) * blocks;
+  for_tasks<A>(tasks, samples, call.padded_samples, [&](int64_t task, char* scratch) {
+    const auto head =
+        head_of(call, group, group.begin + task / blocks, static_cast<A*>(nullptr));
+    const int64_t begin = task % blocks * kQueryBlock;
+    const int64_t end = std::min(begin + kQueryBlock, queries);
+    PSF_CALL_KERNEL(forward, call, head, begin, end, scratch)
+  });
+}
+
+// grad_rows is laid out like the group's values and added to, or null.
+template <typename V, typename O, typename A>
+void backward_group(const Call<V, O, A>& call, const Group<V>& group, A* grad_rows) {
+  // A task owns the value rows it adds to, so nothing is added atomically and the order of
+  // additions never changes: one head, or one level of it when there are threads to spare.
+  const Sizes& sizes = call.sizes;
+  const int64_t heads = group.end - group.begin;
+  const int64_t parts = heads >= at::get_num_threads() ? 1 : sizes.levels;
+  const int64_t samples = sizes.queries * call.samples / parts;
+  for_tasks<A>(heads * parts, samples, call.padded_samples, [&](int64_t task, char* scratch) {
+    const auto head = head_of(call, group, group.begin + task / parts, grad_rows);
+    const int64_t begin = parts == 1 ? 0 : task % parts;
+    const int64_t end = parts == 1 ? sizes.levels : begin + 1;
+    PSF_CALL_KERNEL(backward, call, head, begin, end, scratch)
+  });
+  if (parts == 1 || !call.origins.part || !call.grad_weights) {
+    return;
+  }
+  // Of tasks for single levels, none could go from the weights to the logits.
+  for_tasks<A>(
+      heads * sizes.queries, call.samples, call.padded_samples, [&](int64_t task, char* scratch) {
+        const int64_t head = group.begin + task / sizes.queries;
+        const int64_t query = head / sizes.heads * sizes.queries + task % sizes.queries;
+        const int64_t row = (query * sizes.heads + head % sizes.heads) * call.samples;
+        PSF_CALL_KERNEL(
+            softmax_backward,
+            call.table,
+            call.weights + row,
+            call.grad_weights + row,
+            call.samples,
+            scratch)
+      });
+}
+
+Tensor forward_of(const Arguments& arguments) {
+  const Sizes& sizes = arguments.inputs.sizes;
+  const std::array<int64_t, 3> shape = {
+      sizes.images, sizes.queries, sizes.heads * sizes.channels};
+  if (is_empty(sizes)) {
+    return at::zeros(shape, arguments.value.options());
+  }
+  Tensor output = at::empty(shape, arguments.value.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, output.scalar_type(), "ms_deform_attn", [&] {
+        auto* to = reinterpret_cast<Storage<scalar_t>*>(output.mutable_data_ptr<scalar_t>());
+        for_groups<scalar_t>(arguments, [&](auto& call, const auto& group) {
+          call.output = to;
+          forward_group(call, group);
+        });
+      });
+  return output;
+}
+
+// Gradients of value, points and weights (logits); an empty tensor (0,) for one that is not wanted,
+// since the result of a dispatched operator should be a defined tensor.
+Gradients backward_of(
+    const Arguments& arguments, const Tensor& grad_output, std::array<bool, 3> output_mask) {
+  const Sizes& sizes = arguments.inputs.sizes;
+  check_grad_output(grad_output, arguments.value, sizes);
+  const bool empty = is_empty(sizes);
+  const auto buffer = [&](bool wanted, const Tensor& like) {
+    return !wanted ? at::empty({0}, like.options())
+        : empty    ? at::zeros(like.sizes(), like.options())
+                   : at::empty(like.sizes(), like.options());
+  };
+  Tensor grad_value = buffer(output_mask[0], arguments.value);
+  Tensor grad_points = buffer(output_mask[1], arguments.points);
+  Tensor grad_weights = buffer(output_mask[2], arguments.weights);
+  if (empty) {
+    return {grad_value, grad_points, grad_weights};
+  }
+  const Tensor grad = grad_output.to(arguments.value.scalar_type()).contiguous();
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, grad_value.scalar_type(), "ms_deform_attn_backward", [&] {
+        using A = Accumulator<scalar_t>;
+        const auto* from =
+            reinterpret_cast<const Storage<scalar_t>*>(grad.const_data_ptr<scalar_t>());
+        Tensor grad_rows;
+        for_groups<scalar_t>(arguments, [&](auto& call, const auto& group) {
+          call.grad_output = from;
+          call.grad_points = output_mask[1] ? grad_points.mutable_data_ptr<A>() : nullptr;
+          call.grad_weights = output_mask[2] ? grad_weights.mutable_data_ptr<A>() : nullptr;
+          if (!output_mask[0]) {
+            backward_group(call, group, static_cast<A*>(nullptr));
+            return;
+          }
+          if (!grad_rows.defined()) {  // the first group is the largest
+            grad_rows = at::empty({group.size(sizes, call.channels)}, arguments.points.options());
+          }
+          Tensor part = grad_rows.narrow(0, 0, group.size(sizes, call.channels)).zero_();
+          backward_group(call, group, part.mutable_data_ptr<A>());
+          if (group.packed) {
+            unpack<scalar_t, A>(
+                part.const_data_ptr<A>(), group.begin, group.end, call.channels, grad_value);
+          } else {
+            grad_value.copy_(part.view(grad_value.sizes()));
+          }
+        });
+      });
+  return {grad_value, grad_points, grad_weights};
+}
+
+// ---- the operators ---------------------------------------------------------------------------
 // The CPU kernels are deterministic, so the flag changes nothing.
+
+Arguments plain_arguments(
+    const Tensor& value,
+    at::IntArrayRef spatial_shapes,
+    const Tensor& locations,
+    const Tensor& weights) {
+  Inputs inputs = check_inputs(value, spatial_shapes, locations, weights);
+  return {
+      std::move(inputs),
+      value.stride(3) == 1 ? value : value.contiguous(),
+      in_arithmetic(locations, value),
+      in_arithmetic(weights, value),
+      Tensor()};
+}
+
 Tensor forward_cpu(
     const Tensor& value,
     at::IntArrayRef spatial_shapes,
     const Tensor& locations,
     const Tensor& weights,
     bool /*deterministic*/) {
-  const Inputs inputs = check_inputs(value, spatial_shapes, locations, weights);
-  const Sizes& sizes = inputs.sizes;
-  const Tensor v = value.contiguous();
-  const Tensor x = locations.to(accumulator_type(value)).contiguous();
-  const Tensor w = weights.to(accumulator_type(value)).contiguous();
-  Tensor output =
-      at::empty({sizes.images, sizes.queries, sizes.heads * sizes.channels}, value.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, value.scalar_type(), "ms_deform_attn", [&] {
-        using A = Accumulator<scalar_t>;
-        ms_deform_attn_cpu<scalar_t, A>(
-            sizes,
-            inputs.levels,
-            v.const_data_ptr<scalar_t>(),
-            x.const_data_ptr<A>(),
-            w.const_data_ptr<A>(),
-            output.mutable_data_ptr<scalar_t>());
-      });
-  return output;
+  return forward_of(plain_arguments(value, spatial_shapes, locations, weights));
 }
 
-// A gradient that is not asked for is returned as an empty tensor (0,), since the result of a
-// dispatched operator should be a defined tensor.
 Gradients backward_cpu(
     const Tensor& grad_output,
     const Tensor& value,
@@ -393,38 +590,69 @@ Gradients backward_cpu(
     const Tensor& weights,
     std::array<bool, 3> output_mask,
     bool /*deterministic*/) {
-  const Inputs inputs = check_inputs(value, spatial_shapes, locations, weights);
-  const Sizes& sizes = inputs.sizes;
-  check_grad_output(grad_output, value, sizes);
-  const Tensor v = value.contiguous();
-  const Tensor x = locations.to(accumulator_type(value)).contiguous();
-  const Tensor w = weights.to(accumulator_type(value)).contiguous();
-  const Tensor grad = grad_output.to(value.scalar_type()).contiguous();
-  const auto options = x.options();  // of the arithmetic
-  const auto buffer = [&](bool wanted, const Tensor& like) {
-    return wanted ? at::empty_like(like) : at::empty({0}, options);
-  };
-  Tensor grad_value = at::zeros(output_mask[0] ? value.sizes() : at::IntArrayRef({0}), options);
-  Tensor grad_locations = buffer(output_mask[1], x);
-  Tensor grad_weights = buffer(output_mask[2], w);
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, value.scalar_type(), "ms_deform_attn_backward", [&] {
-        using A = Accumulator<scalar_t>;
-        ms_deform_attn_backward_cpu<scalar_t, A>(
-            sizes,
-            inputs.levels,
-            grad.const_data_ptr<scalar_t>(),
-            v.const_data_ptr<scalar_t>(),
-            x.const_data_ptr<A>(),
-            w.const_data_ptr<A>(),
-            output_mask[0] ? grad_value.mutable_data_ptr<A>() : nullptr,
-            output_mask[1] ? grad_locations.mutable_data_ptr<A>() : nullptr,
-            output_mask[2] ? grad_weights.mutable_data_ptr<A>() : nullptr);
-      });
+  auto [grad_value, grad_locations, grad_weights] = backward_of(
+      plain_arguments(value, spatial_shapes, locations, weights), grad_output, output_mask);
   return {
-      grad_value.to(value.scalar_type()),
+      grad_value,
       grad_locations.to(locations.scalar_type()),
       grad_weights.to(weights.scalar_type())};
+}
+
+Arguments fused_arguments(
+    const Tensor& value,
+    at::IntArrayRef spatial_shapes,
+    const Tensor& reference_points,
+    const Tensor& sampling_offsets,
+    const Tensor& attention_logits) {
+  Inputs inputs = check_fused_inputs(
+      value, spatial_shapes, reference_points, sampling_offsets, attention_logits);
+  return {
+      std::move(inputs),
+      value.stride(3) == 1 ? value : value.contiguous(),
+      in_arithmetic(sampling_offsets, value),
+      in_arithmetic(attention_logits, value),
+      in_arithmetic(reference_points, value)};
+}
+
+Tensor forward_fused_cpu(
+    const Tensor& value,
+    at::IntArrayRef spatial_shapes,
+    const Tensor& reference_points,
+    const Tensor& sampling_offsets,
+    const Tensor& attention_logits,
+    bool /*deterministic*/) {
+  return forward_of(fused_arguments(
+      value, spatial_shapes, reference_points, sampling_offsets, attention_logits));
+}
+
+FusedGradients backward_fused_cpu(
+    const Tensor& grad_output,
+    const Tensor& value,
+    at::IntArrayRef spatial_shapes,
+    const Tensor& reference_points,
+    const Tensor& sampling_offsets,
+    const Tensor& attention_logits,
+    std::array<bool, 4> output_mask,
+    bool /*deterministic*/) {
+  const Arguments arguments = fused_arguments(
+      value, spatial_shapes, reference_points, sampling_offsets, attention_logits);
+  auto [grad_value, grad_points, grad_logits] = backward_of(
+      arguments, grad_output, {output_mask[0], output_mask[1] || output_mask[2], output_mask[3]});
+  auto [grad_reference, grad_offsets] = point_gradients(
+      arguments.inputs,
+      arguments.reference,
+      arguments.points,
+      grad_points,
+      {output_mask[1], output_mask[2]});
+  return {
+      grad_value,
+      grad_reference.to(reference_points.scalar_type()),
+      grad_offsets.to(sampling_offsets.scalar_type()),
+      grad_logits.to(attention_logits.scalar_type())};
+}
+
+std::string cpu_capability() {
+  return name(capability());
 }
 
 }  // namespace
@@ -432,6 +660,12 @@ Gradients backward_cpu(
 TORCH_LIBRARY_IMPL(psf, CPU, m) {
   m.impl("ms_deform_attn", &forward_cpu);
   m.impl("ms_deform_attn_backward", &backward_cpu);
+  m.impl("ms_deform_attn_fused", &forward_fused_cpu);
+  m.impl("ms_deform_attn_fused_backward", &backward_fused_cpu);
+}
+
+TORCH_LIBRARY_FRAGMENT(psf, m) {
+  m.def("cpu_capability() -> str", &cpu_capability);
 }
 
 }  // namespace psf

@@ -1,7 +1,11 @@
 #include "ms_deform_attn_inputs.h"
 
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 #include <initializer_list>
 #include <limits>
@@ -141,6 +145,45 @@ void check_grad_output(const Tensor& grad_output, const Tensor& value, const Siz
       "ms_deform_attn_backward: grad_output must have shape (N, Q, M * D) = ",
       at::IntArrayRef(expected), ", got ", grad_output.sizes());
   check_device(grad_output, "grad_output", value);
+}
+
+std::tuple<Tensor, Tensor> point_gradients(
+    const Inputs& inputs,
+    const Tensor& reference_points,
+    const Tensor& sampling_offsets,
+    const Tensor& grad_points,
+    std::array<bool, 2> output_mask) {
+  const auto none = [&] { return at::empty({0}, grad_points.options()); };
+  const std::array<int64_t, 2> heads_and_points = {2, 4};  // dimensions of (N, Q, M, L, P, 2)
+  if (reference_points.size(3) == 2) {
+    Tensor grad_reference = none();
+    if (output_mask[0]) {
+      // location = reference + offset / (W, H)
+      std::vector<double> sizes;
+      for (const Level& level : inputs.levels) {
+        sizes.push_back(static_cast<double>(level.width));
+        sizes.push_back(static_cast<double>(level.height));
+      }
+      const Tensor size = at::tensor(sizes, grad_points.options()).view({-1, 2});  // (L, 2)
+      grad_reference = grad_points.sum(heads_and_points).mul_(size);
+    }
+    return {grad_reference, output_mask[1] ? grad_points : none()};
+  }
+  // location = centre + offset * size / 2 P
+  const double unit = 0.5 / static_cast<double>(std::max<int64_t>(inputs.sizes.points, 1));
+  Tensor grad_reference = none();
+  if (output_mask[0]) {
+    grad_reference = at::cat(
+        std::vector<Tensor>{
+            grad_points.sum(heads_and_points),
+            grad_points.mul(sampling_offsets).sum(heads_and_points).mul_(unit)},
+        -1);
+  }
+  if (!output_mask[1]) {
+    return {grad_reference, none()};
+  }
+  const Tensor size = reference_points.slice(3, 2).unsqueeze(2).unsqueeze(4);  // (N, Q, 1, L, 1, 2)
+  return {grad_reference, grad_points.mul(size.mul(unit))};
 }
 
 }  // namespace psf

@@ -5,6 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -43,5 +44,15 @@ Inputs check_fused_inputs(
 
 // Checks that the gradient of the output has the output's shape and device.
 void check_grad_output(const at::Tensor& grad_output, const at::Tensor& value, const Sizes& sizes);
+
+// Gradients of reference points and offsets of the fused operator, each an empty tensor (0,) unless
+// wanted. grad_points (N, Q, M, L, P, 2) is the gradient of the offsets for reference points, that of
+// the locations for boxes.
+std::tuple<at::Tensor, at::Tensor> point_gradients(
+    const Inputs& inputs,
+    const at::Tensor& reference_points,
+    const at::Tensor& sampling_offsets,
+    const at::Tensor& grad_points,
+    std::array<bool, 2> output_mask);
 
 }  // namespace psf

@@ -1,0 +1,329 @@
+"""Weights of others: the authors' released checkpoints and ImageNet backbones, to and from ours.
+
+A format is a table of names. In a name ``*`` stands for a number, and a name that ends in a dot for
+all that begin so. Every entry of a checkpoint must be in the table or in the list of what is
+dropped: nothing is skipped silently.
+"""
+
+import pickle
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Format(NamedTuple):
+    """Where the entries of a foreign state dict belong in this project's model."""
+
+    name: str
+    signs: tuple[str, ...]  # entries that together tell the format from others
+    names: dict[str, str]  # theirs to ours
+    dropped: dict[str, str]  # theirs to the reason
+    lacks: tuple[str, ...] = ()  # the beginnings of our names that are not in it
+
+
+class Conversion(NamedTuple):
+    """A converted state dict."""
+
+    state_dict: dict[str, Tensor]
+    dropped: dict[str, str]  # the entries that were left out, with the reason
+
+
+def _inside(theirs: str, ours: str, names: Mapping[str, str]) -> dict[str, str]:
+    """The names of a module, with the module's own name before them."""
+    return {theirs + key: ours + value for key, value in names.items()}
+
+
+_NO_TRAINING = "counts training batches; normalisation is frozen"
+_CLASSIFIER = "the ImageNet classifier"
+
+# torchvision's ResNet (also mmdet's "pytorch" style) to Detectron2's.
+_RESNET = {
+    "conv1.": "stem.conv1.",
+    "bn1.": "stem.conv1.norm.",
+    **{
+        f"layer{stage}.*.{theirs}": f"res{stage + 1}.*.{ours}"
+        for stage in (1, 2, 3, 4)
+        for theirs, ours in {
+            **{f"conv{i}.": f"conv{i}." for i in (1, 2, 3)},
+            **{f"bn{i}.": f"conv{i}.norm." for i in (1, 2, 3)},
+            "downsample.0.": "shortcut.",
+            "downsample.1.": "shortcut.norm.",
+        }.items()
+    },
+}
+_RESNET_DROPPED = {
+    "bn1.num_batches_tracked": _NO_TRAINING,
+    **{f"layer{s}.*.bn*.num_batches_tracked": _NO_TRAINING for s in (1, 2, 3, 4)},
+    **{f"layer{s}.*.downsample.1.num_batches_tracked": _NO_TRAINING for s in (1, 2, 3, 4)},
+}
+# Swin's authors' to Detectron2's: the same.
+_SWIN = {name: name for name in ("patch_embed.", "layers.", "norm1.", "norm2.", "norm3.")}
+# PVTv2's authors' to timm's, as a list of features.
+_PVT_V2 = {
+    "patch_embed1.": "net.patch_embed.",
+    **{f"patch_embed{i}.": f"net.stages_{i - 1}.downsample." for i in (2, 3, 4)},
+    **{f"block{i}.*.": f"net.stages_{i - 1}.blocks.*." for i in (1, 2, 3, 4)},
+    **{
+        f"block{i}.*.mlp.dwconv.dwconv.": f"net.stages_{i - 1}.blocks.*.mlp.dwconv."
+        for i in (1, 2, 3, 4)
+    },
+    **{f"norm{i}.": f"net.stages_{i - 1}.norm." for i in (1, 2, 3, 4)},
+}
+_TIMM_PVT_V2 = {
+    "patch_embed.": "net.patch_embed.",
+    **{f"stages.{i}.": f"net.stages_{i}." for i in (0, 1, 2, 3)},
+}
+
+_FEEDFORWARD = {"ffns.0.layers.0.0.": "ffn.0.", "ffns.0.layers.1.": "ffn.3."}
+_ENCODER_LAYER = {
+    "attentions.0.": "self_attn.",
+    **_FEEDFORWARD,
+    "norms.0.": "norm1.",
+    "norms.1.": "norm2.",
+}
+_LOCATION_LAYER = {
+    "attentions.0.attn.": "self_attn.",
+    "attentions.1.": "cross_attn.",
+    **_FEEDFORWARD,
+    "norms.0.": "norm1.",
+    "norms.1.": "norm2.",
+    "norms.2.": "norm3.",
+}
+_ATTENTION_MAPS = {
+    "q.": "q_proj.",
+    "k.": "k_proj.",
+    **{f"linear_l{level + 1}.0.": f"level_projs.{level}." for level in (0, 1, 2)},
+    "linear.0.": "mask_proj.",
+}
+_MASK_LAYER = {
+    **_inside("attn.", "cross_attn.", {**_ATTENTION_MAPS, "v.": "v_proj.", "proj.": "out_proj."}),
+    "head_norm1.": "norm1.",
+    "head_norm2.": "norm2.",
+    "mlp.fc1.": "ffn.0.",
+    "mlp.fc2.": "ffn.3.",
+    # Of the stack for stuff only.
+    "self_attention.qkv.weight": "self_attn.in_proj_weight",
+    "self_attention.qkv.bias": "self_attn.in_proj_bias",
+    "self_attention.proj.": "self_attn.out_proj.",
+    "norm3.": "norm3.",
+}
+_MASK_STACK = {
+    **_inside("blocks.*.", "layers.*.", _MASK_LAYER),
+    **_inside("attnen.", "tail.", _ATTENTION_MAPS),
+}
+_NOT_TRAINED = "its loss is multiplied by zero and inference does not use it"
+
+_HEADS = {
+    **{f"neck.convs.{level}.conv.": f"input_proj.{level}.0." for level in (0, 1, 2)},
+    **{f"neck.convs.{level}.gn.": f"input_proj.{level}.1." for level in (0, 1, 2)},
+    "neck.extra_convs.0.conv.": "input_proj.3.0.",
+    "neck.extra_convs.0.gn.": "input_proj.3.1.",
+    "bbox_head.transformer.level_embeds": "pixel_encoder.level_embed",
+    **_inside("bbox_head.transformer.encoder.layers.*.", "pixel_encoder.layers.*.", _ENCODER_LAYER),
+    **_inside(
+        "bbox_head.transformer.decoder.layers.*.", "location_decoder.layers.*.", _LOCATION_LAYER
+    ),
+    "bbox_head.transformer.reference_points.": "location_decoder.reference_points.",
+    "bbox_head.query_embedding.": "location_decoder.query_embed.",
+    "bbox_head.cls_branches.": "location_decoder.class_heads.",
+    "bbox_head.reg_branches.": "location_decoder.box_heads.",
+    "bbox_head.stuff_query.": "mask_decoder.stuff_query.",
+    "bbox_head.cls_stuff_branches.": "mask_decoder.stuff_heads.",
+    **_inside("bbox_head.things_mask_head.", "mask_decoder.things.", _MASK_STACK),
+    **_inside("bbox_head.stuff_mask_head.", "mask_decoder.stuff.", _MASK_STACK),
+}
+_HEADS_DROPPED = {
+    "bbox_head.cls_thing_branches.": _NOT_TRAINED,
+    "bbox_head.reg_branches2.": _NOT_TRAINED,
+}
+
+
+def _authors(
+    backbone: str, sign: str, names: Mapping[str, str], dropped: Mapping[str, str]
+) -> Format:
+    return Format(
+        name=f"the authors' released Panoptic SegFormer on {backbone}",
+        signs=("bbox_head.query_embedding.weight", f"backbone.{sign}"),
+        names={**_inside("backbone.", "backbone.", names), **_HEADS},
+        dropped={**_inside("backbone.", "", dropped), **_HEADS_DROPPED},
+    )
+
+
+AUTHORS = (
+    _authors("ResNet", "layer1.0.conv1.weight", _RESNET, _RESNET_DROPPED),
+    _authors("PVTv2", "patch_embed1.proj.weight", _PVT_V2, {}),
+    _authors("Swin", "patch_embed.proj.weight", _SWIN, {}),
+)
+TORCHVISION_RESNET = Format(
+    name="torchvision's ResNet",
+    signs=("conv1.weight", "layer1.0.conv1.weight"),
+    names=_inside("", "backbone.", _RESNET),
+    dropped={**_RESNET_DROPPED, "fc.": _CLASSIFIER},
+)
+SWIN = Format(
+    name="the official Swin Transformer",
+    signs=("patch_embed.proj.weight", "layers.0.blocks.0.attn.relative_position_bias_table"),
+    names=_inside("", "backbone.", _SWIN),
+    dropped={
+        "norm.": "the classifier's normalisation; the maps that are used have their own",
+        "head.": _CLASSIFIER,
+        "layers.*.blocks.*.attn_mask": "depends on the size of the image",
+    },
+    lacks=("backbone.norm",),
+)
+PVT_V2 = Format(
+    name="the official PVTv2",
+    signs=("patch_embed1.proj.weight", "block1.0.attn.q.weight"),
+    names=_inside("", "backbone.", _PVT_V2),
+    dropped={"head.": _CLASSIFIER},
+)
+TIMM_PVT_V2 = Format(
+    name="timm's PVTv2",
+    signs=("patch_embed.proj.weight", "stages.0.blocks.0.attn.kv.weight"),
+    names=_inside("", "backbone.", _TIMM_PVT_V2),
+    dropped={"head.": _CLASSIFIER},
+)
+FORMATS = (*AUTHORS, TORCHVISION_RESNET, SWIN, PVT_V2, TIMM_PVT_V2)
+
+# What the authors' own loader renames: early checkpoints have the names on the left.
+OLD_NAMES = {
+    "bbox_head.mask_head.": "bbox_head.things_mask_head.",
+    "bbox_head.mask_head2.": "bbox_head.stuff_mask_head.",
+    "bbox_head.cls_branches2.": "bbox_head.cls_thing_branches.",
+}
+
+
+def read(path: str) -> dict[str, Any]:
+    """
+    Read a file of ``torch.save``, tensors and plain values only: it cannot run code.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"'{path}' is not a PyTorch checkpoint of tensors and plain values, and anything else "
+            f"could run code when it is read ({str(error).splitlines()[0]}). If you trust its "
+            "source, load it with torch.load(path, weights_only=False), and save its state dict "
+            "alone with torch.save."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"'{path}' holds a {type(content).__name__}, not a dict of weights")
+    return content
+
+
+def find_state_dict(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """
+    The weights in a checkpoint, without the ``module.`` of a wrapped model and with present names.
+
+    Args:
+        content: of a checkpoint: weights alone, or under ``state_dict`` (mmcv) or ``model``;
+            optimizer and the rest are ignored.
+
+    Raises:
+        ValueError: there are none, or something among them is not a tensor.
+    """
+    for key in ("state_dict", "model"):
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not content:
+        raise ValueError("The checkpoint holds no weights")
+    others = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(
+            f"The checkpoint's weights are neither under 'state_dict' nor under 'model', and "
+            f"among its entries {', '.join(sorted(others)[:5])} are not tensors"
+        )
+    weights = {name.removeprefix("module."): value for name, value in content.items()}
+    for old, new in OLD_NAMES.items():
+        weights = {
+            new + name.removeprefix(old) if name.startswith(old) else name: value
+            for name, value in weights.items()
+        }
+    return weights
+
+
+def recognise(state_dict: Mapping[str, Tensor]) -> Format | None:
+    """The format of a foreign state dict; None if it is no known one."""
+    return next((f for f in FORMATS if all(sign in state_dict for sign in f.signs)), None)
+
+
+def convert(state_dict: Mapping[str, Tensor], source: Format) -> Conversion:
+    """
+    Rename the entries of a foreign state dict to those of this project's model.
+
+    Raises:
+        ValueError: an entry is neither in the format's names nor in what it drops.
+    """
+    dropped = _Names({name: name for name in source.dropped})
+    names = _Names(source.names)
+    reasons = {
+        name: source.dropped[rule]
+        for name in state_dict
+        if (rule := dropped.rule(name)) is not None
+    }
+    kept = [name for name in state_dict if name not in reasons]
+    renamed = names.rename_all(kept, source.name)
+    return Conversion({renamed[name]: state_dict[name] for name in kept}, reasons)
+
+
+def to_authors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """
+    Rename the entries of a model with the ``decoupled`` mask decoder to the authors' names.
+
+    What :func:`convert` dropped is not there; the authors' loader does not ask for it.
+
+    Raises:
+        ValueError: the model has parts that the authors' has not.
+    """
+    tables = [_Names({ours: theirs for theirs, ours in f.names.items()}) for f in AUTHORS]
+    # Each of the three knows the names of its own backbone only.
+    table = max(tables, key=lambda t: sum(t.rule(name) is not None for name in state_dict))
+    renamed = table.rename_all(list(state_dict), "the authors' released Panoptic SegFormer")
+    return {renamed[name]: value for name, value in state_dict.items()}
+
+
+class _Names:
+    """A table of names, made ready to look them up."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        # The longest first: "stem.conv1.norm." before "stem.conv1.".
+        self.rules = [
+            (rule, re.compile(_pattern(rule)), names[rule])
+            for rule in sorted(names, key=len, reverse=True)
+        ]
+
+    def rule(self, name: str) -> str | None:
+        """The entry of the table that holds for a name."""
+        return next((rule for rule, pattern, _ in self.rules if pattern.fullmatch(name)), None)
+
+    def rename_all(self, names: list[str], table: str) -> dict[str, str]:
+        renamed = {name: self._rename(name) for name in names}
+        unknown = sorted(name for name, new in renamed.items() if new is None)
+        if unknown:
+            raise ValueError(
+                f"{len(unknown)} of {len(names)} entries are not in the table of {table}: "
+                f"{', '.join(unknown[:10])}{' ...' if len(unknown) > 10 else ''}"
+            )
+        return {name: new for name, new in renamed.items() if new is not None}
+
+    def _rename(self, name: str) -> str | None:
+        for _, pattern, target in self.rules:
+            match = pattern.fullmatch(name)
+            if match is not None:
+                *numbers, rest = match.groups()
+                for number in numbers:
+                    target = target.replace("*", number, 1)
+                return target + rest
+        return None
+
+
+def _pattern(rule: str) -> str:
+    """The regular expression of a name of a table; its last group is what follows the name."""
+    return re.escape(rule).replace(r"\*", r"(\d+)") + ("(.*)" if rule.endswith(".") else "()")

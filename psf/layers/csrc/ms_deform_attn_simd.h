@@ -1,0 +1,292 @@
+// Short vectors for the CPU kernels: GCC's and clang's vector extension, which compiles to whatever
+// the instruction set of the file offers, and plain arrays for other compilers.
+//
+// Included inside the namespace of an instruction set, so that no inline function compiled for one
+// set can be linked in place of another's.
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;  // what every x86-64 and ARM64 processor has
+#endif
+
+#if defined(__GNUC__)
+#define PSF_INLINE inline __attribute__((always_inline))
+#define PSF_PREFETCH(address) __builtin_prefetch(address)
+#define PSF_LAMBDA_INLINE __attribute__((always_inline))
+#define PSF_UNROLL(turns) _Pragma(PSF_STRING(GCC unroll turns))
+#define PSF_STRING(text) #text
+#else
+#define PSF_INLINE inline
+#define PSF_PREFETCH(address) static_cast<void>(address)
+#define PSF_LAMBDA_INLINE
+#define PSF_UNROLL(turns)
+#endif
+
+#if defined(__GNUC__) && !defined(PSF_PLAIN_VECTORS)
+
+template <typename A, int kLanes>
+struct VectorOf {
+  typedef A Type __attribute__((vector_size(kLanes * sizeof(A))));
+};
+template <typename A, int kLanes>
+using Vector = typename VectorOf<A, kLanes>::Type;
+template <typename A, int kLanes>
+using IndexVector = Vector<typename IndexOf<A>::Type, kLanes>;
+
+template <typename A, int kLanes>
+PSF_INLINE Vector<A, kLanes> splat(A x) {
+  return x - Vector<A, kLanes>{};  // unlike 0 + x, x - 0 is x for every x: nothing to compute
+}
+
+template <typename A, int kLanes>
+PSF_INLINE Vector<A, kLanes> select(
+    IndexVector<A, kLanes> mask, Vector<A, kLanes> yes, Vector<A, kLanes> no) {
+  return mask ? yes : no;
+}
+
+template <typename A, int kLanes>
+PSF_INLINE IndexVector<A, kLanes> select_index(
+    IndexVector<A, kLanes> mask, IndexVector<A, kLanes> yes, IndexVector<A, kLanes> no) {
+  return mask ? yes : no;
+}
+
+template <typename A, int kLanes>
+PSF_INLINE IndexVector<A, kLanes> to_index(Vector<A, kLanes> x) {
+  return __builtin_convertvector(x, IndexVector<A, kLanes>);
+}
+
+template <typename A, int kLanes>
+PSF_INLINE Vector<A, kLanes> to_value(IndexVector<A, kLanes> x) {
+  return __builtin_convertvector(x, Vector<A, kLanes>);
+}
+
+template <int... kIndices>
+struct Indices {};
+
+template <typename A, int kLanes, int... kIndices>
+PSF_INLINE Vector<A, kLanes> shuffle(
+    Vector<A, kLanes> a, Vector<A, kLanes> b, Indices<kIndices...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kIndices...);
+#else
+  return __builtin_shuffle(a, b, IndexVector<A, kLanes>{kIndices...});
+#endif
+}
+
+// Lane i of the result is lane index[i] of a.
+template <typename A, int kLanes>
+PSF_INLINE Vector<A, kLanes> permute(Vector<A, kLanes> a, IndexVector<A, kLanes> index) {
+#if defined(__clang__)
+  Vector<A, kLanes> v;
+  for (int i = 0; i < kLanes; ++i) {
+    v[i] = a[index[i]];
+  }
+  return v;
+#else
+  return __builtin_shuffle(a, index);
+#endif
+}
+
+#else
+
+// Element by element; optimising compilers turn the loops into what they can.
+template <typename A, int kLanes>
+struct Vector {
+  A lane[kLanes];
+
+  A operator[](int i) const {
+    return lane[i];
+  }
+  A& operator[](int i) {
+    return lane[i];
+  }
+};
+template <typename A, int kLanes>
+using IndexVector = Vector<typename IndexOf<A>::Type, kLanes>;
+
+#define PSF_LANEWISE(OPERATOR)                                                      \
+  template <typename A, int kLanes>                                                 \
+  inline Vector<A, kLanes> operator OPERATOR(Vector<A, kLanes> a, Vector<A, kLanes> b) { \
+    for (int i = 0; i < kLanes; ++i) {                                              \
+      a[i] = static_cast<A>(a[i] OPERATOR b[i]);                                    \
+    }                                                                               \
+    return a;                                                                       \
+  }
+PSF_LANEWISE(+)
+PSF_LANEWISE(-)
+PSF_LANEWISE(*)
+PSF_LANEWISE(/)
+PSF_LANEWISE(&)
+PSF_LANEWISE(|)
+#undef PSF_LANEWISE
+
+#define PSF_COMPARISON(OPERATOR)                                                          \
+  template <typename A, int kLanes>                                                       \
+  inline IndexVector<A, kLanes> operator OPERATOR(Vector<A, kLanes> a, Vector<A, kLanes> b) { \
+    IndexVector<A, kLanes> mask;                                                          \
+    for (int i = 0; i < kLanes; ++i) {                                                    \
+      mask[i] = a[i] OPERATOR b[i] ? -1 : 0;                                              \
+    }                                                                                     \
+    return mask;                                                                          \
+  }
+PSF_COMPARISON(<)
+PSF_COMPARISON(>)
+PSF_COMPARISON(>=)
+#undef PSF_COMPARISON
+
+template <typename A, int kLanes>
+inline Vector<A, kLanes>& operator+=(Vector<A, kLanes>& a, Vector<A, kLanes> b) {
+  a = a + b;
+  return a;
+}
+
+template <typename A, int kLanes>
+inline Vector<A, kLanes> splat(A x) {
+  Vector<A, kLanes> v;
+  for (int i = 0; i < kLanes; ++i) {
+    v[i] = x;
+  }
+  return v;
+}
+
+template <typename A, int kLanes>
+inline Vector<A, kLanes> select(
+    IndexVector<A, kLanes> mask, Vector<A, kLanes> yes, Vector<A, kLanes> no) {
+  for (int i = 0; i < kLanes; ++i) {
+    no[i] = mask[i] ? yes[i] : no[i];
+  }
+  return no;
+}
+
+template <typename A, int kLanes>
+inline IndexVector<A, kLanes> select_index(
+    IndexVector<A, kLanes> mask, IndexVector<A, kLanes> yes, IndexVector<A, kLanes> no) {
+  for (int i = 0; i < kLanes; ++i) {
+    no[i] = mask[i] ? yes[i] : no[i];
+  }
+  return no;
+}
+
+template <typename A, int kLanes>
+inline IndexVector<A, kLanes> to_index(Vector<A, kLanes> x) {
+  IndexVector<A, kLanes> v;
+  for (int i = 0; i < kLanes; ++i) {
+    v[i] = static_cast<typename IndexOf<A>::Type>(x[i]);
+  }
+  return v;
+}
+
+template <typename A, int kLanes>
+inline Vector<A, kLanes> to_value(IndexVector<A, kLanes> x) {
+  Vector<A, kLanes> v;
+  for (int i = 0; i < kLanes; ++i) {
+    v[i] = static_cast<A>(x[i]);
+  }
+  return v;
+}
+
+template <int... kIndices>
+struct Indices {};
+
+template <typename A, int kLanes, int... kIndices>
+inline Vector<A, kLanes> shuffle(Vector<A, kLanes> a, Vector<A, kLanes> b, Indices<kIndices...>) {
+  const int index[] = {kIndices...};
+  Vector<A, kLanes> v;
+  for (int i = 0; i < kLanes; ++i) {
+    v[i] = index[i] < kLanes ? a[index[i]] : b[index[i] - kLanes];
+  }
+  return v;
+}
+
+template <typename A, int kLanes>
+inline Vector<A, kLanes> permute(Vector<A, kLanes> a, IndexVector<A, kLanes> index) {
+  Vector<A, kLanes> v;
+  for (int i = 0; i < kLanes; ++i) {
+    v[i] = a[index[i]];
+  }
+  return v;
+}
+
+#endif
+
+// Whether every lane of a mask is set.
+template <typename A, int kLanes>
+PSF_INLINE bool all_set(IndexVector<A, kLanes> mask) {
+#if defined(__AVX512DQ__) && !defined(PSF_PLAIN_VECTORS)
+  if constexpr (sizeof(mask) == 64) {
+    const __m512i bits = reinterpret_cast<const __m512i&>(mask);
+    return sizeof(A) == 4 ? _mm512_movepi32_mask(bits) == 0xffff
+                          : _mm512_movepi64_mask(bits) == 0xff;
+  }
+#endif
+#if defined(__AVX2__) && !defined(PSF_PLAIN_VECTORS)
+  if constexpr (sizeof(mask) == 32) {
+    return _mm256_movemask_epi8(reinterpret_cast<const __m256i&>(mask)) == -1;
+  }
+#endif
+  typename IndexOf<A>::Type common = mask[0];
+  for (int i = 1; i < kLanes; ++i) {
+    common &= mask[i];
+  }
+  return common != 0;
+}
+
+// Loads and stores, unaligned.
+template <typename A, int kLanes>
+PSF_INLINE Vector<A, kLanes> load(const A* from) {
+  Vector<A, kLanes> v;
+  std::memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+template <typename A, int kLanes>
+PSF_INLINE IndexVector<A, kLanes> load_index(const typename IndexOf<A>::Type* from) {
+  IndexVector<A, kLanes> v;
+  std::memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+template <typename A, int kLanes>
+PSF_INLINE void store(Vector<A, kLanes> v, A* to) {
+  std::memcpy(to, &v, sizeof(v));
+}
+
+template <typename A, int kLanes>
+PSF_INLINE void store_index(IndexVector<A, kLanes> v, typename IndexOf<A>::Type* to) {
+  std::memcpy(to, &v, sizeof(v));
+}
+
+// What rounding took from the product p = a * b: a * b - p, exact.
+template <typename A, int kLanes>
+PSF_INLINE Vector<A, kLanes> product_error(
+    Vector<A, kLanes> a, Vector<A, kLanes> b, Vector<A, kLanes> p) {
+  Vector<A, kLanes> error;
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  for (int i = 0; i < kLanes; ++i) {
+    error[i] = std::fma(a[i], b[i], -p[i]);
+  }
+#else
+  // Without fused multiplication: Dekker's product of Veltkamp's halves.
+  const A split = sizeof(A) == 4 ? A(4097) : A(134217729);  // 2^12 + 1, 2^27 + 1
+  for (int i = 0; i < kLanes; ++i) {
+    const A scaled_a = split * a[i];
+    const A scaled_b = split * b[i];
+    const A high_a = scaled_a - (scaled_a - a[i]);
+    const A high_b = scaled_b - (scaled_b - b[i]);
+    const A low_a = a[i] - high_a;
+    const A low_b = b[i] - high_b;
+    error[i] = ((high_a * high_b - p[i]) + high_a * low_b + low_a * high_b) + low_a * low_b;
+  }
+#endif
+  return error;
+}
+
+// The largest integer not above x, for |x| < 2^30.
+template <typename A, int kLanes>
+PSF_INLINE IndexVector<A, kLanes> floor_index(Vector<A, kLanes> x) {
+  const IndexVector<A, kLanes> truncated = to_index<A, kLanes>(x);
+  return truncated + (x < to_value<A, kLanes>(truncated));  // a mask is -1
+}

@@ -1,0 +1,103 @@
+"""Loading ``MODEL.WEIGHTS``: Detectron2's checkpoints, and those of others by conversion."""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import Tensor
+
+from psf import checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+class Origin(NamedTuple):
+    """Where converted weights are from."""
+
+    path: str
+    source: checkpoint.Format
+    dropped: dict[str, str]  # entries to reasons
+
+
+class Checkpointer(DetectionCheckpointer):
+    """
+    Detectron2's checkpointer, which also knows the formats of :mod:`psf.checkpoint`.
+
+    A file in one of these is converted when it is read, and must fit the model when it is loaded:
+    nothing in it is left over, and only what its format cannot have is missing. One line in the log
+    says what became of it.
+    """
+
+    def _torch_load(self, f: str) -> dict[str, Any]:
+        content = checkpoint.read(f)
+        weights = checkpoint.find_state_dict(content)
+        source = checkpoint.recognise(weights)
+        if source is None:  # this project's own, or what the model will refuse
+            return content if "model" in content else {"model": weights}
+        conversion = checkpoint.convert(weights, source)
+        origin = Origin(f, source, conversion.dropped)
+        return {"model": conversion.state_dict, "origin": origin}
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        origin: Origin | None = checkpoint.pop("origin", None)
+        if origin is not None:
+            weights = checkpoint["model"]
+            absent = check_fit(weights, self.model.state_dict(), origin)
+            logger.info(
+                "Converted '%s' from %s: %s",
+                origin.path,
+                origin.source.name,
+                describe(weights, origin.dropped, absent),
+            )
+        return super()._load_model(checkpoint)
+
+
+def check_fit(
+    weights: Mapping[str, Tensor], own: Mapping[str, Tensor], origin: Origin
+) -> list[str]:
+    """
+    Check that weights belong to a model: to its backbone, if they are of nothing else.
+
+    Args:
+        weights: converted.
+        own: the model's state dict.
+        origin: of the weights.
+
+    Returns:
+        What the weights lack, as all of their format do.
+
+    Raises:
+        ValueError: an entry is not in the model or of another shape, or another one is missing.
+    """
+    part = "backbone." if all(name.startswith("backbone.") for name in weights) else ""
+    absent = sorted(n for n in own.keys() - weights.keys() if n.startswith(part))
+    missing = [name for name in absent if not name.startswith(origin.source.lacks)]
+    unexpected = sorted(weights.keys() - own.keys())
+    misshapen = [
+        f"{name} {list(value.shape)} instead of {list(own[name].shape)}"
+        for name, value in weights.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    if unexpected or misshapen or missing:
+        raise ValueError(
+            f"'{origin.path}' is of another model. Not in this one: {_shorten(unexpected)}. Of "
+            f"another shape: {_shorten(misshapen)}. Missing: {_shorten(missing)}. Use the config "
+            "that belongs to the file (MODEL_ZOO.md)."
+        )
+    return absent
+
+
+def describe(weights: Mapping[str, Tensor], dropped: Mapping[str, str], absent: list[str]) -> str:
+    """What became of the entries of a file, in one line."""
+    parts = [f"{len(weights)} entries"]
+    reasons = Counter(dropped.values())
+    parts += [f"{count} dropped ({reason})" for reason, count in reasons.items()]
+    if absent:
+        parts.append(f"not in the file and left as initialised: {_shorten(absent)}")
+    return "; ".join(parts)
+
+
+def _shorten(names: list[str], most: int = 10) -> str:
+    return (", ".join(names[:most]) + (" ..." if len(names) > most else "")) or "none"

@@ -1,0 +1,86 @@
+"""Where this project differs from the authors' code on purpose (README, "Differences")."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from release_cases import SHIPPED, SMALL, arrays, release_cfg, small_model, training_input
+
+from psf.modeling.criterion import mask_queries
+
+# Images without things keep the stuff class loss: test_release_losses.py.
+
+
+@pytest.fixture
+def model():
+    return copy.deepcopy(small_model()).train()
+
+
+def image(name="small/forward_A", index=0):
+    return arrays(SHIPPED, name)[f"img_rgb_uint8/{index}"]
+
+
+def make_input(labels, size, picture):
+    """Random segments of the given classes."""
+    torch.manual_seed(0)
+    height, width = size
+    low = torch.rand(len(labels), 2) * torch.tensor([width / 2, height / 2])
+    case = {
+        "gt/0/bboxes": torch.cat([low, low + torch.tensor([width / 3, height / 3])], dim=1),
+        "gt/0/labels": torch.tensor(labels),
+        "gt/0/masks": torch.rand(len(labels), height, width) > 0.5,
+    }
+    return training_input(case, picture)
+
+
+def test_more_things_than_queries(model):
+    """Of 25 things the 20 queries take one each; there the assignment is None and training ends."""
+    inputs = make_input([*range(25), 80], (149, 203), image())
+    targets = model.prepare_targets([inputs])
+    maps, valid_shapes = model.extract_maps(model.preprocess_images([inputs]))
+    locations = model.location_decoder(memory := model.pixel_encoder(maps, valid_shapes))
+    assignments = model.criterion.assign(locations, targets)
+    predictions = model.mask_decoder(memory, locations, mask_queries(assignments[-1], targets))
+    (segments,) = model.criterion._mask_segments(locations, predictions, targets, assignments[-1])
+    assert len(segments) == len(set(segments.tolist())) == 20
+    assert set(segments.tolist()) == set(assignments[-1][0].segment.tolist())
+    losses = model([inputs])
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_several_images_of_different_size_a_process(model):
+    """The mean over all segments; there the loss raises for two images."""
+    first = make_input([3, 40, 81], (149, 203), image())
+    second = make_input([7, 90, 100], (128, 96), image("small/forward_AB", 1))
+    together, one, two = model([first, second]), model([first]), model([second])
+    for name, loss in together.items():
+        torch.testing.assert_close(loss, (one[name] + two[name]) / 2, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_padding_changes_no_prediction():
+    """It is masked and cropped; there it leaks into masks, which are resized with it."""
+    small, large = (
+        {"image": picture.permute(2, 0, 1)} for picture in (image("small/forward_AB", 1), image())
+    )
+    model = small_model()
+    (alone,), (together, _) = model([small]), model([small, large])
+    differ = alone["panoptic_seg"][0] != together["panoptic_seg"][0]
+    assert differ.float().mean() < 1e-3  # pixels at the threshold may fall on either side
+    assert len(alone["panoptic_seg"][1]) == len(together["panoptic_seg"][1])
+
+
+def test_building_a_model_changes_no_config():
+    """There the second matching's class weight doubles at every building."""
+    cfg = release_cfg("R50_24ep", SMALL)
+    before = cfg.clone()
+    weights = [build_model(cfg).criterion.mask_matching for _ in range(2)]
+    assert cfg == before
+    assert weights[0] == weights[1]
+    assert weights[0].detection.class_weight == 4
+
+
+def test_heads_without_a_loss_are_not_built():
+    names = small_model().state_dict()
+    assert not any(name.startswith("mask_decoder.things") and "head" in name for name in names)

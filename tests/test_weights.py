@@ -1,0 +1,173 @@
+import logging
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from random_input import make_input
+
+from psf import checkpoint
+from psf.predictor import Predictor
+from psf.weights import Checkpointer
+
+DROPPED = {
+    "bbox_head.reg_branches2.0.0.weight": torch.zeros(64, 64),
+    "backbone.bn1.num_batches_tracked": torch.tensor(0),
+}
+
+
+@pytest.fixture
+def released_cfg(tiny_cfg):
+    """The tiny model with the released one's mask decoder and levels."""
+    tiny_cfg.merge_from_list(
+        [
+            *("MODEL.PSF.MASK_DECODER.NAME", "decoupled"),
+            *("MODEL.PSF.MASK_DECODER.THING_LAYERS", 1),
+            *("MODEL.PSF.MASK_DECODER.STUFF_LAYERS", 2),
+            *("MODEL.PSF.NUM_FEATURE_LEVELS", 4),
+            *("MODEL.PSF.HIDDEN_DIM", 64),
+            *("MODEL.RESNETS.NORM", "FrozenBN"),
+        ]
+    )
+    return tiny_cfg
+
+
+@pytest.fixture
+def model(released_cfg):
+    torch.manual_seed(0)
+    return build_model(released_cfg)
+
+
+def early_names(weights):
+    """As the authors' first checkpoints, of a wrapped model."""
+    renamed = {}
+    for name, value in weights.items():
+        for early, present in checkpoint.OLD_NAMES.items():
+            name = name.replace(present, early)
+        renamed[f"module.{name}"] = value
+    return renamed
+
+
+@pytest.fixture
+def authors_file(model, tmp_path):
+    """A stand-in for a released file: names, extra entries and optimizer state as there."""
+    weights = {**checkpoint.to_authors(model.state_dict()), **DROPPED}
+    content = {
+        "meta": {"epoch": 24, "CLASSES": ("person",)},
+        "state_dict": early_names(weights),
+        "optimizer": {"state": {0: {"step": 5, "exp_avg": torch.zeros(2)}}, "param_groups": []},
+    }
+    torch.save(content, tmp_path / "authors.pth")
+    return str(tmp_path / "authors.pth")
+
+
+def test_the_authors_file_is_recognised_and_converted(released_cfg, model, authors_file, caplog):
+    other = build_model(released_cfg)
+    with caplog.at_level(logging.INFO, logger="psf.weights"):
+        Checkpointer(other).load(authors_file)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "psf.weights"]
+    assert "from the authors' released Panoptic SegFormer on ResNet" in line
+    assert "1 dropped (its loss is multiplied by zero" in line
+
+
+def test_the_predictor_takes_it(released_cfg, model, authors_file):
+    released_cfg.MODEL.WEIGHTS = authors_file
+    predictor = Predictor(released_cfg)
+    assert not predictor.model.training
+    image = make_input(40, 60, [])["image"].permute(1, 2, 0).numpy()
+    panoptic_seg, _ = predictor(image)["panoptic_seg"]
+    assert panoptic_seg.shape == (40, 60)
+
+
+def test_our_own_checkpoints_are_left_alone(released_cfg, model, tmp_path, caplog):
+    torch.save({"model": model.state_dict(), "iteration": 7}, tmp_path / "own.pth")
+    with caplog.at_level(logging.INFO, logger="psf.weights"):
+        rest = Checkpointer(build_model(released_cfg)).load(str(tmp_path / "own.pth"))
+    assert rest == {"iteration": 7}
+    assert not [r for r in caplog.records if r.name == "psf.weights"]
+
+
+def test_a_file_of_another_model(released_cfg, authors_file):
+    released_cfg.MODEL.PSF.NUM_OBJECT_QUERIES = 9
+    released_cfg.MODEL.PSF.MASK_DECODER.STUFF_LAYERS = 1
+    with pytest.raises(
+        ValueError,
+        match=r"Not in this one: .*stuff\.layers\.1.*query_embed\.weight \[6, 128\] instead of",
+    ):
+        Checkpointer(build_model(released_cfg)).load(authors_file)
+
+
+def test_an_incomplete_file(released_cfg, model, tmp_path):
+    weights = checkpoint.to_authors(model.state_dict())
+    del weights["bbox_head.stuff_query.weight"]
+    torch.save({"state_dict": weights}, tmp_path / "incomplete.pth")
+    with pytest.raises(ValueError, match=r"Missing: mask_decoder\.stuff_query\.weight\. Use"):
+        Checkpointer(model).load(str(tmp_path / "incomplete.pth"))
+
+
+def test_a_file_with_something_unknown(model, tmp_path):
+    weights = {**checkpoint.to_authors(model.state_dict()), "bbox_head.new": torch.zeros(1)}
+    torch.save({"state_dict": weights}, tmp_path / "unknown.pth")
+    with pytest.raises(ValueError, match=r"are not in the table of .*: bbox_head\.new"):
+        Checkpointer(model).load(str(tmp_path / "unknown.pth"))
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", None])
+def test_weights_of_something_else(model, tmp_path, key):
+    weights = {"decode_head.conv.weight": torch.zeros(1)}
+    torch.save({key: weights} if key else weights, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"not of this architecture.*decode_head\.conv\.weight"):
+        Checkpointer(model).load(str(tmp_path / "other.pth"))
+
+
+class TestImageNet:
+    def imagenet_file(self, model, path):
+        """torchvision's names for the model's backbone, and a classifier."""
+        weights = {
+            name.removeprefix("backbone."): value + 1
+            for name, value in checkpoint.to_authors(model.state_dict()).items()
+            if name.startswith("backbone.")
+        }
+        torch.save({**weights, "fc.weight": torch.zeros(1000, 8)}, path)
+        return str(path)
+
+    def test_a_backbone_is_a_start(self, released_cfg, model, tmp_path, caplog):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        path = self.imagenet_file(model, tmp_path / "resnet.pth")
+        with caplog.at_level(logging.INFO, logger="psf.weights"):
+            Checkpointer(model).load(path)
+        for name, value in model.state_dict().items():
+            changed = 1 if name.startswith("backbone.") else 0
+            assert torch.equal(value, before[name] + changed), name
+        assert "1 dropped (the ImageNet classifier)" in caplog.text
+
+    def test_a_backbone_of_another_size(self, released_cfg, model, tmp_path):
+        path = self.imagenet_file(model, tmp_path / "resnet.pth")
+        released_cfg.MODEL.RESNETS.DEPTH = 101
+        released_cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = 16
+        with pytest.raises(
+            ValueError, match=r"stem\.conv1\.weight \[32, 3, 7, 7\] instead.*Missing: .*res4\.10\."
+        ):
+            Checkpointer(build_model(released_cfg)).load(path)
+
+    def test_what_an_imagenet_swin_lacks_is_named(self, released_cfg, tmp_path, caplog):
+        released_cfg.merge_from_list(
+            [
+                *("MODEL.BACKBONE.NAME", "build_swin_backbone"),
+                *("MODEL.SWIN.EMBED_DIM", 24),
+                *("MODEL.SWIN.DEPTHS", [1, 1, 1, 1]),
+                *("MODEL.SWIN.NUM_HEADS", [2, 4, 8, 8]),
+            ]
+        )
+        model = build_model(released_cfg)
+        weights = {
+            name: value
+            for name, value in model.backbone.state_dict().items()
+            if not name.startswith("norm")
+        }
+        weights |= {"norm.weight": torch.zeros(192), "head.bias": torch.zeros(1000)}
+        torch.save({"model": weights}, tmp_path / "swin.pth")
+        with caplog.at_level(logging.INFO, logger="psf.weights"):
+            Checkpointer(model).load(str(tmp_path / "swin.pth"))
+        assert "left as initialised: backbone.norm1.bias" in caplog.text

@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+r"""Convert checkpoints of others for this project, and back.
+
+    python tools/convert_checkpoint.py panoptic_segformer_r50_2x.pth converted/r50_24ep.pth
+    python tools/convert_checkpoint.py --to-authors output/model_final.pth for_mmdet.pth
+
+Known are the authors' released Panoptic SegFormer (with early and present names), torchvision's
+ResNet, the official Swin and PVTv2, and timm's PVTv2 (.pth, .bin or .safetensors); the format is
+recognised. MODEL.WEIGHTS takes all but .safetensors as they are, too.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from psf import checkpoint
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line (``sys.argv`` by default)."""
+    usage, _, description = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        description=usage,
+        epilog=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", type=Path, help="the file to convert; it is not changed")
+    parser.add_argument("target", type=Path, help="the file to write")
+    parser.add_argument(
+        "--to-authors", action="store_true", help="from this project's names to the authors'"
+    )
+    return parser.parse_args(argv)
+
+
+def load(path: Path) -> dict[str, Tensor]:
+    """The weights in a file."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file  # comes with timm
+
+        return checkpoint.find_state_dict(load_file(path))
+    return checkpoint.find_state_dict(checkpoint.read(str(path)))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; stops with one line where it cannot convert."""
+    args = parse_args(argv)
+    if not args.source.is_file():
+        raise SystemExit(f"There is no file '{args.source}'")
+    if args.target.exists() and args.target.samefile(args.source):
+        raise SystemExit(f"'{args.target}' would overwrite what is to be converted")
+    try:
+        weights = load(args.source)
+        if args.to_authors:
+            content = {"state_dict": checkpoint.to_authors(weights)}
+        else:
+            content = {"model": convert(weights, args.source)}
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    args.target.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, args.target)
+    print(f"{args.target}")
+
+
+def convert(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The weights under this project's names; says what is dropped."""
+    source = checkpoint.recognise(weights)
+    if source is None:
+        known = "; ".join(f.name for f in checkpoint.FORMATS)
+        raise SystemExit(f"'{path}' is in none of the known formats: {known}")
+    conversion = checkpoint.convert(weights, source)
+    print(f"{source.name}: {len(weights)} entries, {len(conversion.dropped)} dropped:")
+    for name, reason in conversion.dropped.items():
+        print(f"  {name}: {reason}")
+    return conversion.state_dict
+
+
+if __name__ == "__main__":
+    main()
