@@ -37,7 +37,7 @@ $(VENV)/.requirements-installed: requirements.txt requirements-nodeps.txt tools/
 	PYTHON=$(PYTHON) VENV=$(VENV) sh tools/install_requirements.sh
 	touch $@
 
-EXTENSION_SOURCES := setup.py $(wildcard psf/layers/csrc/*)
+EXTENSION_SOURCES := setup.py $(wildcard psf/layers/csrc/* psf/csrc/*)
 $(VENV)/.extension-built: $(VENV)/.requirements-installed $(EXTENSION_SOURCES)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps -e .
 	touch $@

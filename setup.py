@@ -1,10 +1,11 @@
-"""Metadata of ``psf`` and the build of its extension ``psf._C`` (C++ kernels).
+"""Metadata of ``psf`` and the build of its extensions: ``psf._C`` (C++ kernels), ``psf._image``
+(loading images).
 
     pip install --no-build-isolation -e .
 
 The extension must be compiled against the torch that will load it, hence no build isolation.
-``PSF_SKIP_EXTENSION=1`` leaves the extension out on purpose: everything works, the operator then
-runs as plain PyTorch. Without it, a build that fails stops the installation.
+``PSF_SKIP_EXTENSION=1`` leaves both out on purpose: everything works, the operator then runs as
+plain PyTorch and PNGs are read by Pillow. Without it, a build that fails stops the installation.
 
 CUDA kernels are built where torch sees a GPU and nvcc is installed; ``FORCE_CUDA=1`` builds them on
 a machine without a GPU, for the architectures in ``TORCH_CUDA_ARCH_LIST``.
@@ -161,7 +162,16 @@ def extension_arguments() -> dict:
         depends=[str(path) for path in sorted([*CSRC.glob("*.h"), *CSRC.glob("*.cuh")])],
         extra_compile_args=flags,
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildKernels}}
+    image = Extension(
+        name="psf._image",
+        sources=[str(path) for path in sorted(Path("psf/csrc").glob("*.cpp"))],
+        depends=["psf/csrc/image.h"],
+        language="c++",
+        extra_compile_args=["/O2", "/std:c++17"]
+        if sys.platform == "win32"
+        else ["-O3", "-std=c++17"],
+    )
+    return {"ext_modules": [extension, image], "cmdclass": {"build_ext": BuildKernels}}
 
 
 def is_cuda(path: Path) -> bool:
@@ -183,6 +193,7 @@ setup(
         "iopath",
         "matplotlib",
         "numpy",
+        "opencv-python-headless",
         "pillow",
         "pycocotools",
         "scipy",

@@ -16,9 +16,12 @@ def add_psf_config(cfg: CN) -> None:
     # Feature levels: those of IN_FEATURES (the paper's), then coarser ones by convolutions of
     # stride 2 (Deformable DETR's key; official code: 4), which the mask decoder does not see.
     cfg.MODEL.PSF.NUM_FEATURE_LEVELS = 3
-    # Thing and stuff classes; must agree with the data set (checked).
-    cfg.MODEL.PSF.NUM_THING_CLASSES = 80
-    cfg.MODEL.PSF.NUM_STUFF_CLASSES = 53
+    # Thing and stuff classes; 0: as many as the data set has. Other numbers are checked.
+    cfg.MODEL.PSF.NUM_THING_CLASSES = 0
+    cfg.MODEL.PSF.NUM_STUFF_CLASSES = 0
+    # For weights of other classes whose file does not name them: a data set that has these. Rows of
+    # classes with the same name are taken over, the others start afresh (psf/finetuning.py).
+    cfg.MODEL.PSF.WEIGHTS_DATASET = ""
     # Channels of tokens and queries (paper, section 3.2).
     cfg.MODEL.PSF.HIDDEN_DIM = 256
     # Attention heads, sampling points a head and level (Deformable DETR, section 5).
@@ -69,6 +72,10 @@ def add_psf_config(cfg: CN) -> None:
     cfg.MODEL.PSF.TEST.PANOPTIC_ON = True
     cfg.MODEL.PSF.TEST.INSTANCE_ON = False
     cfg.MODEL.PSF.TEST.SEMANTIC_ON = False
+    # Boundary PQ beside PQ (Boundary IoU, arXiv 2103.16562).
+    cfg.MODEL.PSF.TEST.BOUNDARY_PQ = False
+    # Write predictions.json and PNGs, as COCO's server takes them, beside the results.
+    cfg.MODEL.PSF.TEST.SAVE_PREDICTIONS = False
     # Mask-decoder layers used at inference; 0: all. Two are nearly as good (paper, table 6).
     cfg.MODEL.PSF.TEST.MASK_DECODER_LAYERS = 0
     # (query, class) pairs of things that "decoupled" considers, the best first (official code).
@@ -83,6 +90,22 @@ def add_psf_config(cfg: CN) -> None:
     # Least free fraction of a mask (t_keep; official code: overlaps up to 0.4 and 0.2).
     cfg.MODEL.PSF.TEST.THING_KEEP_FRACTION = 0.6
     cfg.MODEL.PSF.TEST.STUFF_KEEP_FRACTION = 0.8
+
+    # Data sets to register, each [name, images, PNGs, JSON] or with the instances JSON as a fifth.
+    cfg.DATASETS.REGISTER = []
+
+    # Augmentation in training: "multi_scale" (DETR; with its crop if INPUT.CROP.ENABLED),
+    # "large_scale_jitter" (Ghiasi et al., 2021) or "fixed_crop" (to INPUT.CROP.SIZE).
+    cfg.INPUT.AUGMENTATION = "multi_scale"
+    # Large-scale jitter: side of the square and range of scales (Mask2Former's keys and values).
+    cfg.INPUT.IMAGE_SIZE = 1024
+    cfg.INPUT.MIN_SCALE = 0.1
+    cfg.INPUT.MAX_SCALE = 2.0
+    # SSD's photometric distortion (Mask2Former's key).
+    cfg.INPUT.COLOR_AUG_SSD = False
+    # "exact": the bits of Detectron2's transforms. "fast": resample once, only what is kept, with
+    # OpenCV; in training only (psf/data/mapper.py says what changes).
+    cfg.INPUT.RESAMPLING = "exact"
 
     # Swin (MODEL.BACKBONE.NAME: build_swin_backbone), in Mask2Former's keys; Swin-T's values (Swin
     # paper, section 3.3). DROP_PATH_RATE is the last block's.

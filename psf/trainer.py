@@ -25,7 +25,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 
-from psf.data import PanopticDatasetMapper
+from psf.data import ClassNames, PanopticDatasetMapper
 from psf.evaluation import build_evaluators
 from psf.evaluation.pictures import (
     PanopticSegmentation,
@@ -34,8 +34,8 @@ from psf.evaluation.pictures import (
     write_contact_sheet,
     write_curves,
 )
+from psf.finetuning import ClassCheckpointer
 from psf.solver import build_optimizer, full_model_clip_norm, scale_to_batch_size
-from psf.weights import Checkpointer
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,13 @@ class Trainer(DefaultTrainer):
             clip_norm=full_model_clip_norm(cfg),
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = ClassCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            class_names=_class_names(cfg.DATASETS.TRAIN[0]),
+            weights_class_names=_class_names(cfg.MODEL.PSF.WEIGHTS_DATASET),
+            trainer=weakref.proxy(self),
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -194,7 +200,13 @@ class Trainer(DefaultTrainer):
             instances=test.INSTANCE_ON,
             sem_seg=test.SEMANTIC_ON,
             output_dir=str(Path(cfg.OUTPUT_DIR) / "inference" / dataset_name),
+            boundary_pq=test.BOUNDARY_PQ,
+            save_predictions=test.SAVE_PREDICTIONS,
         )
+
+
+def _class_names(dataset_name: str) -> ClassNames | None:
+    return ClassNames.from_metadata(MetadataCatalog.get(dataset_name)) if dataset_name else None
 
 
 @contextlib.contextmanager

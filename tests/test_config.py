@@ -1,10 +1,13 @@
 import ast
 from pathlib import Path
 
+import numpy as np
 import pytest
 from detectron2.config import get_cfg
+from detectron2.data import transforms as T
 
 from psf import add_psf_config
+from psf.data import PanopticDatasetMapper
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -85,3 +88,29 @@ def test_every_key_is_used():
 
     assert list(unused(psf_cfg().MODEL.PSF)) == []
     assert {"BACKBONE_MULTIPLIER", "SAMPLING_MULTIPLIER"} <= attributes
+
+
+@pytest.mark.parametrize(
+    ("name", "num_images", "epochs"),
+    [
+        ("ade20k/panoptic_segformer_R50_160k", 20_210, 127),
+        ("cityscapes/panoptic_segformer_R50_90k", 2_975, 484),
+        ("coco/panoptic_segformer_R50_lsj_50ep", 118_287, 50),
+    ],
+)
+def test_schedules_and_augmentations(name, num_images, epochs):
+    cfg = psf_cfg()
+    cfg.merge_from_file(str(ROOT / "configs" / f"{name}.yaml"))
+    seen = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH
+    assert seen / num_images == pytest.approx(epochs, abs=0.5)
+    assert all(step < cfg.SOLVER.MAX_ITER for step in cfg.SOLVER.STEPS) or "Cosine" in (
+        cfg.SOLVER.LR_SCHEDULER_NAME
+    )
+    mapper = PanopticDatasetMapper(cfg)
+    assert mapper.fast == (cfg.INPUT.RESAMPLING == "fast")
+    assert len(mapper.class_map.thing_ids) in (100, 8, 80)
+    image = np.zeros((480, 640, 3), dtype=np.uint8)
+    result = T.AugInput(image)
+    mapper.augmentations(result)
+    expected = [1024, 1024] if "lsj" in name else cfg.INPUT.CROP.SIZE
+    assert list(result.image.shape[:2]) == expected

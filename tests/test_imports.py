@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "psf"
-SHELL = {"config", "data", "evaluation", "predictor", "solver", "trainer", "weights"} | {
+SHELL = {"config", "data", "evaluation", "finetuning", "panoptic_png", "predictor"} | {
+    *("solver", "trainer", "weights"),
     "modeling.backbone",
     "modeling.panoptic_segformer",
 }
@@ -14,13 +15,15 @@ CORE_MAY_IMPORT = {"torch", "scipy", "numpy"}
 # Which other parts of the shell a part of the shell may import.
 SHELL_ARROWS = {
     "config": set(),
-    "data": {"data"},
-    "evaluation": {"evaluation"},
+    "finetuning": {"data", "weights"},
+    "panoptic_png": set(),
+    "data": {"panoptic_png"},
+    "evaluation": {"panoptic_png"},
     "solver": set(),
     "modeling.backbone": set(),
     "modeling.panoptic_segformer": {"data"},
     "predictor": {"weights"},
-    "trainer": {"data", "evaluation", "solver", "weights"},
+    "trainer": {"data", "evaluation", "finetuning", "solver"},
     "weights": set(),
 }
 

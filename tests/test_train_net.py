@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -122,3 +123,38 @@ def test_two_cpu_processes_with_torchrun(shapes_root, tmp_path):
     assert result.returncode == 0, result.stdout[-3000:]
     assert "World size: 2" in result.stdout
     assert (tmp_path / "model_final.pth").is_file()
+
+
+COCO_SAMPLE = ROOT.parent / "shared" / "data" / "coco_sample"
+
+
+@pytest.mark.skipif(not COCO_SAMPLE.is_dir(), reason="needs ../shared/data/coco_sample")
+def test_own_data_without_python(tmp_path, tiny_cfg):
+    """Two COCO photos, registered in a YAML file: trained on, evaluated, their classes counted."""
+    name = "own_coco_photos"
+    entry = [name, *(str(COCO_SAMPLE / part) for part in ("images", "panoptic", "panoptic.json"))]
+    tiny_cfg.merge_from_list(
+        [
+            *("DATASETS.REGISTER", [entry], "DATASETS.TRAIN", (name,), "DATASETS.TEST", (name,)),
+            *("MODEL.PSF.NUM_THING_CLASSES", 0, "MODEL.PSF.NUM_STUFF_CLASSES", 0),
+            *("MODEL.PSF.TEST.SAVE_PREDICTIONS", True, "MODEL.PSF.TEST.BOUNDARY_PQ", True),
+            *("INPUT.AUGMENTATION", "large_scale_jitter", "INPUT.IMAGE_SIZE", 96),
+            *("INPUT.MIN_SIZE_TRAIN", (96,), "INPUT.MIN_SIZE_TEST", 96),
+            *("INPUT.RESAMPLING", "fast", "INPUT.COLOR_AUG_SSD", True),
+            *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", ()),
+            *("DATALOADER.NUM_WORKERS", 1, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False),
+            *("OUTPUT_DIR", str(tmp_path / "output")),
+        ]
+    )
+    (tmp_path / "own.yaml").write_text(tiny_cfg.dump())
+    parser = train_net.default_argument_parser()
+    try:
+        results = train_net.main(parser.parse_args(["--config-file", str(tmp_path / "own.yaml")]))
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    assert {"panoptic_seg", "boundary_panoptic_seg"} <= results.keys()
+    inference = tmp_path / "output" / "inference" / name
+    names = {path.name for path in inference.iterdir()}
+    assert {"pq.txt", "pq.png", "boundary_pq.txt", "predictions.json", "predictions"} <= names
+    assert len(list((inference / "predictions").iterdir())) == 2

@@ -1,26 +1,41 @@
-"""Data sets in the COCO panoptic format. Importing this package registers the data set shapes.
+"""Data sets in the COCO panoptic format. Importing this registers the public ones and shapes.
 
 Like Detectron2, it reads the environment variable DETECTRON2_DATASETS when it is imported.
 """
 
-from .class_map import ClassMap
-from .coco_panoptic import load_coco_panoptic, panoptic_metadata, register_panoptic
-from .images import read_image, read_panoptic_ids
-from .mapper import PanopticDatasetMapper, build_augmentations
+from .augmentation import build_augmentations
+from .builtin import register_builtin
+from .class_map import ClassMap, ClassNames
+from .coco_panoptic import (
+    datasets_root as _datasets_root,
+)
+from .coco_panoptic import (
+    load_coco_panoptic,
+    panoptic_metadata,
+    register_listed,
+    register_panoptic,
+)
+from .images import read_image
+from .index_masks import IndexMasks
+from .mapper import PanopticDatasetMapper
 from .shapes import generate_shapes, register_shapes
-from .shapes.dataset import default_root as _default_root
+from .shapes.dataset import default_root as _shapes_root
 
 __all__ = [
     "ClassMap",
+    "ClassNames",
+    "IndexMasks",
     "PanopticDatasetMapper",
     "build_augmentations",
     "generate_shapes",
     "load_coco_panoptic",
     "panoptic_metadata",
     "read_image",
-    "read_panoptic_ids",
+    "register_builtin",
+    "register_listed",
     "register_panoptic",
     "register_shapes",
 ]
 
-register_shapes(_default_root())
+register_shapes(_shapes_root())
+register_builtin(_datasets_root())

@@ -51,3 +51,20 @@ class ClassMap(NamedTuple):
         if model_class < len(self.thing_ids):
             return self.thing_ids[model_class], True
         return self.stuff_ids[model_class - len(self.thing_ids)], False
+
+
+class ClassNames(NamedTuple):
+    """The names of the model's classes, in the model's order."""
+
+    things: list[str]  # K
+    stuff: list[str]  # T
+
+    @classmethod
+    def from_metadata(cls, metadata: Any) -> "ClassNames | None":
+        """The names of a data set registered with Detectron2; None where it has none."""
+        class_map = ClassMap.from_metadata(metadata)
+        names = [metadata.get(key) for key in ("thing_classes", "stuff_classes")]
+        if None in names:
+            return None
+        ids = (class_map.thing_ids, class_map.stuff_ids)
+        return cls(*([n[i] for i in kind] for n, kind in zip(names, ids, strict=True)))

@@ -1,7 +1,8 @@
 """Loading and registering data sets in the COCO panoptic format (cocodataset.org/#format-data).
 
 Contiguous category ids, here and in the metadata: things 0..K-1, then stuff K..K+T-1, each in the
-order of the JSON's list of categories, so that the ids the data set uses do not matter.
+order of the list of categories, so that the ids the data set uses do not matter. With
+``things_first=False`` all are numbered in the order of the list, as Detectron2 and Mask2Former do.
 """
 
 import colorsys
@@ -21,7 +22,12 @@ _ROOT_HINT = (
 )
 
 
-def register_panoptic(
+def datasets_root() -> str:
+    """The folder of data sets, which Detectron2 calls DETECTRON2_DATASETS."""
+    return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+
+
+def register_panoptic(  # noqa: PLR0913  one argument a part of a data set
     name: str,
     *,
     image_root: str,
@@ -29,6 +35,9 @@ def register_panoptic(
     panoptic_json: str,
     categories: Sequence[dict[str, Any]] | None = None,
     instances_json: str | None = None,
+    sem_seg_root: str | None = None,
+    things_first: bool = True,
+    image_file: Callable[[str], str] | None = None,
     prepare: Callable[[], None] | None = None,
 ) -> None:
     """
@@ -44,6 +53,10 @@ def register_panoptic(
         categories: the JSON's ``categories`` (id, name, isthing and, optionally, color). Without
             them the JSON must exist and is read now.
         instances_json: the things in COCO's instance format; needed to evaluate AP only.
+        sem_seg_root: folder of label PNGs, if the JSON's annotations name such
+            (``sem_seg_file_name``); else mIoU is measured against the panoptic PNGs.
+        things_first: how classes are numbered (see the module).
+        image_file: from the JSON's name of an image to its path below ``image_root``.
         prepare: called before the annotations are loaded, to create the files.
     """
     if categories is None:
@@ -52,20 +65,69 @@ def register_panoptic(
     def load() -> list[dict[str, Any]]:
         if prepare is not None:
             prepare()
-        return load_coco_panoptic(panoptic_json, image_root, panoptic_root, categories=categories)
+        return load_coco_panoptic(
+            panoptic_json,
+            image_root,
+            panoptic_root,
+            categories=categories,
+            sem_seg_root=sem_seg_root,
+            things_first=things_first,
+            image_file=image_file,
+        )
 
-    metadata = panoptic_metadata(categories)
+    if name in DatasetCatalog.list():
+        raise ValueError(
+            f"A data set '{name}' is registered already. Choose another name, or take it out with "
+            "DatasetCatalog.remove and MetadataCatalog.remove first."
+        )
+    metadata = panoptic_metadata(categories, things_first=things_first)
     DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(
         image_root=image_root,
         panoptic_root=panoptic_root,
         panoptic_json=panoptic_json,
         json_file=instances_json,
+        sem_seg_root=sem_seg_root,
         evaluator_type="coco_panoptic_seg",
         ignore_label=255,
         label_divisor=1000,
         **metadata,
     )
+
+
+def register_listed(entries: Sequence[Sequence[str]]) -> None:
+    """
+    Register data sets from a config (``DATASETS.REGISTER``); those that are already, stay.
+
+    Args:
+        entries: [name, folder of images, folder of PNGs, JSON], or with an instances JSON as well.
+
+    Raises:
+        ValueError: an entry has another form, or its name is taken by another data set.
+    """
+    for entry in entries:
+        if len(entry) not in (4, 5) or not all(isinstance(part, str) for part in entry):
+            raise ValueError(
+                f"DATASETS.REGISTER: {list(entry)} is not of the form [name, folder of images, "
+                "folder of PNGs, JSON], with the JSON of the instances as an optional fifth."
+            )
+        name, image_root, panoptic_root, panoptic_json, *instances = entry
+        if name in DatasetCatalog.list():
+            known = MetadataCatalog.get(name)
+            paths = [known.get(k) for k in ("image_root", "panoptic_root", "panoptic_json")]
+            if paths != [image_root, panoptic_root, panoptic_json]:
+                raise ValueError(
+                    f"DATASETS.REGISTER: the name '{name}' is that of another data set, with the "
+                    f"files {paths}. Choose another name."
+                )
+            continue
+        register_panoptic(
+            name,
+            image_root=image_root,
+            panoptic_root=panoptic_root,
+            panoptic_json=panoptic_json,
+            instances_json=instances[0] if instances else None,
+        )
 
 
 def load_coco_panoptic(
@@ -74,6 +136,9 @@ def load_coco_panoptic(
     panoptic_root: str,
     *,
     categories: Sequence[dict[str, Any]] | None = None,
+    sem_seg_root: str | None = None,
+    things_first: bool = True,
+    image_file: Callable[[str], str] | None = None,
 ) -> list[dict[str, Any]]:
     """
     Load a JSON in the COCO panoptic format.
@@ -87,10 +152,14 @@ def load_coco_panoptic(
         image_root: folder of the images.
         panoptic_root: folder of the panoptic PNGs.
         categories: take these instead of the JSON's.
+        sem_seg_root: folder of the label PNGs that the annotations name.
+        things_first: how classes are numbered (see the module).
+        image_file: from the JSON's name of an image to its path below ``image_root``.
 
     Returns:
         For each image: file_name, image_id, height, width, pan_seg_file_name and segments_info, the
-        JSON's segments with category_id made contiguous and isthing (bool) added.
+        JSON's segments with category_id made contiguous and isthing (bool) added; and
+        sem_seg_file_name where ``sem_seg_root`` and the annotation's name of it are given.
 
     Raises:
         FileNotFoundError: a file or a folder is missing.
@@ -99,7 +168,7 @@ def load_coco_panoptic(
     data = _read_json(json_file, ["images"] if categories else ["images", "categories"])
     where = f"'{json_file}'"
     categories = data["categories"] if categories is None else categories
-    contiguous_ids = _contiguous_ids(categories)
+    contiguous_ids = _contiguous_ids(categories, things_first)
     is_thing = {c["id"]: bool(c["isthing"]) for c in categories}
     images = {}
     for image in data["images"]:
@@ -121,9 +190,10 @@ def load_coco_panoptic(
                 "images. Add the image or remove the annotation."
             )
         image = images[image_id]
+        name = image["file_name"] if image_file is None else image_file(image["file_name"])
         records.append(
             {
-                "file_name": os.path.join(image_root, image["file_name"]),
+                "file_name": os.path.join(image_root, name),
                 "image_id": image_id,
                 "height": image["height"],
                 "width": image["width"],
@@ -136,6 +206,9 @@ def load_coco_panoptic(
                 ),
             }
         )
+        if sem_seg_root is not None and "sem_seg_file_name" in annotation:
+            labels = os.path.join(sem_seg_root, annotation["sem_seg_file_name"])
+            records[-1]["sem_seg_file_name"] = labels
     _require_files("image", json_file, image_root, [r["file_name"] for r in records])
     pngs = [r["pan_seg_file_name"] for r in records if r["pan_seg_file_name"] is not None]
     _require_files("panoptic PNG", json_file, panoptic_root, pngs)
@@ -145,9 +218,11 @@ def load_coco_panoptic(
     return records
 
 
-def panoptic_metadata(categories: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def panoptic_metadata(
+    categories: Sequence[dict[str, Any]], *, things_first: bool = True
+) -> dict[str, Any]:
     """The names, colours and ids of the classes, as Detectron2's metadata calls them."""
-    contiguous_ids = _contiguous_ids(categories)
+    contiguous_ids = _contiguous_ids(categories, things_first)
     by_contiguous_id = sorted(categories, key=lambda c: contiguous_ids[c["id"]])
     names = [c["name"] for c in by_contiguous_id]
     colors = [list(c.get("color") or _color(i)) for i, c in enumerate(by_contiguous_id)]
@@ -159,23 +234,25 @@ def panoptic_metadata(categories: Sequence[dict[str, Any]]) -> dict[str, Any]:
         }
         for isthing in (True, False)
     )
-    # The lists are indexed by contiguous id, so that of the stuff starts with the things. Unlike
-    # Detectron2's registration of COCO, that of the things has no stuff: its COCOEvaluator demands
-    # as many names as the instance annotations have categories.
+    # The lists are indexed by contiguous id, so that of the stuff starts with the things. That of
+    # the things has no stuff where that is possible: Detectron2's COCOEvaluator demands as many
+    # names as the instance annotations have categories.
+    num_thing_names = len(things) if things_first else len(names)
     return {
-        "thing_classes": names[: len(things)],
+        "thing_classes": names[:num_thing_names],
         "stuff_classes": names,
-        "thing_colors": colors[: len(things)],
+        "thing_colors": colors[:num_thing_names],
         "stuff_colors": colors,
         "thing_dataset_id_to_contiguous_id": things,
         "stuff_dataset_id_to_contiguous_id": stuff,
     }
 
 
-def _contiguous_ids(categories: Sequence[dict[str, Any]]) -> dict[int, int]:
+def _contiguous_ids(categories: Sequence[dict[str, Any]], things_first: bool) -> dict[int, int]:
     for category in categories:
         _require(category, ("id", "name", "isthing"), "a category")
-    ids = [c["id"] for c in sorted(categories, key=lambda c: not c["isthing"])]  # stable
+    in_order = sorted(categories, key=lambda c: things_first and not c["isthing"])  # stable
+    ids = [c["id"] for c in in_order]
     if len(set(ids)) < len(ids):
         raise ValueError(f"Category ids must be unique, got {sorted(ids)}.")
     return {dataset_id: i for i, dataset_id in enumerate(ids)}

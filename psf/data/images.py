@@ -1,5 +1,10 @@
-"""Reading images of any mode, and the segment ids of COCO panoptic PNGs."""
+"""Reading images of any mode."""
 
+import contextlib
+import io
+from collections.abc import Iterator
+
+import cv2
 import numpy as np
 from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
@@ -8,8 +13,12 @@ from PIL import Image, ImageOps
 # What Pillow raises on files that are no images, truncated or damaged.
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
+# Markers of a JPEG (ITU T.81, annex B): its ends, and the frames that say how many components.
+_JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 
-def read_image(path: str, image_format: str = "BGR") -> NDArray[np.uint8]:
+
+def read_image(path: str, image_format: str = "BGR", *, fast: bool = False) -> NDArray[np.uint8]:
     """
     Read an image file of any mode as 8-bit colours, upright by its EXIF orientation.
 
@@ -20,6 +29,7 @@ def read_image(path: str, image_format: str = "BGR") -> NDArray[np.uint8]:
     Args:
         path: the image file.
         image_format: the order of channels, "RGB" or "BGR" (``cfg.INPUT.FORMAT``).
+        fast: decode complete colour JPEGs with OpenCV, whose last bits may differ from Pillow's.
 
     Returns:
         (H, W, 3).
@@ -30,33 +40,46 @@ def read_image(path: str, image_format: str = "BGR") -> NDArray[np.uint8]:
     """
     if image_format not in ("RGB", "BGR"):
         raise ValueError(f"INPUT.FORMAT must be 'RGB' or 'BGR', not '{image_format}'.")
-    rgb = np.array(_to_8bit(_open(path), path).convert("RGB"))
+    content = _read(path)
+    if fast and _is_whole_color_jpeg(content):
+        flag = cv2.IMREAD_COLOR_RGB if image_format == "RGB" else cv2.IMREAD_COLOR_BGR
+        pixels = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), flag)
+        if pixels is not None:  # else Pillow says what is wrong
+            return np.asarray(pixels, dtype=np.uint8)
+    with _name_damaged(path):
+        image: Image.Image = Image.open(io.BytesIO(content))
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+    image = _to_8bit(image, path)
+    rgb = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return rgb if image_format == "RGB" else rgb[:, :, ::-1]
 
 
-def read_panoptic_ids(path: str) -> NDArray[np.uint32]:
-    """
-    Read a COCO panoptic PNG.
-
-    Returns:
-        (H, W), the id R + 256 G + 65536 B of the segment at each pixel; 0 is void.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not a readable image.
-    """
-    rgba = np.asarray(_open(path).convert("RGBA"))
-    return rgba.view(np.dtype("<u4"))[:, :, 0] & np.uint32(0xFFFFFF)
-
-
-def _open(path: str) -> Image.Image:
+def _read(path: str) -> bytes:
     if not PathManager.isfile(path):
         raise FileNotFoundError(
             f"'{path}' does not exist. Complete the data set, or take the image out of its JSON."
         )
+    with PathManager.open(path, "rb") as file:
+        return file.read()
+
+
+def _is_whole_color_jpeg(content: bytes) -> bool:
+    """Whether it has three components, and an end: what was cut off OpenCV would fill with gray."""
+    if not (content.startswith(_JPEG_START) and content.endswith(_JPEG_END)):
+        return False
+    at = 2
+    while at + 10 <= len(content) and content[at] == 0xFF:
+        if content[at + 1] in _JPEG_FRAMES:
+            return content[at + 9] == 3
+        at += 2 + int.from_bytes(content[at + 2 : at + 4], "big")
+    return False
+
+
+@contextlib.contextmanager
+def _name_damaged(path: str) -> Iterator[None]:
     try:
-        with PathManager.open(path, "rb") as file, Image.open(file) as image:
-            return ImageOps.exif_transpose(image)  # decodes the pixels too
+        yield
     except _UNREADABLE as error:
         raise ValueError(
             f"'{path}' is not a readable image ({error}). It may be truncated: copy it again, or "

@@ -3,25 +3,31 @@
 Shapes: H x W the image file, h x w the augmented image, G ground-truth segments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import Boxes, Instances
 from numpy.typing import NDArray
-from scipy.ndimage import find_objects
 
+from psf.panoptic_png import read_panoptic_ids
+
+from .augmentation import SizeInput, build_augmentations, distort_colors, looks_at_size_only
 from .class_map import ClassMap
-from .images import read_image, read_panoptic_ids
+from .coco_panoptic import register_listed
+from .exact_resampling import image_exactly, index_map_exactly
+from .fast_resampling import compose, resample_image, resample_indices
+from .images import read_image
+from .index_masks import IndexMasks, TargetInstances
 
-# DETR's crop (datasets/coco.py): half of the images are cropped after a resize to one of these.
-_CROP_PROBABILITY = 0.5
-_SHORT_SIDE_BEFORE_CROP = [400, 500, 600]
+RESAMPLING = ("exact", "fast")
 
 
 class _Targets(NamedTuple):
@@ -31,14 +37,29 @@ class _Targets(NamedTuple):
     classes: list[int]  # G classes of the model
 
 
+class _Runs(NamedTuple):
+    """Runs of pixels of one segment, in the order of the pixels."""
+
+    segments: NDArray[np.intp]  # 1 + the segment's position in the JSON; 0 is void
+    lengths: NDArray[np.intp]  # pixels
+
+
+class _Augmented(NamedTuple):
+    """An augmented image, and how its index map is to follow."""
+
+    image: NDArray[np.uint8]  # (h, w, 3)
+    apply_to_indices: Callable[[NDArray[np.integer]], NDArray[np.integer]]  # (H, W) -> (h, w)
+
+
 class PanopticDatasetMapper:
     """
     Reads, augments and converts one image of a panoptic data set.
 
     In training the result has ``instances`` with ``gt_classes`` (G,) int64, the model's classes
     (things 0..K-1, then stuff); ``gt_boxes`` (G, 4), absolute xyxy, tight around the masks; and
-    ``gt_masks`` BitMasks (G, h, w). Crowds and void are never targets, segments of one stuff class
-    are one target, and what a crop removes is dropped.
+    ``gt_masks``, :class:`IndexMasks` of G x h x w: BitMasks that travel as one map. Crowds and void
+    are never targets, segments of one stuff class are one target, and what a crop removes is
+    dropped.
     """
 
     @configurable
@@ -48,23 +69,44 @@ class PanopticDatasetMapper:
         augmentations: Sequence[T.Augmentation],
         image_format: str,
         class_map: ClassMap | None,
+        resampling: str = "exact",
+        color_augmentation: bool = False,
     ) -> None:
         """
         Args:
-            augmentations: applied to the image and to its masks.
+            augmentations: geometric, applied to the image and to its masks.
             image_format: "RGB" or "BGR", the channels of the result.
             class_map: the model's classes; None for inference, which makes no ``instances``.
+            resampling: "exact" gives the bits of Detectron2's transforms one by one; "fast"
+                composes them and resamples the part that is kept once, with OpenCV, which also
+                decodes JPEGs. Then the window of a crop is rounded to whole pixels of the file, for
+                image and masks alike, and what was resized twice is resized once
+                (docs/architecture.md has the differences in numbers).
+            color_augmentation: distort the colours as SSD, after the geometry.
         """
+        if resampling not in RESAMPLING:
+            raise ValueError(f"INPUT.RESAMPLING is '{resampling}'; known: {list(RESAMPLING)}")
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
         self.class_map = class_map
+        self.fast = resampling == "fast"
+        if self.fast and not looks_at_size_only(self.augmentations):
+            raise ValueError(
+                "INPUT.RESAMPLING 'fast' is for augmentations that scale, crop, pad or flip by the "
+                f"size of the image alone, not for {self.augmentations}. Use 'exact'."
+            )
+        self.color_augmentation = color_augmentation
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        register_listed(cfg.DATASETS.REGISTER)
         return {
             "augmentations": build_augmentations(cfg, is_train),
             "image_format": cfg.INPUT.FORMAT,
             "class_map": _common_class_map(cfg.DATASETS.TRAIN) if is_train else None,
+            # Numbers of evaluations must not depend on how fast images were loaded in training.
+            "resampling": cfg.INPUT.RESAMPLING if is_train else "exact",
+            "color_augmentation": is_train and cfg.INPUT.COLOR_AUG_SSD,
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -77,40 +119,39 @@ class PanopticDatasetMapper:
             A copy with ``image`` (3, h, w) uint8 and, in training, ``instances``.
         """
         result = dict(dataset_dict)
-        image = read_image(result["file_name"], self.image_format)
+        image = read_image(result["file_name"], self.image_format, fast=self.fast)
         utils.check_image_size(result, image)  # also fills in height and width if absent
-        image_shape = image.shape[:2]
-        aug_input = T.AugInput(image)
-        transforms = self.augmentations(aug_input)
-        channels_first = np.array(aug_input.image.transpose(2, 0, 1), order="C")
-        result["image"] = torch.from_numpy(channels_first)  # (3, h, w)
+        augmented = self._augment(image)
+        pixels = distort_colors(augmented.image) if self.color_augmentation else augmented.image
+        # Image and map share their memory, and so the file in which a worker hands them over.
+        planes = np.empty((4, *pixels.shape[:2]), dtype=np.uint8)
+        _split_channels(pixels, planes[:3])
+        result["image"] = torch.from_numpy(planes)[:3]
         if self.class_map is not None:
-            targets = _read_targets(result, image_shape, self.class_map)
-            index_map = _transform(targets.index_map, transforms, len(targets.classes))
+            targets = _read_targets(result, image.shape[:2], self.class_map)
+            index_map = augmented.apply_to_indices(targets.index_map)
+            if index_map.dtype == np.uint8:
+                planes[3] = index_map
+                index_map = planes[3]
             result["instances"] = _to_instances(index_map, targets.classes)
         return result
 
-
-def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
-    """Resize and, in training, flip and DETR's crop if ``INPUT.CROP.ENABLED``."""
-    if not is_train:
-        return [T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)]
-    augmentations: list[T.Augmentation] = []
-    if cfg.INPUT.RANDOM_FLIP != "none":
-        horizontal = cfg.INPUT.RANDOM_FLIP == "horizontal"
-        augmentations.append(T.RandomFlip(horizontal=horizontal, vertical=not horizontal))
-    if cfg.INPUT.CROP.ENABLED:
-        crop = [
-            T.ResizeShortestEdge(_SHORT_SIDE_BEFORE_CROP, sample_style="choice"),
-            T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE),
-        ]
-        augmentations.append(T.RandomApply(T.AugmentationList(crop), prob=_CROP_PROBABILITY))
-    augmentations.append(
-        T.ResizeShortestEdge(
-            cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+    def _augment(self, image: NDArray[np.uint8]) -> _Augmented:
+        if not looks_at_size_only(self.augmentations):
+            aug_input = T.AugInput(image)
+            transforms = self.augmentations(aug_input).transforms
+            return _Augmented(aug_input.image, partial(index_map_exactly, transforms=transforms))
+        size_input = SizeInput(image.shape[0], image.shape[1])
+        self.augmentations(size_input)
+        transforms = size_input.transforms
+        if not self.fast:
+            return _Augmented(
+                image_exactly(image, transforms), partial(index_map_exactly, transforms=transforms)
+            )
+        geometry = compose(image.shape[0], image.shape[1], transforms)
+        return _Augmented(
+            resample_image(image, geometry), partial(resample_indices, geometry=geometry)
         )
-    )
-    return augmentations
 
 
 def _common_class_map(names: Sequence[str]) -> ClassMap:
@@ -141,10 +182,11 @@ def _read_targets(
             f"'{record['file_name']}' is {image_shape[1]}x{image_shape[0]}. They must match."
         )
     segments = record["segments_info"]
-    segment_map = _index_segments(ids, [s["id"] for s in segments], path)
-
+    runs = _find_segments(ids, [s["id"] for s in segments], path)
     classes: list[int] = []
-    target_of_segment = np.zeros(len(segments) + 1, dtype=segment_map.dtype)  # 0 stays void
+    # A byte a pixel, where it can count the targets. 0 stays void.
+    dtype = np.uint8 if len(segments) < 256 else np.int32
+    target_of_segment = np.zeros(len(segments) + 1, dtype=dtype)
     latest_target: dict[int, int] = {}  # of each class
     for i, segment in enumerate(segments, start=1):
         if segment["iscrowd"]:
@@ -156,14 +198,13 @@ def _read_targets(
         # Unlike the official code: segments of one stuff class are united. There the last write
         # of an indexed assignment with duplicates wins, which is undefined (MODEL.md, Q21).
         target_of_segment[i] = latest_target[model_class]
-    return _Targets(target_of_segment[segment_map], classes)
+    index_map = np.repeat(target_of_segment[runs.segments], runs.lengths).reshape(ids.shape)
+    return _Targets(index_map, classes)
 
 
-def _index_segments(
-    ids: NDArray[np.uint32], segment_ids: Sequence[int], path: str
-) -> NDArray[np.integer]:
+def _find_segments(ids: NDArray[np.uint32], segment_ids: Sequence[int], path: str) -> _Runs:
     """
-    Replace the segment ids of a PNG by 1 + their position in the JSON.
+    Find the segments of the JSON in the PNG, run by run of equal ids.
 
     Args:
         ids: (H, W), as in the PNG.
@@ -172,54 +213,75 @@ def _index_segments(
     """
     # Segments are compact: it pays to look up each run of equal ids instead of each pixel.
     flat = ids.ravel()
-    starts = np.flatnonzero(np.append(True, flat[1:] != flat[:-1]))
-    lengths = np.diff(starts, append=flat.size)
+    starts = np.append(0, np.flatnonzero(flat[1:] != flat[:-1]) + 1)
     known_ids = np.array([0, *segment_ids], dtype=np.uint32)
     order = known_ids.argsort()
     position = np.searchsorted(known_ids[order], flat[starts])
-    segment_of_run = order[np.minimum(position, len(segment_ids))]
+    segments = order[np.minimum(position, len(segment_ids))]
 
-    unknown = flat[starts][known_ids[segment_of_run] != flat[starts]]
+    unknown = flat[starts][known_ids[segments] != flat[starts]]
     if unknown.size:
         raise ValueError(
             f"'{path}' contains segment ids {np.unique(unknown)[:5].tolist()} that its JSON lacks. "
             "Add them to segments_info or paint them 0 (void)."
         )
-    is_absent = np.bincount(segment_of_run, minlength=len(known_ids)) == 0
+    is_absent = np.bincount(segments, minlength=len(known_ids)) == 0
     absent = known_ids[1:][is_absent[1:]]
     if absent.size:
         raise ValueError(
             f"'{path}' has no pixel of the segments {absent[:5].tolist()} of its JSON. Remove them "
             "from segments_info or correct the PNG."
         )
-    dtype = np.uint8 if len(segment_ids) < 256 else np.int32
-    return np.repeat(segment_of_run.astype(dtype), lengths).reshape(ids.shape)
+    return _Runs(segments, np.diff(starts, append=flat.size))
 
 
-def _transform(
-    index_map: NDArray[np.integer], transforms: T.Transform, max_index: int
-) -> NDArray[np.integer]:
-    """Transform an index map, byte by byte: only for uint8 has Detectron2 an exact resize."""
-    result = transforms.apply_segmentation(index_map.astype(np.uint8))
-    if max_index > 255:
-        high_byte = transforms.apply_segmentation((index_map >> 8).astype(np.uint8))
-        result = result.astype(np.int32) + 256 * high_byte.astype(np.int32)
-    return result
+def _split_channels(image: NDArray[np.uint8], planes: NDArray[np.uint8]) -> None:
+    """(h, w, 3) -> (3, h, w), by channels: several times faster than a transposed copy."""
+    contiguous = np.ascontiguousarray(image)
+    for channel in range(3):
+        cv2.extractChannel(contiguous, channel, dst=planes[channel])
 
 
 def _to_instances(index_map: NDArray[np.integer], classes: Sequence[int]) -> Instances:
     """The targets that are visible in the augmented index map (h, w)."""
-    visible = [  # the slices in y and x that contain each target
-        (i, extent)
-        for i, extent in enumerate(find_objects(index_map, max_label=len(classes)))
-        if extent is not None
-    ]
-    masks = torch.empty(len(visible), *index_map.shape, dtype=torch.bool)
-    for mask, (i, _) in zip(masks, visible, strict=True):
-        np.equal(index_map, i + 1, out=mask.numpy())
-    boxes = [(x.start, y.start, x.stop, y.stop) for _, (y, x) in visible]
-    instances = Instances(index_map.shape)
-    instances.gt_classes = torch.tensor([classes[i] for i, _ in visible], dtype=torch.int64)
-    instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
-    instances.gt_masks = BitMasks(masks)
+    extents = tight_boxes(index_map, len(classes))
+    visible = np.flatnonzero(extents[:, 2])  # x1 is 0 where there is no pixel
+    instances = TargetInstances(index_map.shape)
+    gt_classes = np.array(classes, dtype=np.int64)[visible]
+    instances.gt_classes = torch.from_numpy(gt_classes)
+    instances.gt_boxes = Boxes(torch.from_numpy(extents[visible].astype(np.float32)))
+    instances.gt_masks = IndexMasks(
+        torch.from_numpy(np.require(index_map, requirements=["C", "W"])),
+        tuple((visible + 1).tolist()),
+    )
     return instances
+
+
+def tight_boxes(index_map: NDArray[np.integer], count: int) -> NDArray[np.int64]:
+    """
+    The box around the pixels of each index, in one pass over runs of equal pixels.
+
+    Args:
+        index_map: (h, w), in 0..count; 0 is none.
+        count: of indices G.
+
+    Returns:
+        (G, 4), x0, y0, x1, y1, ends excluded; of index i + 1 in row i, zeros where it is absent.
+    """
+    height, width = index_map.shape
+    flat = np.ascontiguousarray(index_map).ravel()
+    is_start = np.empty(flat.size, dtype=bool)
+    np.not_equal(flat[1:], flat[:-1], out=is_start[1:])
+    is_start[::width] = True  # runs end with their row
+    starts = np.flatnonzero(is_start)
+    rows, columns = np.divmod(starts, width)
+    ends = columns + np.diff(starts, append=flat.size)
+    indices = flat[starts]
+    boxes = np.zeros((count + 1, 4), dtype=np.int64)
+    boxes[:, :2] = [width, height]
+    np.minimum.at(boxes[:, 0], indices, columns)
+    np.minimum.at(boxes[:, 1], indices, rows)
+    np.maximum.at(boxes[:, 2], indices, ends)
+    np.maximum.at(boxes[:, 3], indices, rows + 1)
+    boxes[boxes[:, 2] == 0] = 0
+    return boxes[1:]

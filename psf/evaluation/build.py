@@ -14,6 +14,8 @@ def build_evaluators(
     instances: bool,
     sem_seg: bool,
     output_dir: str | None,
+    boundary_pq: bool = False,
+    save_predictions: bool = False,
 ) -> DatasetEvaluator:
     """
     Build what measures the outputs that are switched on.
@@ -24,13 +26,19 @@ def build_evaluators(
         instances: measure the AP of ``instances``; needs ``json_file`` in the metadata.
         sem_seg: measure the mIoU of ``sem_seg``.
         output_dir: where tables and predictions go; None: nowhere.
+        boundary_pq: with ``panoptic``, also measure Boundary PQ.
+        save_predictions: with ``panoptic``, write them in the format of COCO's server.
 
     Raises:
         ValueError: no output is on, or the data set lacks what an evaluator needs.
     """
     evaluators: list[DatasetEvaluator] = []
     if panoptic:
-        evaluators.append(PanopticEvaluator(dataset_name, output_dir))
+        evaluators.append(
+            PanopticEvaluator(
+                dataset_name, output_dir, boundary=boundary_pq, save_predictions=save_predictions
+            )
+        )
     if instances:
         evaluators.append(InstanceEvaluator(dataset_name, output_dir))
     if sem_seg:

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from detectron2.data.detection_utils import read_image
-from detectron2.utils.file_io import PathManager
-from panopticapi.utils import rgb2id
 from torch import Tensor
+
+from psf.panoptic_png import read_panoptic_ids
 
 
 class PanopticSegmentation(NamedTuple):
@@ -42,17 +41,7 @@ def load_ground_truth(dataset_dict: dict[str, Any]) -> PanopticSegmentation:
             f"'{dataset_dict['file_name']}' has no panoptic ground truth ('pan_seg_file_name'). "
             "Use a data set with annotations."
         )
-    if not PathManager.isfile(path):
-        raise FileNotFoundError(
-            f"The panoptic PNG '{path}' does not exist. Complete the data set, or take the image "
-            "out of its JSON."
-        )
-    try:
-        ids = rgb2id(read_image(path, "RGB")).astype(np.int32)
-    except (OSError, SyntaxError) as error:
-        raise ValueError(
-            f"The panoptic PNG '{path}' is not readable ({error}). Copy it again."
-        ) from error
+    ids = read_panoptic_ids(path).astype(np.int32)
     segments_info = [dict(info) for info in dataset_dict["segments_info"]]
     unknown = set(np.unique(ids).tolist()) - {info["id"] for info in segments_info} - {0}
     if unknown:

@@ -3,67 +3,98 @@
 PQ of a class = SQ * RQ; SQ is the mean IoU of the matched segments, RQ = TP / (TP + FP/2 + FN/2).
 """
 
-import contextlib
-import io
 import itertools
 import json
 import logging
-import math
 import os
-import tempfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from detectron2.evaluation import COCOPanopticEvaluator
+import numpy as np
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
-from panopticapi.evaluation import PQStat, pq_compute_single_core
+from numpy.typing import NDArray
 from tabulate import tabulate
 
+from psf.panoptic_png import read_panoptic_ids, write_panoptic_ids
+
 from .outputs import require_output
+from .panoptic_quality import (
+    ClassQuality,
+    ImageRecord,
+    TruthSegment,
+    add_up,
+    average_quality,
+    class_qualities,
+    compare,
+)
+from .pictures import write_quality_bars
 
 logger = logging.getLogger(__name__)
 
-# Detectron2's names of the averages, and panopticapi's selection by ``isthing``.
-_AVERAGES = {"": None, "_th": True, "_st": False}
-_ROW_NAMES = {"": "all", "_th": "things", "_st": "stuff"}
+# Detectron2's suffixes of the averages, the rows of the table, and the selection by ``isthing``.
+_AVERAGES = {"": ("all", None), "_th": ("things", True), "_st": ("stuff", False)}
+
+PREDICTIONS = "predictions"
 
 
-class ClassQuality(NamedTuple):
-    """Quality of one class, or the mean over a group of classes; NaN where nothing was counted."""
+class _Truth(NamedTuple):
+    """The ground truth of an image, but for its pixels."""
 
-    name: str
-    kind: str  # "thing", "stuff"; "mean" of a group
-    pq: float  # in percent, as sq and rq
-    sq: float
-    rq: float
-    tp: int  # matched segments; of a group: the sum over its classes
-    fp: int  # predicted segments without a match
-    fn: int  # segments of the ground truth without a match
+    png: str
+    segments: dict[int, TruthSegment]
 
 
-class PanopticEvaluator(COCOPanopticEvaluator):
+class _Predicted(NamedTuple):
+    """What is kept of the prediction for an image."""
+
+    image_id: Any
+    record: ImageRecord | None  # None: there is no ground truth
+    boundary_record: ImageRecord | None
+    annotation: dict[str, Any] | None  # None: predictions are not saved
+
+
+class PanopticEvaluator(DatasetEvaluator):
     """
-    Detectron2's PQ evaluator, with the quality of every class.
+    PQ, SQ and RQ of ``panoptic_seg``, equal to panopticapi's on a single core to the last bit.
 
-    Unlike its parent it needs neither things nor stuff in the data set, leaves no worker processes
-    behind, and tells apart images of the same name in different folders. Metrics are computed in
-    one process by panopticapi, so they do not depend on the number of processes.
+    Each prediction is compared as it comes, and only its matches are kept: a few hundred bytes an
+    image beside the annotations themselves. Unlike Detectron2's evaluator the metrics do not depend
+    on the number of processes, neither things nor stuff need occur in the data set (their PQ is
+    then NaN), and images of the same name in different folders are told apart.
     """
 
-    def __init__(self, dataset_name: str, output_dir: str | None = None) -> None:
+    def __init__(
+        self,
+        dataset_name: str,
+        output_dir: str | None = None,
+        *,
+        boundary: bool = False,
+        save_predictions: bool = False,
+    ) -> None:
         """
         Args:
             dataset_name: registered with Detectron2, with ``panoptic_json`` and ``panoptic_root``.
-            output_dir: where ``pq.txt`` and ``panoptic_results.json`` go; None: nowhere.
+            output_dir: for ``pq.txt``, ``panoptic_results.json`` and ``pq.png``; None: nowhere.
+            boundary: measure Boundary PQ too.
+            save_predictions: write them to ``output_dir`` as COCO's servers take them:
+                ``predictions.json`` and the PNGs in ``predictions/``. A data set without
+                annotations is then fine, and not measured.
 
         Raises:
-            ValueError: the data set is not a panoptic one.
+            ValueError: the data set is not a panoptic one, or predictions have nowhere to go.
             FileNotFoundError: its annotations do not exist.
         """
-        super().__init__(dataset_name, output_dir)
+        if save_predictions and output_dir is None:
+            raise ValueError("Predictions can only be saved with an output_dir.")
+        self._metadata = MetadataCatalog.get(dataset_name)
+        self._output_dir = output_dir
+        self._boundary = boundary
+        self._save = save_predictions
         for key in ("panoptic_json", "panoptic_root"):
             path = self._metadata.get(key)
             if path is None:
@@ -76,30 +107,110 @@ class PanopticEvaluator(COCOPanopticEvaluator):
                     f"PQ of '{dataset_name}': '{path}' ({key}) does not exist. Set the environment "
                     "variable DETECTRON2_DATASETS to the folder of the data sets."
                 )
+        self._dataset_ids = {  # by isthing
+            isthing: {v: k for k, v in self._metadata.get(key).items()}
+            for isthing, key in (
+                (True, "thing_dataset_id_to_contiguous_id"),
+                (False, "stuff_dataset_id_to_contiguous_id"),
+            )
+        }
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all predictions, and the annotations, which are read again when needed."""
+        self._predicted: list[_Predicted] = []
+        self._categories: list[dict[str, Any]] = []
+        self._truths: dict[Any, _Truth] | None = None
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """
-        Store the predictions of a batch; neither argument is changed.
+        Compare the predictions of a batch with the ground truth; neither argument is changed.
 
         Args:
             inputs: ``file_name`` and ``image_id`` of each image.
-            outputs: ``panoptic_seg`` of each image.
+            outputs: ``panoptic_seg`` of each image: (H, W) int32 ids, and segments_info with id,
+                category_id and isthing. Without isthing, category_id is the data set's own.
+
+        Raises:
+            KeyError: a segment is in the map but not in segments_info or the other way round, or
+                its category is unknown, or the data set has no such image.
         """
         require_output(inputs, outputs, "panoptic_seg", "PANOPTIC_ON")
-        copies = []
-        for output in outputs:
+        if not self._categories:
+            self._load_annotations()
+        for record, output in zip(inputs, outputs, strict=True):
             panoptic_seg, segments_info = output["panoptic_seg"]
-            # What the JSON needs, as plain Python: the parent writes into these dicts.
-            infos = [
-                {
-                    "id": int(info["id"]),
-                    "category_id": int(info["category_id"]),
-                    "isthing": bool(info["isthing"]),
-                }
-                for info in segments_info
-            ]
-            copies.append({"panoptic_seg": (panoptic_seg, infos)})
-        super().process(inputs, copies)
+            ids = panoptic_seg.cpu().numpy().astype(np.uint32)
+            pred = {int(info["id"]): self._dataset_id(record, info) for info in segments_info}
+            self._predicted.append(self._compare(record, ids, pred))
+
+    def _dataset_id(self, record: Mapping[str, Any], info: Mapping[str, Any]) -> int:
+        """The data set's category id of a predicted segment."""
+        category_id, isthing = int(info["category_id"]), info.get("isthing")
+        known: Any = self._known if isthing is None else self._dataset_ids[bool(isthing)]
+        if category_id not in known:
+            raise KeyError(
+                f"Prediction of image {record['image_id']!r}: segment {info['id']} has the unknown "
+                f"category_id {category_id}."
+            )
+        return category_id if isthing is None else known[category_id]
+
+    def _compare(
+        self, record: Mapping[str, Any], ids: NDArray[np.uint32], pred: dict[int, int]
+    ) -> _Predicted:
+        image_id = record["image_id"]
+        quality = boundary_quality = annotation = None
+        png = f"{Path(record['file_name']).stem}.png"
+        if self._truths is not None:
+            if image_id not in self._truths:
+                raise KeyError(
+                    f"'{self._metadata.panoptic_json}' has no annotation of image {image_id!r} "
+                    f"('{record['file_name']}'). Evaluate a data set with its own loader."
+                )
+            png, truth = self._truths[image_id]
+            truth_ids = read_panoptic_ids(os.path.join(self._metadata.panoptic_root, png))
+            quality = compare(truth_ids, truth, ids, pred, image_id=image_id)
+            if self._boundary:
+                boundary_quality = compare(
+                    truth_ids, truth, ids, pred, image_id=image_id, boundary=True
+                )
+        if self._save:
+            annotation = self._save_prediction(image_id, png, ids, pred)
+        return _Predicted(image_id, quality, boundary_quality, annotation)
+
+    def _save_prediction(
+        self, image_id: Any, png: str, ids: NDArray[np.uint32], pred: dict[int, int]
+    ) -> dict[str, Any]:
+        path = os.path.join(str(self._output_dir), PREDICTIONS, png)
+        PathManager.mkdirs(os.path.dirname(path))
+        write_panoptic_ids(path, ids)
+        infos = [{"id": i, "category_id": category_id} for i, category_id in pred.items()]
+        return {"image_id": image_id, "file_name": png, "segments_info": infos}
+
+    def _load_annotations(self) -> None:
+        """Read the JSON and keep what counts of it."""
+        path = self._metadata.panoptic_json
+        with PathManager.open(path, "r", encoding="utf-8") as file:
+            content = json.load(file)
+        self._categories = content["categories"]
+        self._known = {category["id"] for category in self._categories}
+        if "annotations" in content:
+            self._truths = {
+                annotation["image_id"]: _Truth(
+                    annotation["file_name"],
+                    {
+                        s["id"]: _truth_segment(s, annotation["image_id"], path)
+                        for s in annotation["segments_info"]
+                    },
+                )
+                for annotation in content["annotations"]
+            }
+        elif not self._save:
+            raise ValueError(
+                f"'{path}' has no annotations, as the test sets of a benchmark. Evaluate on a "
+                "validation set (DATASETS.TEST), or set MODEL.PSF.TEST.SAVE_PREDICTIONS True to "
+                "write predictions without measuring them."
+            )
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
         """
@@ -108,109 +219,99 @@ class PanopticEvaluator(COCOPanopticEvaluator):
         Returns:
             On the main process, under "panoptic_seg" and in percent: PQ, SQ, RQ, the same with _th
             (things) and _st (stuff), and "PQ-<class>" of each class; NaN where neither the ground
-            truth nor the predictions have a segment. None on the other processes.
+            truth nor the predictions have a segment. With Boundary PQ, the same under
+            "boundary_panoptic_seg". None on the other processes.
         """
         comm.synchronize()
-        gathered = comm.gather(self._predictions)
+        gathered = comm.gather(self._predicted)
         if not comm.is_main_process():
+            self.reset()
             return None
-        predictions = list(itertools.chain(*gathered))
-        ground_truth = _load_annotations(self._metadata.panoptic_json)
-        categories = {category["id"]: category for category in ground_truth["categories"]}
-        logger.info("Computing PQ of %d images ...", len(predictions))
-        quality = self._compute(predictions, ground_truth["annotations"], categories)
-        averages = {suffix: _average(quality, categories, suffix) for suffix in _AVERAGES}
-        classes = [_class_quality(quality, category) for category in categories.values()]
-        self._report([*averages.values(), *classes])
+        if not self._categories:
+            self._load_annotations()
+        predicted = {p.image_id: p for p in itertools.chain(*gathered)}
+        if self._save:
+            self._write_predictions([p.annotation for p in predicted.values()])
+        results: OrderedDict[str, dict[str, float]] = OrderedDict()
+        if self._truths is not None:
+            in_order = self._in_order(predicted, self._truths)
+            results["panoptic_seg"] = self._measure([p.record for p in in_order], "")
+            if self._boundary:
+                records = [p.boundary_record for p in in_order]
+                results["boundary_panoptic_seg"] = self._measure(records, "boundary_")
+        self.reset()
+        return results
 
-        results: dict[str, float] = {}
-        for suffix, row in averages.items():
-            results |= {f"PQ{suffix}": row.pq, f"SQ{suffix}": row.sq, f"RQ{suffix}": row.rq}
-        results |= {f"PQ-{row.name}": row.pq for row in classes}
-        return OrderedDict(panoptic_seg=results)
-
-    def _compute(
-        self,
-        predictions: Sequence[dict[str, Any]],
-        annotations: Sequence[dict[str, Any]],
-        categories: dict[int, dict[str, Any]],
-    ) -> PQStat:
-        """Count matches, misses and false alarms of every class with panopticapi."""
-        # Numbered, because images of different folders may have the same name.
-        by_image = {
-            p["image_id"]: {**p, "file_name": f"{i}.png"} for i, p in enumerate(predictions)
-        }
-        missing = [a["image_id"] for a in annotations if a["image_id"] not in by_image]
+    def _in_order(
+        self, predicted: Mapping[Any, _Predicted], truths: Mapping[Any, _Truth]
+    ) -> list[_Predicted]:
+        """The predictions in the order of the annotations."""
+        missing = [image_id for image_id in truths if image_id not in predicted]
         if missing:
             raise ValueError(
-                f"No prediction for {len(missing)} of the {len(annotations)} images of "
+                f"No prediction for {len(missing)} of the {len(truths)} images of "
                 f"'{self._metadata.panoptic_json}', the first with image ids {missing[:5]}. "
                 "Evaluate the whole data set with its own loader."
             )
-        pairs = [(annotation, by_image[annotation["image_id"]]) for annotation in annotations]
-        with tempfile.TemporaryDirectory(prefix="panoptic_eval") as folder:
-            for prediction in by_image.values():
-                Path(folder, prediction["file_name"]).write_bytes(prediction["png_string"])
-            gt_folder = PathManager.get_local_path(self._metadata.panoptic_root)
-            with contextlib.redirect_stdout(io.StringIO()):  # panopticapi prints its progress
-                return pq_compute_single_core(0, pairs, gt_folder, folder, categories)
+        return [predicted[image_id] for image_id in truths]
 
-    def _report(self, rows: Sequence[ClassQuality]) -> None:
-        table = tabulate(
-            [[cell if cell == cell else None for cell in row] for row in rows],  # NaN != NaN
-            headers=["class", "kind", "PQ", "SQ", "RQ", "TP", "FP", "FN"],
-            tablefmt="pipe",
-            floatfmt=".2f",
-            missingval="-",
-        )
-        logger.info("Panoptic quality:\n%s", table)
+    def _measure(self, records: Sequence[ImageRecord | None], prefix: str) -> dict[str, float]:
+        """Add up, report, and give Detectron2's names to the numbers."""
+        counts = add_up((r for r in records if r is not None), self._known)
+        classes = class_qualities(counts, self._categories)
+        averages = {
+            suffix: average_quality(counts, self._categories, name, isthing)
+            for suffix, (name, isthing) in _AVERAGES.items()
+        }
+        self._report([*averages.values(), *classes], prefix)
+        results: dict[str, float] = {}
+        for suffix, row in averages.items():
+            results |= {f"PQ{suffix}": row.pq, f"SQ{suffix}": row.sq, f"RQ{suffix}": row.rq}
+        return results | {f"PQ-{row.name}": row.pq for row in classes}
+
+    def _report(self, rows: Sequence[ClassQuality], prefix: str) -> None:
+        table = quality_table(rows)
+        title = "Boundary panoptic quality" if prefix else "Panoptic quality"
+        logger.info("%s:\n%s", title, table)
         if self._output_dir is None:
             return
+        PathManager.mkdirs(self._output_dir)
         rows_json = json.dumps([_without_nan(row) for row in rows], indent=1)
-        for name, text in (("pq.txt", table), ("panoptic_results.json", rows_json)):
-            path = os.path.join(self._output_dir, name)
-            with PathManager.open(path, "w", encoding="utf-8") as file:
+        for name, text in (
+            (f"{prefix}pq.txt", table),
+            (f"{prefix}panoptic_results.json", rows_json),
+        ):
+            with PathManager.open(os.path.join(self._output_dir, name), "w") as file:
                 file.write(text + "\n")
+        write_quality_bars(rows, os.path.join(self._output_dir, f"{prefix}pq.png"), title=title)
+
+    def _write_predictions(self, annotations: Sequence[dict[str, Any] | None]) -> None:
+        """Write the JSON of a submission (cocodataset.org/#format-results)."""
+        path = os.path.join(str(self._output_dir), f"{PREDICTIONS}.json")
+        content = {"annotations": annotations, "categories": self._categories}
+        with PathManager.open(path, "w") as file:
+            file.write(json.dumps(content))
+        logger.info("Wrote the predictions for %d images to '%s'.", len(annotations), path)
 
 
-def _load_annotations(path: str) -> dict[str, Any]:
-    with PathManager.open(path, "r", encoding="utf-8") as file:
-        content = json.load(file)
-    if "annotations" not in content:
+def _truth_segment(info: Mapping[str, Any], image_id: Any, path: str) -> TruthSegment:
+    if "area" not in info:
         raise ValueError(
-            f"'{path}' has no annotations, as the test sets of a benchmark. Evaluate on a "
-            "validation set (DATASETS.TEST)."
+            f"'{path}': segment {info['id']} of image {image_id!r} has no 'area', which PQ needs. "
+            "Complete the JSON (tools/check_dataset.py says what it lacks)."
         )
-    return content
+    return TruthSegment(info["category_id"], info["area"], info.get("iscrowd") == 1)
 
 
-def _class_quality(quality: PQStat, category: dict[str, Any]) -> ClassQuality:
-    counted = quality[category["id"]]
-    kind = "thing" if category["isthing"] else "stuff"
-    counts = (counted.tp, counted.fp, counted.fn)
-    if not any(counts):
-        return ClassQuality(category["name"], kind, math.nan, math.nan, math.nan, *counts)
-    size = counted.tp + 0.5 * counted.fp + 0.5 * counted.fn
-    return ClassQuality(
-        category["name"],
-        kind,
-        100 * float(counted.iou / size),
-        100 * float(counted.iou / counted.tp if counted.tp else 0),
-        100 * float(counted.tp / size),
-        *counts,
+def quality_table(rows: Sequence[ClassQuality]) -> str:
+    """A table of the qualities, "-" where nothing was counted."""
+    return tabulate(
+        [[cell if cell == cell else None for cell in row] for row in rows],  # NaN != NaN
+        headers=["class", "kind", "PQ", "SQ", "RQ", "TP", "FP", "FN"],
+        tablefmt="pipe",
+        floatfmt=".2f",
+        missingval="-",
     )
-
-
-def _average(quality: PQStat, categories: dict[int, dict[str, Any]], suffix: str) -> ClassQuality:
-    """Mean over the classes of a group that occur in the ground truth or in the predictions."""
-    isthing = _AVERAGES[suffix]
-    group = [i for i, c in categories.items() if isthing is None or isthing == (c["isthing"] == 1)]
-    tp, fp, fn = (sum(getattr(quality[i], key) for i in group) for key in ("tp", "fp", "fn"))
-    mean = {"pq": math.nan, "sq": math.nan, "rq": math.nan}
-    if tp + fp + fn:  # panopticapi divides by the number of classes that occur
-        mean, _ = quality.pq_average(categories, isthing=isthing)
-    pq, sq, rq = (100 * float(mean[key]) for key in ("pq", "sq", "rq"))
-    return ClassQuality(_ROW_NAMES[suffix], "mean", pq, sq, rq, tp, fp, fn)
 
 
 def _without_nan(row: ClassQuality) -> dict[str, Any]:

@@ -27,8 +27,16 @@ from PIL import Image
 from torch import Tensor
 
 from .ground_truth import PanopticSegmentation, load_ground_truth
+from .panoptic_quality import ClassQuality
 
-__all__ = ["Sample", "draw_panoptic", "load_ground_truth", "write_contact_sheet", "write_curves"]
+__all__ = [
+    "Sample",
+    "draw_panoptic",
+    "load_ground_truth",
+    "write_contact_sheet",
+    "write_curves",
+    "write_quality_bars",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +85,7 @@ def draw_panoptic(
             "pixels (height, width)."
         )
     ids = panoptic_seg.cpu().numpy().astype(np.int32)
-    image, ids = _resize(image_rgb, scale), _resize(ids, scale)
+    image, ids = resize_picture(image_rgb, scale), resize_picture(ids, scale)
     visualizer = Visualizer(image, metadata, font_size_scale=0.8)  # 8 points: many labels fit
     infos = [dict(info) for info in segments_info]  # Detectron2 writes into them
     with _repeatable_colors():
@@ -85,7 +93,8 @@ def draw_panoptic(
     return drawn.get_image()
 
 
-def _resize(array: NDArray[Any], scale: float) -> NDArray[Any]:
+def resize_picture(array: NDArray[Any], scale: float) -> NDArray[Any]:
+    """Scale an image (H, W, 3), or a map (H, W) to its nearest values."""
     if scale == 1:
         return array
     size = [max(1, round(scale * side)) for side in array.shape[:2]]
@@ -117,28 +126,58 @@ def write_contact_sheet(
         path: the PNG to write; its folder is made.
     """
     images = [read_image(sample[0]["file_name"], "RGB") for sample in samples]
-    least, most = _CELL_RANGE
-    cell = min(max([least, *(max(image.shape[:2]) for image in images)]), most)
+    cell = cell_size(images)
     rows = [
-        _draw_row(image, sample, metadata, cell / max(image.shape[:2]))
+        SheetRow(
+            Path(sample[0]["file_name"]).name,
+            _draw_row(image, sample, metadata, cell / max(image.shape[:2])),
+        )
         for image, sample in zip(images, samples, strict=True)
     ]
-    width = 3 * cell + 4 * _GAP
-    height = _CAPTION + sum(_CAPTION + row[0].shape[0] + _GAP for row in rows)
+    write_sheet(rows, ("image", "ground truth", "prediction"), cell, path)
+
+
+class SheetRow(NamedTuple):
+    """A row of a sheet: pictures of one size, one a column."""
+
+    caption: str
+    pictures: list[NDArray[np.uint8]]  # (h, w, 3)
+
+
+def cell_size(images: Sequence[NDArray[np.uint8]]) -> int:
+    """The longest side that pictures of these images get on a sheet, in pixels."""
+    least, most = _CELL_RANGE
+    return min(max([least, *(max(image.shape[:2]) for image in images)]), most)
+
+
+def write_sheet(
+    rows: Sequence[SheetRow], titles: Sequence[str], cell: int, path: str | os.PathLike[str]
+) -> None:
+    """
+    Write rows of pictures below each other.
+
+    Args:
+        rows: from top to bottom.
+        titles: of the columns.
+        cell: width of a column; no picture is wider.
+        path: the PNG to write; its folder is made.
+    """
+    width = len(titles) * (cell + _GAP) + _GAP
+    height = _CAPTION + sum(_CAPTION + row.pictures[0].shape[0] + _GAP for row in rows)
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
     canvas = FigureCanvasAgg(figure)
     sheet = np.full((height, width, 3), 255, dtype=np.uint8)
-    columns = [_GAP + i * (cell + _GAP) for i in range(3)]
-    for x, title in zip(columns, ("image", "ground truth", "prediction"), strict=True):
+    columns = [_GAP + i * (cell + _GAP) for i in range(len(titles))]
+    for x, title in zip(columns, titles, strict=True):
         _write(figure, title, x + cell / 2, _CAPTION / 2, size=12, ha="center", weight="bold")
     top = _CAPTION
-    for sample, row in zip(samples, rows, strict=True):
-        _write(figure, Path(sample[0]["file_name"]).name, _GAP, top + _CAPTION / 2, size=8)
+    for row in rows:
+        _write(figure, row.caption, _GAP, top + _CAPTION / 2, size=8)
         top += _CAPTION
-        for x, picture in zip(columns, row, strict=True):
+        for x, picture in zip(columns, row.pictures, strict=True):
             left = x + (cell - picture.shape[1]) // 2
             sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-        top += row[0].shape[0] + _GAP
+        top += row.pictures[0].shape[0] + _GAP
     figure.figimage(sheet, zorder=-1)
     _save(canvas, path)
 
@@ -149,7 +188,7 @@ def _draw_row(
     """The pictures of one sample, all of one size."""
     _, ground_truth, prediction = sample
     return [
-        _resize(image, scale),
+        resize_picture(image, scale),
         draw_panoptic(image, *ground_truth, metadata, scale=scale),
         draw_panoptic(image, *prediction, metadata, scale=scale),
     ]
@@ -196,6 +235,55 @@ def write_curves(
         else:
             axes.text(0.5, 0.5, "nothing logged yet", ha="center", transform=axes.transAxes)
     _save(canvas, path)
+
+
+def write_quality_bars(
+    rows: Sequence[ClassQuality], path: str | os.PathLike[str], *, title: str = "Panoptic quality"
+) -> None:
+    """
+    Draw the PQ of every class as a bar, things and stuff apart, best first.
+
+    Args:
+        rows: of classes and of groups, whose means are drawn as lines. Classes without a value are
+            left out and counted.
+        path: the PNG to write; its folder is made.
+        title: of the picture.
+    """
+    columns = [
+        sorted((r for r in rows if r.kind == kind and r.pq == r.pq), key=lambda r: r.pq)
+        for kind in ("thing", "stuff")
+    ]
+    height = 1.2 + 0.17 * max(5, *map(len, columns))
+    figure = Figure(figsize=(11, height), dpi=_DPI, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    figure.suptitle(title, weight="bold")
+    means = {row.name: row.pq for row in rows if row.kind == "mean"}
+    groups = (("things", "tab:blue"), ("stuff", "tab:green"))
+    for axes, column, (group, color) in zip(figure.subplots(1, 2), columns, groups, strict=True):
+        kind = group.removesuffix("s")
+        absent = sum(r.kind == kind and r.pq != r.pq for r in rows)
+        _draw_bars(axes, column, means.get(group, math.nan), color)
+        without = f", {absent} without" if absent else ""
+        axes.set_title(f"{group}: {len(column)} classes{without}", fontsize="medium")
+    _save(canvas, path)
+
+
+def _draw_bars(axes: Axes, rows: Sequence[ClassQuality], mean: float, color: str) -> None:
+    """Horizontal bars of PQ, the last row on top, and a line at the mean."""
+    positions = range(len(rows))
+    axes.barh(positions, [row.pq for row in rows], color=color, alpha=0.75, height=0.8)
+    names = [row.name if len(row.name) <= 28 else f"{row.name[:27]}…" for row in rows]
+    axes.set_yticks(positions, names, fontsize=7)
+    for y, row in zip(positions, rows, strict=True):
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}  # over the line of the mean
+        x = min(row.pq, 92) + 0.9
+        axes.text(x, y, f"{row.pq:.1f}", va="center", fontsize=6, bbox=box)
+    if mean == mean:
+        axes.axvline(mean, color="black", linewidth=1, linestyle="--", label=f"mean {mean:.1f}")
+        axes.legend(fontsize="small", loc="lower right")
+    axes.set_xlim(0, 100)
+    axes.set_ylim(-0.7, max(len(rows), 5) - 0.3)
+    axes.set_xlabel("PQ (%)")
 
 
 def read_metrics(metrics_json: str | os.PathLike[str]) -> dict[int, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""Mean IoU of the semantic output, against the panoptic ground truth.
+"""Mean IoU of the semantic output, against label files or the panoptic ground truth.
 
 Shapes: H x W pixels of the image.
 """
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
 from detectron2.evaluation import SemSegEvaluator
 from numpy.typing import DTypeLike, NDArray
 
@@ -18,10 +19,11 @@ from .outputs import require_output
 
 class SemanticEvaluator(SemSegEvaluator):
     """
-    Detectron2's mIoU evaluator, with labels derived from the panoptic ground truth.
+    Detectron2's mIoU evaluator, with labels of the data set or derived from its panoptic PNGs.
 
-    A pixel's label is the contiguous class of its segment; void and crowd are ignored. So things
-    and stuff must not share contiguous ids (Detectron2's "separated" data sets do).
+    Where a record has ``sem_seg_file_name``, that file counts: labels are contiguous ids. Else a
+    pixel's label is the contiguous class of its segment; void and crowd are ignored. So things and
+    stuff must not share contiguous ids (Detectron2's "separated" data sets do).
     """
 
     def __init__(self, dataset_name: str, output_dir: str | None = None) -> None:
@@ -62,7 +64,10 @@ class SemanticEvaluator(SemSegEvaluator):
         super().process(inputs, outputs)
 
     def _load_labels(self, file_name: str, dtype: DTypeLike) -> NDArray[Any]:
-        return semantic_labels(self._records[file_name], self._ignore_label).astype(dtype)
+        record = self._records[file_name]
+        if "sem_seg_file_name" in record:
+            return read_image(record["sem_seg_file_name"]).astype(dtype)
+        return semantic_labels(record, self._ignore_label).astype(dtype)
 
 
 def semantic_labels(dataset_dict: dict[str, Any], ignore_label: int) -> NDArray[np.int64]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psf.data.class_map import ClassMap
+from psf.data.coco_panoptic import register_listed
 from psf.layers.boxes import masks_to_boxes, xyxy_to_cxcywh
 from psf.modeling.criterion import Criterion, LossWeights, Targets, mask_queries
 from psf.modeling.location_decoder import LocationDecoder
@@ -131,10 +132,10 @@ class PanopticSegFormer(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Build the arguments of ``__init__``; the only place here that knows ``cfg``."""
-        psf = cfg.MODEL.PSF
+        register_listed(cfg.DATASETS.REGISTER)
         dataset_name = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)[0]
         class_map = ClassMap.from_metadata(MetadataCatalog.get(dataset_name))
-        _check_class_counts(psf, class_map, dataset_name)
+        psf = _with_class_counts(cfg.MODEL.PSF, class_map, dataset_name)
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
         common = {
@@ -397,7 +398,9 @@ class PanopticSegFormer(nn.Module):
             raise ValueError(
                 "The checkpoint is not of this architecture. Missing or of another shape: "
                 f"{', '.join(missing)}. Not in the model: {', '.join(unexpected) or 'none'}. Use "
-                "the config that the checkpoint was trained with, or correct MODEL.WEIGHTS."
+                "the config that the checkpoint was trained with, or correct MODEL.WEIGHTS. To "
+                "train on other classes than those of the file, let MODEL.PSF.WEIGHTS_DATASET name "
+                "a data set that has them."
             )
         return super().load_state_dict(state_dict, strict, assign)
 
@@ -489,15 +492,21 @@ def _inference_options(cfg: CfgNode, design: MaskDesign) -> InferenceOptions:
     )
 
 
-def _check_class_counts(psf: CfgNode, class_map: ClassMap, dataset_name: str) -> None:
+def _with_class_counts(psf: CfgNode, class_map: ClassMap, dataset_name: str) -> CfgNode:
+    """A copy with the data set's numbers of classes."""
     configured = (psf.NUM_THING_CLASSES, psf.NUM_STUFF_CLASSES)
     actual = (len(class_map.thing_ids), len(class_map.stuff_ids))
-    if configured != actual:
+    if any(c not in (0, a) for c, a in zip(configured, actual, strict=True)):
         raise ValueError(
             f"The config says {configured[0]} thing and {configured[1]} stuff classes "
             f"(MODEL.PSF.NUM_THING_CLASSES, MODEL.PSF.NUM_STUFF_CLASSES), but data set "
-            f"'{dataset_name}' has {actual[0]} and {actual[1]}. Make them agree."
+            f"'{dataset_name}' has {actual[0]} and {actual[1]}. Set both to 0, "
+            "which takes the data set's numbers."
         )
+    filled = psf.clone()
+    filled.defrost()
+    filled.NUM_THING_CLASSES, filled.NUM_STUFF_CLASSES = actual
+    return filled
 
 
 def _pad_to_least_size(batch: Tensor) -> Tensor:

@@ -6,7 +6,13 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from psf.data import ClassMap, load_coco_panoptic, panoptic_metadata, register_panoptic
+from psf.data import (
+    ClassMap,
+    load_coco_panoptic,
+    panoptic_metadata,
+    register_listed,
+    register_panoptic,
+)
 
 CATEGORIES = [
     {"id": 90, "name": "sky", "isthing": 0, "color": [1, 2, 3]},
@@ -274,3 +280,48 @@ def test_contradictions_are_named(files, spoil, message):
     expected = re.escape(message.format(json=files.root / "panoptic.json"))
     with pytest.raises(ValueError, match=expected):
         files.load()
+
+
+# --------------------------------------------------------------------------- numbering and config
+
+
+def test_numbering_in_the_order_of_the_list():
+    metadata = panoptic_metadata(CATEGORIES, things_first=False)
+    assert metadata["thing_dataset_id_to_contiguous_id"] == {5: 1, 2: 3}
+    assert metadata["stuff_dataset_id_to_contiguous_id"] == {90: 0, 7: 2}
+    assert metadata["thing_classes"] == metadata["stuff_classes"] == ["sky", "cat", "grass", "dog"]
+
+
+def test_label_pngs_that_the_json_names(files):
+    files.json["annotations"][0]["sem_seg_file_name"] = "a/b.png"
+    first, second = load_coco_panoptic(*files.paths, sem_seg_root="labels")
+    assert first["sem_seg_file_name"] == "labels/a/b.png"
+    assert "sem_seg_file_name" not in second
+
+
+def test_a_name_that_is_taken(files, name):
+    panoptic_json, image_root, panoptic_root = files.paths
+    common = {"image_root": image_root, "panoptic_root": panoptic_root}
+    register_panoptic(name, panoptic_json=panoptic_json, **common)
+    with pytest.raises(ValueError, match=f"'{name}' is registered already"):
+        register_panoptic(name, panoptic_json=panoptic_json, **common)
+
+
+@pytest.mark.parametrize("instances", [[], ["instances.json"]])
+def test_registration_from_a_config(files, name, instances):
+    panoptic_json, image_root, panoptic_root = files.paths
+    entry = [name, image_root, panoptic_root, panoptic_json, *instances]
+    for _ in range(2):  # the second time it stays
+        register_listed([entry])
+    assert len(DatasetCatalog.get(name)) == 2
+    assert MetadataCatalog.get(name).json_file == (instances[0] if instances else None)
+    with pytest.raises(
+        ValueError, match=f"DATASETS.REGISTER: the name '{name}' is that of another"
+    ):
+        register_listed([[name, "elsewhere", panoptic_root, panoptic_json]])
+
+
+@pytest.mark.parametrize("entry", [["name", "images", "pngs"], ["name", "images", "pngs", 3]])
+def test_config_entries_of_another_form(entry):
+    with pytest.raises(ValueError, match=r"DATASETS\.REGISTER: .* is not of the form \[name, "):
+        register_listed([entry])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from psf.data import read_image, read_panoptic_ids
+from psf.data import read_image
 
 GRAY = np.array([[0, 100, 255], [7, 8, 9]], dtype=np.uint8)
 RGB = np.stack([GRAY, GRAY[:, ::-1], 255 - GRAY], axis=-1)
@@ -19,7 +19,6 @@ def test_one_pixel(tmp_path):
     path = save(Image.new("RGB", (1, 1), (1, 2, 3)), tmp_path / "a.png")
     assert read_image(path, "RGB").tolist() == [[[1, 2, 3]]]
     assert read_image(path, "BGR").tolist() == [[[3, 2, 1]]]
-    assert read_panoptic_ids(path).tolist() == [[1 + 256 * 2 + 65536 * 3]]
 
 
 def as_palette(rgb):
@@ -86,14 +85,14 @@ def test_exif_orientation_is_applied(tmp_path):
     np.testing.assert_array_equal(read_image(str(tmp_path / "a.png"), "RGB"), np.rot90(RGB, -1))
 
 
-@pytest.mark.parametrize("read", [read_image, read_panoptic_ids])
-def test_missing_file(tmp_path, read):
+def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png' does not exist"):
-        read(str(tmp_path / "nowhere.png"))
+        read_image(str(tmp_path / "nowhere.png"))
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "webp"])
-def test_truncated_and_damaged_files_are_named(tmp_path, suffix):
+def test_truncated_and_damaged_files_are_named(tmp_path, suffix, fast):
     """Every length and every damaged byte: either the file is named, or the pixels are readable."""
     whole = tmp_path / f"whole.{suffix}"
     noise = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
@@ -107,7 +106,7 @@ def test_truncated_and_damaged_files_are_named(tmp_path, suffix):
     for data in damaged:
         path.write_bytes(data)
         try:
-            read_image(str(path))
+            read_image(str(path), fast=fast)
         except ValueError as error:
             refused += 1
             assert f"damaged.{suffix}' is not a readable image" in str(error)  # noqa: PT017
@@ -119,8 +118,15 @@ def test_unknown_format():
         read_image("a.png", "L")
 
 
-def test_panoptic_ids_of_a_palette_png(tmp_path):
-    """Optimisers store PNGs of few colours with a palette."""
-    path = save(as_palette(RGB), tmp_path / "a.png")
-    expected = RGB.astype(np.int64) @ [1, 256, 65536]
-    np.testing.assert_array_equal(read_panoptic_ids(path), expected)
+@pytest.mark.parametrize("image_format", ["RGB", "BGR"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_fast_reading_shows_the_same(tmp_path, image_format, mode, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    large = Image.fromarray(RGB).resize((90, 60), Image.Resampling.BICUBIC)
+    large.convert(mode).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    path = str(tmp_path / "a.jpg")
+    exact, fast = read_image(path, image_format), read_image(path, image_format, fast=True)
+    assert exact.shape == fast.shape
+    assert np.abs(exact.astype(int) - fast).max() <= 2

@@ -1,5 +1,6 @@
 import copy
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +10,25 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.structures import BitMasks, Instances
 from PIL import Image
+from plain_mapper import PlainMapper
 
+from psf import add_psf_config
 from psf.data import (
     ClassMap,
+    IndexMasks,
     PanopticDatasetMapper,
     build_augmentations,
+    exact_resampling,
     load_coco_panoptic,
-    read_panoptic_ids,
     register_panoptic,
 )
+from psf.data.augmentation import distort_colors
+from psf.data.exact_resampling import image_exactly, index_map_exactly
+from psf.data.index_masks import TargetInstances
+from psf.data.mapper import tight_boxes
+from psf.panoptic_png import read_panoptic_ids
 
 COCO_SAMPLE = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "coco_sample"
 
@@ -237,6 +247,7 @@ def cfg(tmp_path):
             categories=CATEGORIES if name == "test_mapper" else CATEGORIES[1:],
         )
     cfg = get_cfg()
+    add_psf_config(cfg)
     cfg.DATASETS.TRAIN = ("test_mapper",)
     cfg.DATASETS.TEST = ()
     cfg.INPUT.MIN_SIZE_TRAIN = (64,)
@@ -372,3 +383,251 @@ def test_real_coco_images():
         expected = reference_targets(ids[:, ::-1], record["segments_info"], class_map)
         assert_targets(make_mapper(flip, class_map=class_map)(record)["instances"], expected)
         assert any(s["iscrowd"] for s in record["segments_info"])
+
+
+# ------------------------------------------------------ exact and fast, against the reference
+
+RECIPES = {
+    "shorter side": ["INPUT.MIN_SIZE_TRAIN", (40, 64, 97)],
+    "crop": [
+        *("INPUT.MIN_SIZE_TRAIN", (40, 64, 97)),
+        *("INPUT.CROP.ENABLED", True),
+        *("INPUT.CROP.SIZE", [384, 600]),
+    ],
+    "large-scale jitter": ["INPUT.AUGMENTATION", "large_scale_jitter", "INPUT.IMAGE_SIZE", 96],
+    "fixed crop": [
+        *("INPUT.AUGMENTATION", "fixed_crop", "INPUT.MIN_SIZE_TRAIN", (40, 64, 97)),
+        *("INPUT.CROP.SIZE", [50, 70]),
+    ],
+}
+
+
+def big_record(folder):
+    """60 x 90 pixels of noise, with patches as segments."""
+    ids = np.kron(IDS, np.ones((15, 15), dtype=int))
+    noise = np.random.default_rng(0).integers(0, 256, (*ids.shape, 3), dtype=np.uint8)
+    record = write(folder, ids, Image.fromarray(noise))
+    return {**record, "segments_info": copy.deepcopy(SEGMENTS)}
+
+
+def merge_stuff(instances):
+    """{class: masks and boxes} of a plain mapper's instances, as the model is trained on them."""
+    targets = []
+    for i in range(len(instances)):
+        c, mask = int(instances.gt_classes[i]), instances.gt_masks.tensor[i]
+        same = [t for t in targets if t[0] == c and c >= 2]
+        if same:
+            same[0][1] |= mask
+        else:
+            targets.append([c, mask.clone()])
+    targets = [(c, mask) for c, mask in targets if mask.any()]
+    masks = torch.stack([mask for _, mask in targets]) if targets else torch.zeros(0, 1, 1)
+    boxes = BitMasks(masks).get_bounding_boxes()
+    return [(c, mask.numpy(), box.tolist()) for (c, mask), box in zip(targets, boxes, strict=True)]
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("flip", ["none", "horizontal", "vertical"])
+def test_exact_mode_has_the_bits_of_the_plain_mapper(cfg, tmp_path, recipe, flip):
+    record = big_record(tmp_path)
+    cfg.merge_from_list([*recipe, "INPUT.RANDOM_FLIP", flip, "INPUT.FORMAT", "RGB"])
+    ours, plain = PanopticDatasetMapper(cfg), PlainMapper(build_augmentations(cfg, True))
+    for seed in range(12):
+        results = []
+        for mapper in (ours, plain):
+            np.random.seed(seed)
+            results.append(mapper(record))
+        assert torch.equal(results[0]["image"], results[1]["image"])
+        assert_targets(results[0]["instances"], merge_stuff(results[1]["instances"]))
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_fast_mode_shows_nearly_the_same(cfg, tmp_path, recipe):
+    """Sizes and targets as in exact mode, masks within the rounding of a crop's window."""
+    record = big_record(tmp_path)
+    smooth = Image.fromarray(np.kron(IDS % 7 * 36, np.ones((15, 15))).astype(np.uint8)).convert(
+        "RGB"
+    )
+    smooth.save(record["file_name"])
+    cfg.merge_from_list([*recipe, "INPUT.FORMAT", "RGB"])
+    exact = PanopticDatasetMapper(cfg)
+    cfg.INPUT.RESAMPLING = "fast"
+    fast = PanopticDatasetMapper(cfg)
+    differences, agreement = [], []
+    for seed in range(20):
+        results = []
+        for mapper in (exact, fast):
+            np.random.seed(seed)
+            results.append(mapper(record))
+        a, b = results
+        assert a["image"].shape == b["image"].shape
+        assert a["instances"].image_size == b["instances"].image_size
+        differences.append((a["image"].float() - b["image"].float()).abs().mean())
+        maps = [r["instances"].gt_masks.index_map for r in results]
+        agreement.append((maps[0] == maps[1]).float().mean())
+    assert np.mean(differences) < 3
+    assert np.mean(agreement) > 0.97
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_fast_mode_moves_image_and_targets_alike(cfg, tmp_path, recipe):
+    """The image shows the ids as colours: away from edges, a target's pixels have its colour."""
+    ids = np.kron(IDS % 7 * 30, np.ones((15, 15), dtype=int))
+    record = write(tmp_path, ids, Image.fromarray(ids.astype(np.uint8)).convert("RGB"))
+    record["segments_info"] = [segment(int(i), 1) for i in np.unique(ids) if i]
+    cfg.merge_from_list([*recipe, "INPUT.RESAMPLING", "fast"])
+    mapper = PanopticDatasetMapper(cfg)
+    for seed in range(10):
+        np.random.seed(seed)
+        result = mapper(record)
+        masks = result["instances"].gt_masks
+        values = np.array([0, *[s["id"] for s in record["segments_info"]]])
+        shown = values[masks.index_map.numpy()]
+        padding = (result["image"][0].numpy() == 128) & (shown == 0)
+        off = np.abs(result["image"][0].numpy().astype(int) - shown) > 8
+        assert (off & ~padding).mean() < 0.2  # only along edges
+
+
+def test_fast_mode_of_many_segments(tmp_path):
+    ids = np.zeros((30, 24), dtype=int)
+    ids.ravel()[:600] = np.arange(1, 601)
+    record = write(tmp_path, ids)
+    record["segments_info"] = [segment(i, 1) for i in range(1, 601)]
+    mapper = PanopticDatasetMapper(
+        augmentations=[T.RandomFlip(prob=1.0)],
+        image_format="RGB",
+        class_map=CLASS_MAP,
+        resampling="fast",
+    )
+    expected = reference_targets(ids[:, ::-1], record["segments_info"], CLASS_MAP)
+    assert_targets(mapper(record)["instances"], expected)
+
+
+def test_fast_mode_refuses_what_it_cannot_compose():
+    with pytest.raises(ValueError, match=r"INPUT\.RESAMPLING 'fast'.*RandomRotation.*'exact'"):
+        PanopticDatasetMapper(
+            augmentations=[T.RandomRotation([10])],
+            image_format="RGB",
+            class_map=None,
+            resampling="fast",
+        )
+    with pytest.raises(ValueError, match=r"INPUT\.RESAMPLING is 'quick'; known"):
+        PanopticDatasetMapper(
+            augmentations=[], image_format="RGB", class_map=None, resampling="quick"
+        )
+
+
+@pytest.mark.parametrize(
+    "augmentation",
+    [T.RandomRotation([20, 20]), T.RandomContrast(0.5, 0.6)],
+)
+def test_any_augmentation_of_detectron2_works_in_exact_mode(tmp_path, augmentation):
+    record = big_record(tmp_path)
+    results = []
+    for mapper in (make_mapper(augmentation), PlainMapper([augmentation])):
+        np.random.seed(3)
+        results.append(mapper(record))
+    assert torch.equal(results[0]["image"], results[1]["image"])
+    assert_targets(results[0]["instances"], merge_stuff(results[1]["instances"]))
+
+
+def test_unknown_augmentation(cfg):
+    cfg.INPUT.AUGMENTATION = "mosaic"
+    with pytest.raises(ValueError, match=r"INPUT\.AUGMENTATION is 'mosaic'; known: \['fixed_crop'"):
+        build_augmentations(cfg, True)
+
+
+def test_evaluation_is_never_resampled_fast(cfg):
+    cfg.INPUT.RESAMPLING, cfg.INPUT.COLOR_AUG_SSD = "fast", True
+    mapper = PanopticDatasetMapper(cfg, is_train=False)
+    assert not mapper.fast
+    assert not mapper.color_augmentation
+
+
+def test_color_augmentation(cfg, record):
+    cfg.INPUT.COLOR_AUG_SSD = True
+    mapper = PanopticDatasetMapper(cfg)
+    np.random.seed(0)
+    images = [mapper(record)["image"] for _ in range(20)]
+    assert len({image.numpy().tobytes() for image in images}) > 15
+    gray = np.full((4, 5, 3), 100, dtype=np.uint8)
+    for _ in range(50):  # a gray stays gray, within brightness and contrast
+        distorted = distort_colors(gray)
+        assert (distorted == distorted[..., :1]).all()
+        assert (100 - 32) * 0.5 - 1 <= distorted[0, 0, 0] <= (100 + 32) * 1.5
+
+
+def test_no_masks():
+    masks = IndexMasks(torch.zeros(3, 4, dtype=torch.uint8), ())
+    assert masks.tensor.shape == (0, 3, 4)
+    assert len(masks.get_bounding_boxes()) == 0
+
+
+def test_index_masks_are_bit_masks():
+    index_map = torch.tensor([[1, 1, 0], [3, 2, 2]], dtype=torch.uint8)
+    masks = IndexMasks(index_map, (1, 2, 3))
+    dense = BitMasks(torch.stack([index_map == i for i in (1, 2, 3)]))
+    assert isinstance(masks, BitMasks)
+    assert torch.equal(masks.tensor, dense.tensor)
+    assert torch.equal(masks.get_bounding_boxes().tensor, dense.get_bounding_boxes().tensor)
+    keep = torch.tensor([True, False, True])
+    for item in (1, slice(1, 3), keep, torch.tensor([2, 0])):
+        assert torch.equal(masks[item].tensor, dense[item].tensor)
+    assert torch.equal(BitMasks.cat([dense, dense]).tensor, IndexMasks.cat([masks, masks]).tensor)
+    assert [m.tolist() for m in masks] == dense.tensor.tolist()
+    assert torch.equal(masks.to("cpu").tensor, dense.tensor)
+    assert masks.nonempty().all()
+    assert "3" in repr(masks)
+    instances = Instances((2, 3), gt_masks=masks, gt_classes=torch.arange(3))
+    chosen = instances[keep]
+    assert torch.equal(chosen.gt_masks.tensor, dense.tensor[keep])
+    assert len(Instances.cat([instances, chosen]).gt_masks) == 5
+    copied = pickle.loads(pickle.dumps(masks))
+    assert torch.equal(copied.tensor, dense.tensor)
+
+
+def test_what_a_worker_sends_arrives(record):
+    expected = make_mapper()(record)
+    loader = torch.utils.data.DataLoader(
+        [record] * 2, batch_size=None, num_workers=1, collate_fn=make_mapper()
+    )
+    for received in loader:
+        assert torch.equal(received["image"], expected["image"])
+        instances = received["instances"]
+        assert isinstance(instances, TargetInstances)
+        assert_targets(instances, reference_targets(IDS, SEGMENTS, CLASS_MAP))
+    copied = copy.deepcopy(expected["instances"])
+    assert_targets(copied, reference_targets(IDS, SEGMENTS, CLASS_MAP))
+    assert len(expected["instances"][torch.tensor([0, 2])]) == 2
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (17, 23)])
+def test_boxes_in_one_pass(shape):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        index_map = rng.integers(0, 6, shape).astype(np.uint8) * (rng.random(shape) < 0.3)
+        boxes = tight_boxes(index_map, 6)
+        for i in range(1, 7):
+            y, x = np.nonzero(index_map == i)
+            expected = [x.min(), y.min(), x.max() + 1, y.max() + 1] if len(x) else [0, 0, 0, 0]
+            assert boxes[i - 1].tolist() == expected
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_resizing_a_window_has_the_bits_of_pillow(monkeypatch, disabled):
+    if disabled:
+        monkeypatch.setattr(exact_resampling, "image_extension", None)
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        h, w, new_h, new_w = (int(v) for v in rng.integers(1, 60, 4))
+        image = rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
+        resize = T.ResizeTransform(h, w, new_h, new_w)
+        y, x = int(rng.integers(new_h)), int(rng.integers(new_w))
+        crop = T.CropTransform(x, y, int(rng.integers(1, 70)), int(rng.integers(1, 70)))
+        expected = crop.apply_image(resize.apply_image(image))
+        np.testing.assert_array_equal(image_exactly(image, [resize, crop]), expected)
+        index_map = image[..., 0] + 256 * image[..., 1].astype(np.int32)
+        found = index_map_exactly(index_map, [resize, crop])
+        for byte in (0, 1):
+            expected = crop.apply_segmentation(resize.apply_segmentation(image[..., byte].copy()))
+            np.testing.assert_array_equal(found >> 8 * byte & 255, expected)

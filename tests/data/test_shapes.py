@@ -17,9 +17,10 @@ from detectron2.structures import BitMasks, Instances
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
-from psf.data import generate_shapes, load_coco_panoptic, read_panoptic_ids, register_shapes
+from psf.data import generate_shapes, load_coco_panoptic, register_shapes
 from psf.data.shapes import CATEGORIES, dataset
 from psf.data.shapes.scene import draw_scene
+from psf.panoptic_png import read_panoptic_ids
 
 SIZES = {"num_train": 3, "num_val": 2, "size": 64}
 

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import multiprocessing
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOPanopticEvaluator, DatasetEvaluators
 from detectron2.utils import comm
+from panopticapi.evaluation import pq_compute
+from PIL import Image
 from tiny_panoptic import ANT, CAT, CATEGORIES, GRASS, SKY, Layout, panoptic_output
 
 from psf.evaluation import InstanceEvaluator, PanopticEvaluator, build_evaluators
@@ -198,7 +201,7 @@ def test_predictions_of_all_processes_are_gathered(make_dataset, monkeypatch):
         evaluator.reset()
         evaluator.process([record], [panoptic_output(HALVES)])
         evaluators.append(evaluator)
-    everything = [evaluator._predictions for evaluator in evaluators]
+    everything = [evaluator._predicted for evaluator in evaluators]
     monkeypatch.setattr(comm, "gather", lambda _: everything)
     assert evaluators[0].evaluate()["panoptic_seg"]["PQ"] == 100
     monkeypatch.setattr(comm, "gather", lambda _: [])
@@ -255,3 +258,120 @@ def test_build_evaluators(make_dataset, tmp_path):
     assert isinstance(build(panoptic=True, instances=True, sem_seg=True), DatasetEvaluators)
     with pytest.raises(ValueError, match="Nothing to evaluate"):
         build()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 7])
+def test_the_number_of_processes_changes_no_bit(make_dataset, monkeypatch, num_workers):
+    generator = np.random.default_rng(1)
+    truth = [random_layout(generator, crowds=True) for _ in range(9)]
+    name = make_dataset(truth)
+    outputs = [panoptic_output(disturbed(layout, generator)) for layout in truth]
+    records = DatasetCatalog.get(name)
+    order = generator.permutation(len(records))
+    workers = [PanopticEvaluator(name) for _ in range(num_workers)]
+    for i in order:
+        workers[i % num_workers].process([records[i]], [outputs[i]])
+    gathered = [pickle.loads(pickle.dumps(worker._predicted)) for worker in workers]
+    alone = PanopticEvaluator(name)
+    alone.process(records, outputs)
+    expected = alone.evaluate()
+    monkeypatch.setattr(comm, "gather", lambda _: gathered)
+    assert str(workers[0].evaluate()) == str(expected)  # NaN != NaN
+
+
+def test_only_matches_are_kept(make_dataset):
+    """What stays of an image, apart from the annotations, does not grow with its pixels."""
+    sizes = []
+    for side in (8, 400):
+        layout: Layout = ([[1] * side] * side, {1: (CAT, 0)})
+        evaluator = PanopticEvaluator(name := make_dataset([layout]))
+        evaluator.process(DatasetCatalog.get(name), [panoptic_output(layout)])
+        sizes.append(len(pickle.dumps(evaluator._predicted)))
+    assert sizes[0] == sizes[1] < 400
+
+
+def test_boundary_quality(make_dataset, tmp_path):
+    name = make_dataset([HALVES])
+    evaluator = PanopticEvaluator(name, str(tmp_path / "out"), boundary=True)
+    evaluator.process(DatasetCatalog.get(name), [panoptic_output(HALVES)])
+    results = evaluator.evaluate()
+    assert results["boundary_panoptic_seg"]["PQ"] == results["panoptic_seg"]["PQ"] == 100
+    assert (tmp_path / "out" / "boundary_pq.txt").is_file()
+
+
+def test_a_saved_prediction_scores_the_same_with_panopticapi(make_dataset, tmp_path, monkeypatch):
+    """What COCO's server gets: the official tool reads it and gives the same numbers."""
+    generator = np.random.default_rng(2)
+    truth = [random_layout(generator, crowds=False) for _ in range(3)]
+    name = make_dataset(truth)
+    evaluator = PanopticEvaluator(name, str(tmp_path / "out"), save_predictions=True)
+    outputs = [panoptic_output(disturbed(layout, generator)) for layout in truth]
+    evaluator.process(DatasetCatalog.get(name), outputs)
+    ours = evaluator.evaluate()["panoptic_seg"]
+    monkeypatch.setattr(multiprocessing, "cpu_count", lambda: 1)
+    metadata, out = MetadataCatalog.get(name), str(tmp_path / "out" / "predictions")
+    theirs = pq_compute(metadata.panoptic_json, f"{out}.json", metadata.panoptic_root, out)
+    assert ours["PQ"] == 100 * theirs["All"]["pq"]
+    assert ours["PQ_th"] == 100 * theirs["Things"]["pq"]
+
+
+def test_a_test_set_is_predicted_but_not_measured(make_dataset, tmp_path):
+    name = make_dataset([HALVES])
+    path = Path(MetadataCatalog.get(name).panoptic_json)
+    content = json.loads(path.read_text())
+    del content["annotations"]
+    path.write_text(json.dumps(content))
+    evaluator = PanopticEvaluator(name, str(tmp_path / "out"), save_predictions=True)
+    evaluator.process(DatasetCatalog.get(name), [panoptic_output(HALVES)])
+    assert evaluator.evaluate() == {}
+    (annotation,) = json.loads((tmp_path / "out" / "predictions.json").read_text())["annotations"]
+    assert annotation["segments_info"] == [
+        {"id": 1, "category_id": 10},
+        {"id": 300, "category_id": 3},
+    ]
+    png = tmp_path / "out" / "predictions" / annotation["file_name"]
+    assert np.asarray(Image.open(png))[3, 0].tolist() == [300 - 256, 1, 0]
+    with pytest.raises(ValueError, match="output_dir"):
+        PanopticEvaluator(name, save_predictions=True)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda info: info.update(category_id=9), "unknown category_id 9"),
+        (lambda info: info.update(id=2), r"segment ids \[1\] that segments_info does not list"),
+    ],
+)
+def test_predictions_that_contradict_themselves(make_dataset, spoil, message):
+    name = make_dataset([HALVES])
+    output = panoptic_output(HALVES)
+    spoil(output["panoptic_seg"][1][0])
+    with pytest.raises(KeyError, match=message):
+        PanopticEvaluator(name).process(DatasetCatalog.get(name), [output])
+
+
+def test_an_image_of_another_data_set(make_dataset):
+    name = make_dataset([HALVES])
+    record = {**DatasetCatalog.get(name)[0], "image_id": 5}
+    with pytest.raises(KeyError, match="has no annotation of image 5"):
+        PanopticEvaluator(name).process([record], [panoptic_output(HALVES)])
+
+
+def test_annotations_without_areas(make_dataset):
+    name = make_dataset([HALVES])
+    path = Path(MetadataCatalog.get(name).panoptic_json)
+    path.write_text(path.read_text().replace('"area"', '"size"'))
+    with pytest.raises(ValueError, match="segment 1 of image 100 has no 'area'"):
+        PanopticEvaluator(name).process(DatasetCatalog.get(name), [panoptic_output(HALVES)])
+
+
+def test_categories_by_the_data_sets_ids(make_dataset):
+    """Segments without isthing, as Detectron2 allows: category_id is then the data set's own."""
+    name = make_dataset([HALVES])
+    output = panoptic_output(HALVES)
+    for info in output["panoptic_seg"][1]:
+        del info["isthing"]
+        info["category_id"] = CATEGORIES[info["category_id"]]["id"]
+    evaluator = PanopticEvaluator(name)
+    evaluator.process(DatasetCatalog.get(name), [output])
+    assert evaluator.evaluate()["panoptic_seg"]["PQ"] == 100

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import find_objects
 
-from ..coco_panoptic import register_panoptic
+from ..coco_panoptic import datasets_root, register_panoptic
 from .scene import CATEGORIES, Scene, draw_scene
 
 logger = logging.getLogger(__name__)
@@ -38,9 +38,8 @@ _SPLITS = ("train", "val")
 
 
 def default_root() -> str:
-    """``shapes`` in the folder of data sets, which Detectron2 calls DETECTRON2_DATASETS."""
-    datasets = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
-    return os.path.join(datasets, "shapes")
+    """``shapes`` in the folder of data sets."""
+    return os.path.join(datasets_root(), "shapes")
 
 
 def register_shapes(

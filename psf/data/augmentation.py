@@ -1,0 +1,176 @@
+"""The augmentations that panoptic models are trained with, from Detectron2's parts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+from fvcore.transforms.transform import NoOpTransform
+from numpy.typing import NDArray
+
+# DETR's crop (datasets/coco.py): half of the images are cropped after a resize to one of these.
+_CROP_PROBABILITY = 0.5
+_SHORT_SIDE_BEFORE_CROP = [400, 500, 600]
+
+# SSD's photometric distortion (Liu et al., 2016, section 2.2; SSD's data layer), as in Mask2Former.
+_BRIGHTNESS = 32
+_CONTRAST = (0.5, 1.5)
+_SATURATION = (0.5, 1.5)
+_HUE = 18  # degrees of OpenCV: 0..179
+
+
+def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
+    """
+    The geometric augmentations of ``INPUT.AUGMENTATION``.
+
+    In training "multi_scale" resizes the shorter side, every other image being cropped first if
+    ``INPUT.CROP.ENABLED`` (DETR); "large_scale_jitter" scales by a random factor, then crops or
+    pads to a square (Ghiasi et al., 2021, in Mask2Former's keys); "fixed_crop" resizes the shorter
+    side, then crops or pads to ``INPUT.CROP.SIZE``. All flip. Padding is void.
+    """
+    if not is_train:
+        return [T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)]
+    build = _AUGMENTATIONS.get(cfg.INPUT.AUGMENTATION)
+    if build is None:
+        raise ValueError(
+            f"INPUT.AUGMENTATION is '{cfg.INPUT.AUGMENTATION}'; known: {sorted(_AUGMENTATIONS)}"
+        )
+    augmentations: list[T.Augmentation] = []
+    if cfg.INPUT.RANDOM_FLIP != "none":
+        horizontal = cfg.INPUT.RANDOM_FLIP == "horizontal"
+        augmentations.append(T.RandomFlip(horizontal=horizontal, vertical=not horizontal))
+    return augmentations + build(cfg)
+
+
+def _multi_scale(cfg: CfgNode) -> list[T.Augmentation]:
+    augmentations: list[T.Augmentation] = []
+    if cfg.INPUT.CROP.ENABLED:
+        crop = [
+            T.ResizeShortestEdge(_SHORT_SIDE_BEFORE_CROP, sample_style="choice"),
+            T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE),
+        ]
+        augmentations.append(T.RandomApply(T.AugmentationList(crop), prob=_CROP_PROBABILITY))
+    return [*augmentations, _resize_shorter_side(cfg)]
+
+
+def _large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
+    size = cfg.INPUT.IMAGE_SIZE
+    scale = T.ResizeScale(cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE, size, size)
+    return [scale, _fixed_size((size, size))]
+
+
+def _fixed_crop(cfg: CfgNode) -> list[T.Augmentation]:
+    height, width = (int(side) for side in cfg.INPUT.CROP.SIZE)
+    return [_resize_shorter_side(cfg), _fixed_size((height, width))]
+
+
+_AUGMENTATIONS: dict[str, Callable[[CfgNode], list[T.Augmentation]]] = {
+    "multi_scale": _multi_scale,
+    "large_scale_jitter": _large_scale_jitter,
+    "fixed_crop": _fixed_crop,
+}
+
+
+def _resize_shorter_side(cfg: CfgNode) -> T.Augmentation:
+    return T.ResizeShortestEdge(
+        cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+    )
+
+
+def _fixed_size(size: tuple[int, int]) -> T.Augmentation:
+    # Detectron2 pads segmentations with 255, which is a segment here; 0 is void.
+    return T.FixedSizeCrop(size, pad=True, seg_pad_value=0)
+
+
+class SizeInput:
+    """
+    The input of augmentations that look at the size of an image alone.
+
+    They see an array of the right shape that takes no memory; what they decide is only noted.
+    """
+
+    def __init__(self, height: int, width: int) -> None:
+        self.image = np.broadcast_to(np.uint8(0), (height, width, 3))
+        self.transforms: list[Any] = []  # none of them a list
+
+    def transform(self, transform: Any) -> None:
+        """Called by Detectron2's augmentations with what they have chosen."""
+        if isinstance(transform, T.TransformList):
+            for each in transform.transforms:
+                self.transform(each)
+            return
+        height, width = self.image.shape[:2]
+        if isinstance(transform, T.ResizeTransform):
+            height, width = transform.new_h, transform.new_w
+        elif isinstance(transform, T.CropTransform):
+            height = min(transform.h, height - transform.y0)
+            width = min(transform.w, width - transform.x0)
+        elif isinstance(transform, T.PadTransform):
+            height += transform.y0 + transform.y1
+            width += transform.x0 + transform.x1
+        self.image = np.broadcast_to(np.uint8(0), (height, width, 3))
+        if not isinstance(transform, NoOpTransform):
+            self.transforms.append(transform)
+
+
+_SIZE_ONLY = (
+    T.FixedSizeCrop,
+    T.RandomCrop,
+    T.RandomFlip,
+    T.Resize,
+    T.ResizeScale,
+    T.ResizeShortestEdge,
+)
+
+
+def looks_at_size_only(augmentation: T.Augmentation) -> bool:
+    """Whether an augmentation scales, crops, pads or flips, and decides by the size alone."""
+    if isinstance(augmentation, T.AugmentationList):
+        return all(looks_at_size_only(each) for each in augmentation.augs)
+    if isinstance(augmentation, T.RandomApply):
+        return looks_at_size_only(augmentation.aug)
+    return type(augmentation) in _SIZE_ONLY
+
+
+def distort_colors(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """
+    SSD's photometric distortion: brightness, contrast, saturation, hue, each in half of the images.
+
+    Args:
+        image: (h, w, 3), RGB or BGR.
+
+    Returns:
+        (h, w, 3). Random numbers are NumPy's global ones, as those of Detectron2's augmentations.
+    """
+    if _coin():
+        image = _scale_and_shift(image, 1.0, np.random.uniform(-_BRIGHTNESS, _BRIGHTNESS))
+    contrast_first = _coin()
+    if contrast_first:
+        image = _random_contrast(image)
+    saturation = np.random.uniform(*_SATURATION) if _coin() else 1.0
+    hue = np.random.randint(-_HUE, _HUE + 1) if _coin() else 0
+    if saturation != 1.0 or hue:
+        # BGR taken for RGB mirrors the circle of hues: a random turn of it stays one.
+        hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+        levels = np.arange(256)
+        hues = ((levels + hue) % 180).astype(np.uint8)
+        saturations = np.clip(levels * saturation, 0, 255).astype(np.uint8)
+        identity = levels.astype(np.uint8)
+        tables = np.stack([hues, saturations, identity], axis=-1)[None]  # (1, 256, 3)
+        image = np.asarray(cv2.cvtColor(cv2.LUT(hsv, tables), cv2.COLOR_HSV2RGB), dtype=np.uint8)
+    return image if contrast_first else _random_contrast(image)
+
+
+def _coin() -> bool:
+    return bool(np.random.randint(2))
+
+
+def _random_contrast(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return _scale_and_shift(image, np.random.uniform(*_CONTRAST), 0.0) if _coin() else image
+
+
+def _scale_and_shift(image: NDArray[np.uint8], scale: float, shift: float) -> NDArray[np.uint8]:
+    table = np.clip(np.arange(256) * scale + shift, 0, 255).astype(np.uint8)
+    return np.asarray(cv2.LUT(image, table), dtype=np.uint8)

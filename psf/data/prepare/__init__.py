@@ -1,0 +1,1 @@
+"""Preparation of the public data sets from their official downloads."""

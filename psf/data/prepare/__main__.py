@@ -1,0 +1,39 @@
+"""Prepare a public data set: ``python -m psf.data.prepare coco|ade20k|cityscapes``."""
+
+import argparse
+from pathlib import Path
+
+from detectron2.utils.logger import setup_logger
+
+from ..coco_panoptic import datasets_root
+from . import ade20k, cityscapes, coco
+
+_DATA_SETS = {"ade20k": ade20k.prepare, "cityscapes": cityscapes.prepare, "coco": coco.prepare}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m psf.data.prepare",
+        description="Prepare a public data set from its official downloads, which "
+        "datasets/README.md lists. What is done already is not done again.",
+    )
+    parser.add_argument("data_set", choices=sorted(_DATA_SETS))
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=Path(datasets_root()),
+        help="folder of the data sets, with the archives or what they hold (%(default)s)",
+    )
+    parser.add_argument(
+        "--allow-partial", action="store_true", help="go on with fewer images than there should be"
+    )
+    args = parser.parse_args()
+    setup_logger(name="psf")
+    try:
+        _DATA_SETS[args.data_set](args.root.expanduser(), allow_partial=args.allow_partial)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

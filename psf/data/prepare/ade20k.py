@@ -1,0 +1,113 @@
+"""ADE20K panoptic: semantic and instance annotations of the Places Challenge 2017, in one map.
+
+Like Mask2Former's preparation, which the field trains on, things lie on stuff where the two
+overlap. Unlike it, areas and boxes are those of what remains visible, as panopticapi presumes, and
+stuff that is covered completely is left out.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .. import categories
+from .archives import unpack
+from .writing import Converted, Segment, Split, write_split
+
+ROOT = "ADEChallengeData2016"
+# Split, its folder, and its images.
+_SPLITS = (("train", "training", 20_210), ("val", "validation", 2_000))
+_VOID = 255
+
+
+def prepare(root: Path, *, allow_partial: bool) -> None:
+    """Unpack what is downloaded to ``root`` and make labels, instances and panoptic files of it."""
+    data = root / ROOT
+    for name, target in ((f"{ROOT}.zip", root), ("annotations_instance.tar", data)):
+        for archive in (root / name, data / name):
+            if archive.is_file():
+                unpack(archive, target)
+    for split, folder, num_images in _SPLITS:
+        _require_folders(data, folder)
+        write_split(
+            Split(
+                name=f"ADE20K {split}",
+                panoptic_root=data / f"ade20k_panoptic_{split}",
+                panoptic_json=data / f"ade20k_panoptic_{split}.json",
+                instances_json=data / f"ade20k_instance_{split}.json",
+                categories=categories.ADE20K,
+                num_images=num_images,
+            ),
+            sorted((data / "images" / folder).glob("*.jpg")),
+            partial(_convert, data, folder),
+            allow_partial=allow_partial,
+        )
+
+
+def _require_folders(data: Path, folder: str) -> None:
+    for kind, archive in (
+        ("images", f"{ROOT}.zip"),
+        ("annotations", f"{ROOT}.zip"),
+        ("annotations_instance", "annotations_instance.tar"),
+    ):
+        if not (data / kind / folder).is_dir():
+            raise FileNotFoundError(
+                f"'{data / kind / folder}' does not exist. Put {archive} (datasets/README.md says "
+                f"where it is from) into '{data.parent}' or '{data}', or unpack it there."
+            )
+
+
+def _convert(data: Path, folder: str, image: Path) -> Converted:
+    labels = _read(data / "annotations" / folder / f"{image.stem}.png")
+    if labels.ndim != 2:
+        raise ValueError(f"'{image.stem}.png' of annotations is not a map of labels.")
+    semantic = labels - np.uint8(1)  # 0, unlabelled, becomes 255
+    target = data / "annotations_detectron2" / folder / f"{image.stem}.png"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(semantic).save(target)
+
+    things = _read(data / "annotations_instance" / folder / f"{image.stem}.png")
+    if things.shape != (*semantic.shape, 3):
+        raise ValueError(
+            f"'{data / 'annotations_instance' / folder / image.stem}.png' has the shape "
+            f"{things.shape} instead of {(*semantic.shape, 3)}, which its labels have."
+        )
+    index_map = np.zeros(semantic.shape, dtype=np.int32)
+    segments: list[Segment] = []
+    for category_id in np.unique(semantic).tolist():
+        if category_id != _VOID and not categories.ADE20K[category_id]["isthing"]:
+            segments.append(Segment(category_id))
+            index_map[semantic == category_id] = len(segments)
+    for instance in np.unique(things[..., 1]).tolist():
+        if instance:
+            mask = things[..., 1] == instance
+            segments.append(Segment(_thing_category(things[..., 0][mask], image, instance)))
+            index_map[mask] = len(segments)
+    return Converted(
+        image_id=image.stem,
+        file_name=image.name,
+        png=f"{image.stem}.png",
+        index_map=index_map,
+        segments=segments,
+        sem_seg_file_name=f"{folder}/{image.stem}.png",
+    )
+
+
+def _thing_category(values: NDArray[np.uint8], image: Path, instance: int) -> int:
+    """The category of an instance, whose pixels all have the same value in 1..100."""
+    found = np.unique(values).tolist()
+    if len(found) != 1 or not 1 <= found[0] <= len(categories.ADE20K_INSTANCE_CLASSES):
+        raise ValueError(
+            f"Instance {instance} of '{image.name}' has the categories {found}; it should have one "
+            "in 1..100. Download annotations_instance.tar again."
+        )
+    return categories.ADE20K_INSTANCE_CLASSES[found[0] - 1] - 1
+
+
+def _read(path: Path) -> NDArray[np.uint8]:
+    if not path.is_file():
+        raise FileNotFoundError(f"'{path}' does not exist. Complete the download.")
+    with Image.open(path) as image:
+        return np.asarray(image)

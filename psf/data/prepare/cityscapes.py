@@ -1,0 +1,87 @@
+"""Cityscapes panoptic: from the instance ids of the fine annotations, as cityscapesScripts does it.
+
+A value of at least 1000 is an instance of class value // 1000. A smaller one is a class: for stuff
+its only segment, for things a group that is not told apart, a crowd. Classes that are not evaluated
+are void.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .. import categories
+from .archives import unpack
+from .writing import Converted, Segment, Split, write_split
+
+# Split and its images. The test split has no annotations.
+_SPLITS = (("train", 2_975), ("val", 500))
+_ARCHIVES = ("gtFine_trainvaltest.zip", "leftImg8bit_trainvaltest.zip")
+_ENDING = "_gtFine_instanceIds.png"
+_VOID = 255
+
+
+def prepare(root: Path, *, allow_partial: bool) -> None:
+    """Unpack what is downloaded to ``root`` and make labels, instances and panoptic files of it."""
+    data = root / "cityscapes"
+    for name in _ARCHIVES:
+        for archive in (root / name, data / name):
+            if archive.is_file():
+                unpack(archive, data, members=name.partition("_")[0])
+    for split, num_images in _SPLITS:
+        for folder, archive_name in zip(("gtFine", "leftImg8bit"), _ARCHIVES, strict=True):
+            if not (data / folder / split).is_dir():
+                raise FileNotFoundError(
+                    f"'{data / folder / split}' does not exist. Put {archive_name} "
+                    f"(datasets/README.md says where it is from) into '{data}', or unpack it there."
+                )
+        truth = data / "gtFine"
+        write_split(
+            Split(
+                name=f"Cityscapes {split}",
+                panoptic_root=truth / f"cityscapes_panoptic_{split}",
+                panoptic_json=truth / f"cityscapes_panoptic_{split}.json",
+                instances_json=truth / f"cityscapes_instances_{split}.json",
+                categories=categories.CITYSCAPES,
+                num_images=num_images,
+            ),
+            sorted((truth / split).glob(f"*/*{_ENDING}")),
+            _convert,
+            allow_partial=allow_partial,
+        )
+
+
+def _convert(source: Path) -> Converted:
+    with Image.open(source) as image:
+        values = np.asarray(image).astype(np.int32)
+    name = source.name.removesuffix(_ENDING)  # city, sequence, frame
+    labels = source.with_name(f"{name}_gtFine_labelTrainIds.png")
+    Image.fromarray(_train_ids(values)).save(labels)
+    things = {c["id"]: bool(c["isthing"]) for c in categories.CITYSCAPES}
+    index_map = np.zeros(values.shape, dtype=np.int32)
+    segments: list[Segment] = []
+    for value in np.unique(values).tolist():
+        category_id = value if value < 1000 else value // 1000
+        if category_id in things:
+            is_group = value < 1000 and things[category_id]
+            segments.append(Segment(category_id, iscrowd=int(is_group), id=value))
+            index_map[values == value] = len(segments)
+    split, city = source.parent.parent.name, source.parent.name
+    return Converted(
+        image_id=name,
+        file_name=f"{name}_leftImg8bit.png",
+        png=f"{name}_gtFine_panoptic.png",
+        index_map=index_map,
+        segments=segments,
+        sem_seg_file_name=f"{split}/{city}/{labels.name}",
+    )
+
+
+def _train_ids(values: NDArray[np.int32]) -> NDArray[np.uint8]:
+    """The evaluated classes 0..18 of every pixel, 255 elsewhere (createTrainIdLabelImgs)."""
+    classes = np.where(values < 1000, values, values // 1000)
+    table = np.full(256, _VOID, dtype=np.uint8)
+    for label_id, train_id in categories.CITYSCAPES_TRAIN_IDS.items():
+        table[label_id] = train_id
+    return table[np.clip(classes, 0, 255)]

@@ -1,0 +1,159 @@
+"""Scores of predictions that were saved in the format of COCO's server, image by image.
+
+Shapes: H x W pixels of an image.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tqdm  # type: ignore[import-untyped]
+
+from psf.panoptic_png import read_panoptic_ids
+
+from .panoptic_quality import (
+    VOID,
+    ClassQuality,
+    ImageRecord,
+    Overlaps,
+    TruthSegment,
+    add_up,
+    average_quality,
+    class_qualities,
+    compare,
+    count_overlaps,
+)
+
+MISSED = "(missed)"
+INVENTED = "(nothing there)"
+
+
+class ImageScore(NamedTuple):
+    """The quality of one image by itself."""
+
+    image_id: Any
+    file_name: str  # of the image
+    pq: float  # in percent; NaN if neither truth nor prediction has a segment
+
+
+class Scores(NamedTuple):
+    """The quality of saved predictions."""
+
+    rows: list[ClassQuality]  # all, things, stuff, then every class
+    images: list[ImageScore]  # worst first
+    confusion: Counter[tuple[str, str]]  # segments by (class in the truth, class predicted)
+
+
+def score_predictions(
+    truth_json: Path,
+    truth_root: Path,
+    pred_json: Path,
+    pred_root: Path,
+    *,
+    boundary: bool = False,
+) -> Scores:
+    """
+    Compare saved predictions with the ground truth.
+
+    Args:
+        truth_json: of the data set.
+        truth_root: folder of its PNGs.
+        pred_json: of the predictions.
+        pred_root: folder of their PNGs.
+        boundary: Boundary PQ instead of PQ.
+
+    Raises:
+        ValueError: an image has no prediction.
+    """
+    truth = json.loads(truth_json.read_text(encoding="utf-8"))
+    pred = json.loads(pred_json.read_text(encoding="utf-8"))
+    predictions = {a["image_id"]: a for a in pred["annotations"]}
+    missing = [a["image_id"] for a in truth["annotations"] if a["image_id"] not in predictions]
+    if missing:
+        raise ValueError(
+            f"'{pred_json}' has no prediction for {len(missing)} of the "
+            f"{len(truth['annotations'])} images of '{truth_json}', the first are {missing[:5]}."
+        )
+    categories = truth["categories"]
+    names = {c["id"]: c["name"] for c in categories}
+    files = {image["id"]: image["file_name"] for image in truth["images"]}
+    records, scores = [], []
+    confusion: Counter[tuple[str, str]] = Counter()
+    for annotation in tqdm.tqdm(truth["annotations"], desc="images", disable=None):
+        image_id = annotation["image_id"]
+        prediction = predictions[image_id]
+        truth_ids = read_panoptic_ids(str(truth_root / annotation["file_name"]))
+        pred_ids = read_panoptic_ids(str(pred_root / prediction["file_name"]))
+        segments = {
+            s["id"]: TruthSegment(s["category_id"], s["area"], s.get("iscrowd") == 1)
+            for s in annotation["segments_info"]
+        }
+        predicted = {s["id"]: s["category_id"] for s in prediction["segments_info"]}
+        _check_categories(predicted, names, image_id)
+        record = compare(
+            truth_ids, segments, pred_ids, predicted, image_id=image_id, boundary=boundary
+        )
+        records.append(record)
+        scores.append(ImageScore(image_id, files[image_id], _pq_of(record, categories)))
+        confusion += _confusion(count_overlaps(truth_ids, pred_ids), segments, predicted, names)
+    counts = add_up(records, names)
+    groups = (("all", None), ("things", True), ("stuff", False))
+    rows = [average_quality(counts, categories, name, isthing) for name, isthing in groups]
+    scores.sort(key=lambda s: (s.pq != s.pq, s.pq))
+    return Scores(rows + class_qualities(counts, categories), scores, confusion)
+
+
+def _check_categories(
+    predicted: Mapping[int, int], names: Mapping[int, str], image_id: Any
+) -> None:
+    for segment_id, category_id in predicted.items():
+        if category_id not in names:
+            raise KeyError(
+                f"Prediction of image {image_id!r}: segment {segment_id} has the unknown "
+                f"category_id {category_id}."
+            )
+
+
+def _pq_of(record: ImageRecord, categories: list[dict[str, Any]]) -> float:
+    counts = add_up([record], [c["id"] for c in categories])
+    return average_quality(counts, categories, "all", None).pq
+
+
+def _confusion(
+    overlaps: Overlaps,
+    truth: Mapping[int, TruthSegment],
+    pred: Mapping[int, int],
+    names: Mapping[int, str],
+) -> Counter[tuple[str, str]]:
+    """
+    Match segments whatever their classes; at an IoU above 0.5 there is at most one match each.
+
+    Predictions that lie mostly in void or crowds are left out, as in PQ.
+    """
+    pred_areas: Counter[int] = Counter()
+    excused: Counter[int] = Counter()
+    for (truth_id, pred_id), count in overlaps.items():
+        pred_areas[pred_id] += count
+        if truth_id == VOID or (truth_id in truth and truth[truth_id].iscrowd):
+            excused[pred_id] += count
+    result: Counter[tuple[str, str]] = Counter()
+    matched: set[int] = set()
+    found: set[int] = set()
+    for (truth_id, pred_id), intersection in overlaps.items():
+        if truth_id not in truth or pred_id not in pred or truth[truth_id].iscrowd:
+            continue
+        in_void = overlaps.get((VOID, pred_id), 0)
+        union = pred_areas[pred_id] + truth[truth_id].area - intersection - in_void
+        if 2 * intersection > union:
+            result[names[truth[truth_id].category_id], names[pred[pred_id]]] += 1
+            found.add(truth_id)
+            matched.add(pred_id)
+    for truth_id, segment in truth.items():
+        if truth_id not in found and not segment.iscrowd:
+            result[names[segment.category_id], MISSED] += 1
+    for pred_id, category_id in pred.items():
+        if pred_id not in matched and 2 * excused[pred_id] <= pred_areas[pred_id]:
+            result[INVENTED, names[category_id]] += 1
+    return result

@@ -1,0 +1,251 @@
+"""Every kind of defect is found, and named by file and id."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from psf.data.check import check_dataset
+from psf.panoptic_png import write_panoptic_ids
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+import check_dataset as tool  # noqa: E402  a script, not a module of the package
+
+COCO_SAMPLE = ROOT.parent / "shared" / "data" / "coco_sample"
+
+
+class Files:
+    """Two images of 6 x 4 pixels: a cat (70000) and a crowd of cats on grass (5)."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for folder in ("images", "pngs"):
+            (root / folder).mkdir()
+        ids = np.full((4, 6), 5)
+        ids[1:3, 1:4] = 70000
+        ids[3, 4:] = 9
+        ids[0, 0] = 0
+        for i in (1, 2):
+            Image.new("RGB", (6, 4)).save(root / "images" / f"{i}.jpg")
+            write_panoptic_ids(str(root / "pngs" / f"{i}.png"), ids)
+        segments = [
+            {"id": 5, "category_id": 2, "area": 15, "bbox": [0, 0, 6, 4], "iscrowd": 0},
+            {"id": 70000, "category_id": 1, "area": 6, "bbox": [1, 1, 3, 2], "iscrowd": 0},
+            {"id": 9, "category_id": 1, "area": 2, "bbox": [4, 3, 2, 1], "iscrowd": 1},
+        ]
+        self.json = {
+            "images": [{"id": i, "file_name": f"{i}.jpg", "height": 4, "width": 6} for i in (1, 2)],
+            "annotations": [
+                {
+                    "image_id": i,
+                    "file_name": f"{i}.png",
+                    "segments_info": [dict(s) for s in segments],
+                }
+                for i in (1, 2)
+            ],
+            "categories": [
+                {"id": 1, "name": "cat", "isthing": 1},
+                {"id": 2, "name": "grass", "isthing": 0},
+            ],
+        }
+
+    @property
+    def paths(self) -> tuple[Path, Path, Path]:
+        path = self.root / "panoptic.json"
+        path.write_text(json.dumps(self.json))
+        return path, self.root / "images", self.root / "pngs"
+
+    def segment(self, position: int) -> dict:
+        return self.json["annotations"][1]["segments_info"][position]
+
+
+@pytest.fixture
+def files(tmp_path):
+    return Files(tmp_path)
+
+
+def test_no_images(files):
+    files.json["images"], files.json["annotations"] = [], []
+    assert check_dataset(*files.paths) == []
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_nothing_wrong(files, num_processes):
+    assert check_dataset(*files.paths, num_processes=num_processes) == []
+
+
+def paint(files, ids):
+    write_panoptic_ids(str(files.root / "pngs" / "2.png"), np.asarray(ids))
+
+
+def cut(files):
+    path = files.root / "images" / "2.jpg"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+# What is spoiled, the file that is named, the id, and the problem.
+DEFECTS = {
+    "image is missing": (
+        lambda f: (f.root / "images" / "2.jpg").unlink(),
+        ("2.jpg", "image 2", "does not exist"),
+    ),
+    "PNG is missing": (
+        lambda f: (f.root / "pngs" / "2.png").unlink(),
+        ("2.png", "image 2", "does not exist"),
+    ),
+    "image is cut off": (cut, ("2.jpg", "image 2", "truncated")),
+    "image of another size": (
+        lambda f: Image.new("RGB", (4, 6)).save(f.root / "images" / "2.jpg"),
+        ("2.jpg", "image 2", "is 4 x 6 pixels, but 6 x 4 in the JSON"),
+    ),
+    "PNG of another size": (
+        lambda f: paint(f, np.full((4, 5), 5)),
+        ("2.png", "image 2", "is 5 x 4 pixels, but 6 x 4 in the JSON"),
+    ),
+    "id in the PNG only": (
+        lambda f: f.json["annotations"][1]["segments_info"].pop(0),
+        ("2.png", "image 2, segment 5", "is in the PNG but not in the JSON"),
+    ),
+    "id in the JSON only": (
+        lambda f: f.json["annotations"][1]["segments_info"].append({**f.segment(0), "id": 8}),
+        ("2.png", "image 2, segment 8", "is in the JSON but not in the PNG"),
+    ),
+    "wrong area": (
+        lambda f: f.segment(1).update(area=7),
+        ("panoptic.json", "image 2, segment 70000", "area is 7, but 6 pixels are in the PNG"),
+    ),
+    "wrong box": (
+        lambda f: f.segment(1).update(bbox=[1, 1, 4, 3]),
+        ("panoptic.json", "image 2, segment 70000", "but [1, 1, 3, 2] in the PNG"),
+    ),
+    "crowd of stuff": (
+        lambda f: f.segment(0).update(iscrowd=1),
+        ("panoptic.json", "image 2, segment 5", "is a crowd, but of a stuff category"),
+    ),
+    "iscrowd is no flag": (
+        lambda f: f.segment(1).update(iscrowd=3),
+        ("panoptic.json", "image 2, segment 70000", "iscrowd is 3, not 0 or 1"),
+    ),
+    "unknown category": (
+        lambda f: f.segment(1).update(category_id=7),
+        ("panoptic.json", "image 2, segment 70000", "category_id 7 is not among the categories"),
+    ),
+    "two segments of one id": (
+        lambda f: f.json["annotations"][1]["segments_info"].append(dict(f.segment(0))),
+        ("panoptic.json", "image 2, segment 5", "2 segments have this id"),
+    ),
+    "id out of range": (
+        lambda f: f.segment(0).update(id=1 << 24),
+        ("panoptic.json", "image 2, segment 16777216", "its id is not in 1..16777215"),
+    ),
+    "segment without area": (
+        lambda f: f.segment(0).pop("area"),
+        ("panoptic.json", "image 2, segment 5", "lacks area"),
+    ),
+    "category without isthing": (
+        lambda f: f.json["categories"][0].pop("isthing"),
+        ("panoptic.json", "category 1", "lacks isthing"),
+    ),
+    "category twice": (
+        lambda f: f.json["categories"].append({"id": 3, "name": "cat", "isthing": 1}),
+        ("panoptic.json", "category cat", "2 categories have this name"),
+    ),
+    "annotation of no image": (
+        lambda f: f.json["images"].pop(1),
+        ("panoptic.json", "image 2", "is annotated but not among the images"),
+    ),
+    "image twice": (
+        lambda f: f.json["images"].append(f.json["images"][1]),
+        ("panoptic.json", "image 2", "two images have this id"),
+    ),
+    "image without annotation": (
+        lambda f: f.json["annotations"].pop(1),
+        ("panoptic.json", "image 2", "has no annotation"),
+    ),
+    "annotation twice": (
+        lambda f: f.json["annotations"].append(f.json["annotations"][1]),
+        ("panoptic.json", "image 2", "has two annotations"),
+    ),
+    "no categories": (
+        lambda f: f.json.pop("categories"),
+        ("panoptic.json", "JSON", "lacks categories"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "expected"), DEFECTS.values(), ids=DEFECTS)
+def test_defect(files, spoil, expected):
+    spoil(files)
+    file, where, problem = expected
+    defects = check_dataset(*files.paths)
+    assert any(
+        d.file.endswith(file) and d.where == where and problem in d.problem for d in defects
+    ), defects
+
+
+def test_ten_defects_at_once(files, capsys):
+    """Each is found although there are others."""
+    planted = [
+        "image is cut off",
+        "wrong area",
+        "wrong box",
+        "crowd of stuff",
+        "id in the JSON only",
+        "category twice",
+    ]
+    for name in planted:
+        DEFECTS[name][0](files)
+    other = files.json["annotations"][0]["segments_info"]
+    other[1]["category_id"] = 99
+    other[2]["iscrowd"] = 2
+    (files.root / "pngs" / "1.png").unlink()
+    files.json["images"].append({"id": 3, "file_name": "3.jpg", "height": 1, "width": 1})
+    arguments = [str(p) for p in files.paths]
+    options = [v for pair in zip(("--json", "--images", "--pngs"), arguments) for v in pair]  # noqa: B905
+    assert tool.main(options) == 1
+    printed = capsys.readouterr().out
+    for name in planted:
+        file, where, problem = DEFECTS[name][1]
+        assert any(
+            file in line and where in line and problem in line for line in printed.splitlines()
+        ), name
+    assert "image 1, segment 70000: category_id 99 is not among" in printed
+    assert "image 1, segment 9: iscrowd is 2" in printed
+    assert "1.png: image 1: does not exist" in printed
+    assert "image 3: has no annotation" in printed
+    assert printed.endswith("11 defects\n")  # the copied crowd of stuff counts too
+
+
+def test_missing_and_invalid_json(tmp_path):
+    path = tmp_path / "a.json"
+    (defect,) = check_dataset(path, tmp_path, tmp_path)
+    assert str(defect) == f"{path}: JSON: does not exist"
+    path.write_text("{")
+    (defect,) = check_dataset(path, tmp_path, tmp_path)
+    assert "is not valid" in defect.problem
+
+
+def test_the_tool_draws(files, capsys):
+    json_file, images, pngs = (str(path) for path in files.paths)
+    sheet = files.root / "sheet.png"
+    options = ["--json", json_file, "--images", images, "--pngs", pngs, "--sheet", str(sheet)]
+    assert tool.main(options) == 0
+    assert Image.open(sheet).size[0] > 700
+    assert "no defects" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [[], ["--name", "nowhere"]])
+def test_the_tool_says_what_it_needs(options, capsys):
+    with pytest.raises(SystemExit):
+        tool.main(options)
+    assert "--name" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not COCO_SAMPLE.is_dir(), reason="needs ../shared/data/coco_sample")
+def test_real_coco_images():
+    paths = (COCO_SAMPLE / "panoptic.json", COCO_SAMPLE / "images", COCO_SAMPLE / "panoptic")
+    assert check_dataset(*paths) == []

@@ -1,0 +1,197 @@
+"""Instances with label maps, and LabelMe's files: converted, checked, loaded."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pycocotools.mask
+import pytest
+from PIL import Image
+
+from psf.data import load_coco_panoptic
+from psf.data.check import check_dataset
+from psf.data.prepare.convert import convert_instances, convert_labelme
+from psf.panoptic_png import read_panoptic_ids
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+import convert_to_panoptic as tool  # noqa: E402  a script, not a module of the package
+
+COCO_SAMPLE = ROOT.parent / "shared" / "data" / "coco_sample"
+
+
+def square(x, y, side):
+    return [x, y, x + side, y, x + side, y + side, x, y + side]
+
+
+@pytest.fixture
+def instances(tmp_path):
+    """A large square (polygon), a small one on it (run lengths) and a crowd below both."""
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg")
+    labels = np.full((10, 20), 100, dtype=np.uint8)
+    labels[5:] = 101
+    labels[0] = 255
+    (tmp_path / "labels").mkdir()
+    Image.fromarray(labels).save(tmp_path / "labels" / "a.png")
+    small = np.zeros((10, 20), dtype=np.uint8)
+    small[3:5, 3:5] = 1
+    crowd = np.zeros((10, 20), dtype=np.uint8)
+    crowd[2:4, 6:12] = 1
+    rles = [pycocotools.mask.encode(np.asfortranarray(m)) for m in (small, crowd)]
+    encoded = [{"size": r["size"], "counts": r["counts"].decode()} for r in rles]
+    common = {"image_id": 7, "category_id": 1, "iscrowd": 0}
+    data = {
+        "images": [{"id": 7, "file_name": "a.jpg", "height": 10, "width": 20}],
+        "annotations": [
+            {**common, "id": 1, "area": 4, "segmentation": encoded[0]},
+            {**common, "id": 2, "area": 36, "segmentation": [square(2, 2, 6)]},
+            {**common, "id": 3, "area": 12, "iscrowd": 1, "segmentation": encoded[1]},
+        ],
+        "categories": [{"id": 1, "name": "box"}],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(data))
+    return tmp_path
+
+
+STUFF = [{"id": 100, "name": "sky"}, {"id": 101, "name": "ground"}]
+
+
+def load(output, images):
+    paths = (str(output / "panoptic.json"), str(images), str(output / "panoptic"))
+    assert check_dataset(*(Path(p) for p in paths)) == []
+    return load_coco_panoptic(*paths)
+
+
+def test_instances_over_stuff(instances):
+    convert_instances(instances / "instances.json", instances / "labels", STUFF, instances / "out")
+    (record,) = load(instances / "out", instances)
+    found = {(s["category_id"], s["iscrowd"]): s["area"] for s in record["segments_info"]}
+    things = [s["area"] for s in record["segments_info"] if s["category_id"] == 0]
+    assert sorted(things) == [4, 8, 32]  # small, what is left of the crowd, of the large square
+    assert found[0, 1] == 8
+    assert found[2, 0] == 100 - 6 * 3
+    ids = read_panoptic_ids(record["pan_seg_file_name"])
+    assert (ids[0] == 0).all()
+    coco = json.loads((instances / "out" / "instances.json").read_text())
+    assert [a["area"] for a in coco["annotations"]] == [8, 32, 4]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: (root / "labels" / "a.png").unlink(), r"label map '.*a\.png' of 'a\.jpg'"),
+        (
+            lambda root: Image.new("L", (3, 3)).save(root / "labels" / "a.png"),
+            r"is \(3, 3\), but its image \(10, 20\)",
+        ),
+        (
+            lambda root: (root / "stuff.json").write_text('[{"id": 1, "name": "sky"}]'),
+            r"ids \[1\] are those of things",
+        ),
+    ],
+)
+def test_instances_that_do_not_fit(instances, spoil, message):
+    (instances / "stuff.json").write_text(json.dumps(STUFF))
+    spoil(instances)
+    options = ["--json", "instances.json", "--labels", "labels", "--stuff-categories", "stuff.json"]
+    paths = [str(instances / o) if not o.startswith("--") else o for o in options]
+    with pytest.raises(SystemExit, match=message):
+        tool.main(["instances", *paths, "--output", str(instances / "out")])
+
+
+@pytest.fixture
+def labelme(tmp_path):
+    folder = tmp_path / "labelme"
+    folder.mkdir()
+    Image.new("RGB", (20, 10)).save(folder / "a.jpg")
+    polygon = {"shape_type": "polygon", "group_id": None, "flags": {}}
+    shapes = [
+        {**polygon, "label": "sky", "points": [[0, 0], [19, 0], [19, 4], [0, 4]]},
+        {**polygon, "label": "sky", "points": [[0, 5], [3, 5], [3, 6], [0, 6]]},
+        {"label": "cat", "shape_type": "rectangle", "points": [[8, 3], [5, 1]], "group_id": None},
+        {"label": "cat", "shape_type": "circle", "points": [[15, 6], [17, 6]], "group_id": 3},
+        {"label": "cat", "shape_type": "rectangle", "points": [[1, 8], [2, 9]], "group_id": 3},
+        {**polygon, "label": "dog", "points": [[8, 7], [10, 7], [10, 9]], "flags": {"crowd": True}},
+    ]
+    content = {"imagePath": "a.jpg", "imageHeight": 10, "imageWidth": 20, "shapes": shapes}
+    (folder / "a.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_labelme(labelme, tmp_path, capsys):
+    output = tmp_path / "out"
+    tool.main(["labelme", "--input", str(labelme), "--stuff", "sky", "--output", str(output)])
+    assert capsys.readouterr().out.strip() == str(output / "panoptic.json")
+    (record,) = load(output, labelme)
+    names = ["cat", "dog", "sky"]
+    found = sorted(
+        (names[s["category_id"]], s["iscrowd"], s["area"]) for s in record["segments_info"]
+    )
+    assert [(name, crowd) for name, crowd, _ in found] == [
+        ("cat", 0),
+        ("cat", 0),
+        ("dog", 1),
+        ("sky", 0),
+    ]
+    assert found[0][2] == 12  # the rectangle 5..8 x 1..3
+    assert found[3][2] == 100 - 12 + 8 - 1  # both polygons, less the rectangle and the circle
+
+
+@pytest.mark.parametrize(
+    ("stuff", "spoil", "message"),
+    [
+        ("grass", None, r"stuff labels \['grass'\]. Known: \['cat', 'dog', 'sky'\]"),
+        ("", '"polygon"', r"a\.json': a shape 'sky' of type 'line'"),
+    ],
+)
+def test_labelme_files_that_do_not_fit(labelme, tmp_path, stuff, spoil, message):
+    path = labelme / "a.json"
+    if spoil:
+        path.write_text(path.read_text().replace(spoil, '"line"'))
+    with pytest.raises(SystemExit, match=message):
+        tool.main(
+            ["labelme", "--input", str(labelme), "--stuff", stuff, "--output", str(tmp_path / "o")]
+        )
+
+
+def test_no_labelme_files(tmp_path):
+    with pytest.raises(ValueError, match="Is it a folder of LabelMe"):
+        convert_labelme(tmp_path, [], tmp_path / "out")
+
+
+@pytest.mark.skipif(not COCO_SAMPLE.is_dir(), reason="needs ../shared/data/coco_sample")
+def test_real_coco_images_come_back(tmp_path):
+    """Taken apart into instances and label maps, and put together again: the same segments."""
+    data = json.loads((COCO_SAMPLE / "panoptic.json").read_text())
+    isthing = {c["id"]: c["isthing"] for c in data["categories"]}
+    (tmp_path / "labels").mkdir()
+    annotations = []
+    for annotation in data["annotations"]:
+        ids = read_panoptic_ids(str(COCO_SAMPLE / "panoptic" / annotation["file_name"]))
+        labels = np.zeros(ids.shape, dtype=np.uint8)
+        for s in annotation["segments_info"]:
+            mask = ids == s["id"]
+            if not isthing[s["category_id"]]:
+                labels[mask] = s["category_id"]
+                continue
+            rle = pycocotools.mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+            segmentation = {"size": rle["size"], "counts": rle["counts"].decode()}
+            annotations.append(
+                {**s, "image_id": annotation["image_id"], "segmentation": segmentation}
+            )
+        Image.fromarray(labels).save(tmp_path / "labels" / annotation["file_name"])
+    things = [c for c in data["categories"] if c["isthing"]]
+    content = {"images": data["images"], "annotations": annotations, "categories": things}
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    stuff = [c for c in data["categories"] if not c["isthing"]]
+    convert_instances(tmp_path / "instances.json", tmp_path / "labels", stuff, tmp_path / "out")
+    converted = json.loads((tmp_path / "out" / "panoptic.json").read_text())
+    by_image = {a["image_id"]: a for a in converted["annotations"]}
+    keys = ("category_id", "iscrowd", "area", "bbox")
+    for annotation in data["annotations"]:
+        original, again = (
+            sorted([s[k] for k in keys] for s in a["segments_info"])
+            for a in (annotation, by_image[annotation["image_id"]])
+        )
+        assert original == again

@@ -1,0 +1,119 @@
+"""Fine-tuning on other classes: rows by hand, and a checkpoint in another data set's model."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+
+from psf.data import ClassNames, register_panoptic
+from psf.finetuning import ClassCheckpointer, match_names, transfer_classes
+from psf.trainer import Trainer
+
+HEAD = "mask_decoder.thing_heads.0.weight"
+STUFF = "mask_decoder.stuff_query.weight"
+
+
+def test_no_classes():
+    assert match_names([], []) == ([], [], [])
+    assert match_names(["cat"], []) == ([], [], ["cat"])
+
+
+def test_names_match_whatever_their_case():
+    matches = match_names(["Cat", "dog", "cat"], ["bird", "DOG ", "cat"])
+    assert matches.rows == [None, 1, 0]
+    assert matches.new == ["bird"]
+    assert matches.unused == []
+
+
+def test_rows_follow_the_names():
+    weights = {
+        HEAD: torch.tensor([[1.0], [2]]),
+        STUFF: torch.tensor([[5.0]]),
+        "other": torch.ones(1),
+    }
+    own = {HEAD: torch.tensor([[7.0], [8], [9]]), STUFF: torch.tensor([[3.0], [4]])}
+    result = transfer_classes(
+        weights,
+        own,
+        things=match_names(["a", "b"], ["b", "c", "a"]),
+        stuff=match_names(["s"], ["t", "s"]),
+    )
+    assert result[HEAD].tolist() == [[2], [8], [1]]
+    assert result[STUFF].tolist() == [[3], [5]]
+    assert torch.equal(result["other"], weights["other"])
+    assert own[HEAD].tolist() == [[7], [8], [9]]
+
+
+@pytest.fixture
+def other_classes(shapes_cfg, tmp_path):
+    """The shapes data set in another order, one thing renamed and one stuff class left out."""
+    (name,) = shapes_cfg.DATASETS.TRAIN
+    shapes_cfg.merge_from_list(["MODEL.PSF.NUM_THING_CLASSES", 0, "MODEL.PSF.NUM_STUFF_CLASSES", 0])
+    DatasetCatalog.get(name)  # makes it
+    metadata = MetadataCatalog.get(name)
+    data = json.loads(Path(metadata.panoptic_json).read_text())
+    data["categories"] = data["categories"][::-1]
+    for category in data["categories"]:
+        category["name"] = {"star": "asterisk"}.get(category["name"], category["name"])
+    sand = next(c for c in data["categories"] if c["name"] == "sand")
+    data["categories"].remove(sand)
+    for annotation in data["annotations"]:
+        for segment in annotation["segments_info"]:
+            if segment["category_id"] == sand["id"]:
+                segment["category_id"] = next(
+                    c["id"] for c in data["categories"] if c["name"] == "sky"
+                )
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(data))
+    register_panoptic(
+        "other_classes",
+        image_root=metadata.image_root,
+        panoptic_root=metadata.panoptic_root,
+        panoptic_json=str(path),
+    )
+    yield "other_classes"
+    DatasetCatalog.remove("other_classes")
+    MetadataCatalog.remove("other_classes")
+
+
+@pytest.mark.parametrize("names_in_file", [True, False])
+def test_a_checkpoint_of_other_classes(shapes_cfg, tmp_path, other_classes, caplog, names_in_file):
+    (first,) = shapes_cfg.DATASETS.TRAIN
+    torch.manual_seed(0)
+    before = build_model(shapes_cfg)
+    names = ClassNames.from_metadata(MetadataCatalog.get(first))
+    saver = ClassCheckpointer(before, str(tmp_path), class_names=names if names_in_file else None)
+    saver.save("first")
+
+    shapes_cfg.DATASETS.TRAIN, shapes_cfg.DATASETS.TEST = (other_classes,), ()
+    shapes_cfg.MODEL.WEIGHTS = str(tmp_path / "first.pth")
+    if not names_in_file:
+        with pytest.raises(ValueError, match=r"MODEL\.PSF\.WEIGHTS_DATASET"):
+            Trainer(shapes_cfg).resume_or_load(resume=False)
+        shapes_cfg.MODEL.PSF.WEIGHTS_DATASET = first
+    trainer = Trainer(shapes_cfg)
+    fresh = trainer.model.state_dict()[HEAD].clone()
+    with caplog.at_level(logging.INFO, logger="psf"):
+        trainer.resume_or_load(resume=False)
+    messages = "\n".join(caplog.messages)
+    assert "4 of the 5 thing classes. From scratch: asterisk. Not needed: star." in messages
+    assert "4 of the 4 stuff classes. From scratch: none. Not needed: sand." in messages
+
+    old, new = before.state_dict(), trainer.model.state_dict()
+    ours = ClassNames.from_metadata(MetadataCatalog.get(other_classes))
+    for row, name in enumerate(ours.things):
+        expected = fresh[row] if name == "asterisk" else old[HEAD][names.things.index(name)]
+        assert torch.equal(new[HEAD][row], expected)
+    for row, name in enumerate(ours.stuff):
+        assert torch.equal(new[STUFF][row], old[STUFF][names.stuff.index(name)])
+    encoder = next(n for n in old if n.startswith("pixel_encoder"))
+    assert torch.equal(new[encoder], old[encoder])
+    shapes_cfg.SOLVER.MAX_ITER = 1
+    trainer.max_iter = 1
+    trainer.train()
+    saved = torch.load(tmp_path / "output" / "model_final.pth", weights_only=False)
+    assert saved["classes"] == {"things": ours.things, "stuff": ours.stuff}

@@ -1,0 +1,130 @@
+"""The tools that look: offline scores and what the mapper feeds the model."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from psf.evaluation import PanopticEvaluator
+from psf.evaluation.offline import INVENTED, MISSED, score_predictions
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "evaluation"))
+sys.path.insert(0, str(ROOT / "tools"))
+import evaluate_predictions  # noqa: E402  scripts, not modules of the package
+import visualize_data  # noqa: E402
+from tiny_panoptic import ANT, CAT, GRASS, SKY, Maker, panoptic_output  # noqa: E402
+
+COCO_SAMPLE = ROOT.parent / "shared" / "data" / "coco_sample"
+
+TRUTH = [
+    ([[1] * 60] * 20 + [[2] * 30 + [3] * 30] * 20, {1: (GRASS, 0), 2: (CAT, 0), 3: (CAT, 0)}),
+    ([[1] * 60] * 40, {1: (SKY, 0)}),
+]
+# The first cat is called ant, the second is missed, a sky is invented where grass was.
+PREDICTED = [
+    (
+        [[1] * 60] * 12 + [[9] * 60] * 8 + [[2] * 30 + [0] * 30] * 20,
+        {1: (GRASS, 0), 9: (SKY, 0), 2: (ANT, 0)},
+    ),
+    ([[1] * 60] * 40, {1: (SKY, 0)}),
+]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The name of a data set, and predictions for it as the evaluator saves them."""
+    maker = Maker(tmp_path)
+    name = maker(TRUTH)
+    evaluator = PanopticEvaluator(name, str(tmp_path / "out"), save_predictions=True)
+    evaluator.process(DatasetCatalog.get(name), [panoptic_output(p) for p in PREDICTED])
+    results = evaluator.evaluate()["panoptic_seg"]
+    metadata = MetadataCatalog.get(name)
+    # Images lie in a folder of the data set, by full path in its JSON.
+    metadata.image_root = "/"
+    yield name, tmp_path / "out" / "predictions.json", results
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def test_offline_scores_are_those_of_the_evaluator(saved):
+    name, predictions, results = saved
+    metadata = MetadataCatalog.get(name)
+    truth = (Path(metadata.panoptic_json), Path(metadata.panoptic_root))
+    scores = score_predictions(*truth, predictions, predictions.with_suffix(""))
+    assert scores.rows[0].pq == results["PQ"]
+    assert {f"PQ-{r.name}": r.pq for r in scores.rows[3:]}.items() <= results.items()
+    assert scores.confusion == Counter(
+        {
+            ("grass", "grass"): 1,
+            ("cat", "ant"): 1,
+            ("cat", MISSED): 1,
+            (INVENTED, "sky"): 1,
+            ("sky", "sky"): 1,
+        }
+    )
+    assert [(s.image_id, s.pq < 100) for s in scores.images] == [(100, True), (101, False)]
+
+
+def test_evaluate_predictions(saved, tmp_path, capsys):
+    name, predictions, _ = saved
+    output = tmp_path / "scores"
+    options = ["--name", name, "--predictions", str(predictions), "--output", str(output)]
+    evaluate_predictions.main(options)
+    printed = capsys.readouterr().out
+    assert "| cat" in printed
+    assert "ant" in printed.split("class predicted")[1]
+    assert {p.name for p in output.iterdir()} == {
+        *("pq.txt", "confusion.txt", "images.txt", "pq.png", "worst.png")
+    }
+    assert Image.open(output / "worst.png").size[0] > 1000
+    evaluate_predictions.main([*options, "--boundary"])
+    assert (output / "pq.txt").read_text() != printed
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda data: data["annotations"].pop(), "no prediction for 1 of the 2 images"),
+        (
+            lambda data: data["annotations"][0]["segments_info"].pop(),
+            r"segment ids \[\d+\] that segments_info does not list",
+        ),
+        (
+            lambda data: data["annotations"][0]["segments_info"][0].update(category_id=77),
+            "unknown category_id 77",
+        ),
+    ],
+)
+def test_damaged_predictions(saved, tmp_path, spoil, message):
+    name, predictions, _ = saved
+    data = json.loads(predictions.read_text())
+    spoil(data)
+    predictions.write_text(json.dumps(data))
+    with pytest.raises(SystemExit, match=message):
+        evaluate_predictions.main(
+            ["--name", name, "--predictions", str(predictions), "--output", str(tmp_path / "s")]
+        )
+
+
+@pytest.mark.skipif(not COCO_SAMPLE.is_dir(), reason="needs ../shared/data/coco_sample")
+@pytest.mark.parametrize("resampling", ["exact", "fast"])
+def test_visualize_data(tmp_path, resampling):
+    """Registered on the command line, without Python."""
+    name = f"sample_{resampling}"
+    paths = [str(COCO_SAMPLE / part) for part in ("images", "panoptic", "panoptic.json")]
+    config = ROOT / "configs" / "coco" / "panoptic_segformer_R50_24ep.yaml"
+    output = tmp_path / "data.png"
+    options = ["--config-file", str(config), "--output", str(output), "--repeats", "2"]
+    entry = json.dumps([[name, *paths]])
+    config_options = ["DATASETS.REGISTER", entry, "DATASETS.TRAIN", f"('{name}',)"]
+    visualize_data.main([*options, *config_options, "INPUT.RESAMPLING", resampling])
+    sheet = np.asarray(Image.open(output))
+    assert sheet.shape[1] == 2 * 640 + 3 * 8
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)

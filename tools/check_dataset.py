@@ -1,0 +1,88 @@
+#!/usr/bin/env python3
+"""Check a data set in the COCO panoptic format, and draw some of it.
+
+python tools/check_dataset.py --json data.json --images images/ --pngs panoptic/ --sheet sheet.png
+
+Prints every defect with its file and id; ends with status 1 if there is one.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+
+import psf.data
+from psf.data import load_coco_panoptic, panoptic_metadata
+from psf.data.check import check_dataset
+from psf.data.images import read_image
+from psf.evaluation.pictures import (
+    SheetRow,
+    cell_size,
+    draw_panoptic,
+    load_ground_truth,
+    resize_picture,
+    write_sheet,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--name", help="a registered data set, instead of the three paths")
+    parser.add_argument("--json", type=Path, help="the annotations")
+    parser.add_argument("--images", type=Path, help="folder of the images")
+    parser.add_argument("--pngs", type=Path, help="folder of the panoptic PNGs")
+    parser.add_argument("--processes", type=int, default=1, help="that read images (%(default)s)")
+    parser.add_argument("--sheet", type=Path, help="PNG to draw images and annotations into")
+    parser.add_argument("--samples", type=int, default=6, help="images on it (%(default)s)")
+    args = parser.parse_args(argv)
+    if args.name:
+        if args.name not in DatasetCatalog.list():
+            parser.error(f"--name: no data set '{args.name}'. Known: {known_names()}")
+        metadata = MetadataCatalog.get(args.name)
+        args.json, args.images, args.pngs = (
+            Path(metadata.get(key)) for key in ("panoptic_json", "image_root", "panoptic_root")
+        )
+    elif None in (args.json, args.images, args.pngs):
+        parser.error("give --json, --images and --pngs, or --name")
+    defects = check_dataset(args.json, args.images, args.pngs, num_processes=args.processes)
+    for defect in defects:
+        print(defect)
+    print(f"{len(defects)} defects" if defects else "no defects")
+    if args.sheet is not None and args.json.is_file():
+        draw(args.json, args.images, args.pngs, args.sheet, args.samples)
+    return 1 if defects else 0
+
+
+def known_names() -> str:
+    return ", ".join(sorted([*psf.data.builtin.DATA_SETS, "shapes_panoptic_train"]))
+
+
+def draw(panoptic_json: Path, images: Path, pngs: Path, path: Path, num_samples: int) -> None:
+    """A sheet of images evenly spaced over the data set, each beside its annotation."""
+    try:
+        records = load_coco_panoptic(str(panoptic_json), str(images), str(pngs))
+    except (OSError, ValueError) as error:
+        print(f"No sheet: {error}")
+        return
+    categories = json.loads(panoptic_json.read_text(encoding="utf-8"))["categories"]
+    metadata = Metadata(name="checked", **panoptic_metadata(categories))
+    chosen = records[:: max(1, len(records) // num_samples)][:num_samples]
+    pictures = [read_image(record["file_name"], "RGB") for record in chosen]
+    cell = cell_size(pictures)
+    rows = []
+    for record, picture in zip(chosen, pictures, strict=True):
+        scale = cell / max(picture.shape[:2])
+        drawn = draw_panoptic(picture, *load_ground_truth(record), metadata, scale=scale)
+        caption = f"{Path(record['file_name']).name}: {len(record['segments_info'])} segments"
+        rows.append(SheetRow(caption, [resize_picture(picture, scale), drawn]))
+    write_sheet(rows, ("image", "annotation"), cell, path)
+    print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+#!/usr/bin/env python3
+"""Convert other annotations to the COCO panoptic format.
+
+python tools/convert_to_panoptic.py instances --json instances.json --labels stuff_maps/ \\
+    --stuff-categories stuff.json --output converted/
+python tools/convert_to_panoptic.py labelme --input folder/ --stuff sky,grass --output converted/
+
+Both leave panoptic.json, panoptic/ and instances.json in the output folder.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from psf.data.prepare.convert import convert_instances, convert_labelme
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    instances = commands.add_parser("instances", help="COCO instances with label maps of stuff")
+    instances.add_argument("--json", type=Path, required=True, help="COCO instance annotations")
+    instances.add_argument(
+        "--labels", type=Path, required=True, help="folder of PNGs whose values are category ids"
+    )
+    instances.add_argument(
+        "--stuff-categories", type=Path, required=True, help="JSON: a list of {id, name}"
+    )
+    labelme = commands.add_parser("labelme", help="a folder of LabelMe's JSON files")
+    labelme.add_argument("--input", type=Path, required=True, help="folder of the JSON files")
+    labelme.add_argument("--stuff", default="", help="labels that are stuff, with commas between")
+    for command in (instances, labelme):
+        command.add_argument("--output", type=Path, required=True, help="folder to make")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "instances":
+            stuff = json.loads(args.stuff_categories.read_text(encoding="utf-8"))
+            convert_instances(args.json, args.labels, stuff, args.output)
+        else:
+            names = [name.strip() for name in args.stuff.split(",") if name.strip()]
+            convert_labelme(args.input, names, args.output)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    print(args.output / "panoptic.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+"""Score saved predictions, say what is confused with what, and draw the worst images.
+
+python tools/evaluate_predictions.py --name coco_2017_val_panoptic --predictions predictions.json \\
+    --output scores/
+
+The predictions are those of COCO's server: a JSON and PNGs, in the folder of the JSON's name unless
+--prediction-pngs says another. Instead of --name: --json, --pngs and, for pictures, --images.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from tabulate import tabulate
+
+from psf.data import panoptic_metadata
+from psf.data.images import read_image
+from psf.evaluation.ground_truth import PanopticSegmentation
+from psf.evaluation.offline import Scores, score_predictions
+from psf.evaluation.panoptic import quality_table
+from psf.evaluation.pictures import (
+    SheetRow,
+    cell_size,
+    draw_panoptic,
+    resize_picture,
+    write_quality_bars,
+    write_sheet,
+)
+from psf.panoptic_png import read_panoptic_ids
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    try:
+        scores = score_predictions(
+            args.json, args.pngs, args.predictions, args.prediction_pngs, boundary=args.boundary
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(str(error.args[0] if error.args else error)) from error
+    table = quality_table(scores.rows)
+    confused = confusion_table(scores, args.confusions)
+    print(f"{table}\n\n{confused}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    title = "Boundary panoptic quality" if args.boundary else "Panoptic quality"
+    (args.output / "pq.txt").write_text(f"{table}\n", encoding="utf-8")
+    (args.output / "confusion.txt").write_text(f"{confused}\n", encoding="utf-8")
+    lines = [f"{s.pq:.2f} {s.image_id} {s.file_name}\n" for s in scores.images]
+    (args.output / "images.txt").write_text("".join(lines), encoding="utf-8")
+    write_quality_bars(scores.rows, args.output / "pq.png", title=title)
+    if args.images is not None:
+        draw_worst(args, scores)
+    print(f"\n{args.output}")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--name", help="a registered data set")
+    parser.add_argument("--json", type=Path, help="ground truth")
+    parser.add_argument("--pngs", type=Path, help="folder of its PNGs")
+    parser.add_argument("--images", type=Path, help="folder of the images, for pictures")
+    parser.add_argument("--predictions", type=Path, required=True, help="JSON of the predictions")
+    parser.add_argument("--prediction-pngs", type=Path, help="folder of their PNGs")
+    parser.add_argument("--output", type=Path, required=True, help="folder for tables and pictures")
+    parser.add_argument("--boundary", action="store_true", help="Boundary PQ instead of PQ")
+    parser.add_argument("--worst", type=int, default=6, help="images to draw (%(default)s)")
+    parser.add_argument("--confusions", type=int, default=20, help="to list (%(default)s)")
+    args = parser.parse_args(argv)
+    if args.name:
+        if args.name not in DatasetCatalog.list():
+            parser.error(f"--name: no data set '{args.name}' is registered")
+        metadata = MetadataCatalog.get(args.name)
+        args.json, args.pngs, args.images = (
+            Path(metadata.get(key)) for key in ("panoptic_json", "panoptic_root", "image_root")
+        )
+    elif None in (args.json, args.pngs):
+        parser.error("give --json and --pngs, or --name")
+    if args.prediction_pngs is None:
+        args.prediction_pngs = args.predictions.with_suffix("")
+    return args
+
+
+def confusion_table(scores: Scores, most: int) -> str:
+    """The most frequent pairs of different classes, and what was missed or invented."""
+    pairs = [(t, p, n) for (t, p), n in scores.confusion.most_common() if t != p]
+    headers = ["class in the truth", "class predicted", "segments"]
+    return tabulate(pairs[:most], headers=headers, tablefmt="pipe")
+
+
+def draw_worst(args: argparse.Namespace, scores: Scores) -> None:
+    """The images of least quality: image, ground truth, prediction."""
+    truth = json.loads(args.json.read_text(encoding="utf-8"))
+    predicted = json.loads(args.predictions.read_text(encoding="utf-8"))
+    metadata = Metadata(name="scored", **panoptic_metadata(truth["categories"]))
+    known = {
+        **metadata.thing_dataset_id_to_contiguous_id,
+        **metadata.stuff_dataset_id_to_contiguous_id,
+    }
+
+    def load(root: Path, annotation: dict) -> PanopticSegmentation:
+        ids = torch.from_numpy(
+            read_panoptic_ids(str(root / annotation["file_name"])).astype("int32")
+        )
+        infos = [
+            {
+                **s,
+                "category_id": known[s["category_id"]],
+                "isthing": s["category_id"] in metadata.thing_dataset_id_to_contiguous_id,
+            }
+            for s in annotation["segments_info"]
+        ]
+        return PanopticSegmentation(ids, infos)
+
+    of_truth = {a["image_id"]: a for a in truth["annotations"]}
+    of_prediction = {a["image_id"]: a for a in predicted["annotations"]}
+    worst = [s for s in scores.images if s.pq == s.pq][: args.worst]
+    images = [read_image(str(args.images / s.file_name), "RGB") for s in worst]
+    cell = cell_size(images)
+    rows = []
+    for score, image in zip(worst, images, strict=True):
+        scale = cell / max(image.shape[:2])
+        pictures = [
+            draw_panoptic(image, *load(root, of[score.image_id]), metadata, scale=scale)
+            for root, of in ((args.pngs, of_truth), (args.prediction_pngs, of_prediction))
+        ]
+        caption = f"{score.file_name}: PQ {score.pq:.1f}"
+        rows.append(SheetRow(caption, [resize_picture(image, scale), *pictures]))
+    write_sheet(rows, ("image", "ground truth", "prediction"), cell, args.output / "worst.png")
+
+
+if __name__ == "__main__":
+    main()

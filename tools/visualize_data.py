@@ -1,0 +1,93 @@
+#!/usr/bin/env python3
+"""Draw what the mapper feeds the model: augmented images with their targets and boxes.
+
+python tools/visualize_data.py --config-file configs/coco/panoptic_segformer_R50_24ep.yaml \\
+    --output data.png --samples 4 --repeats 2 INPUT.RESAMPLING fast
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from numpy.typing import NDArray
+
+from psf import add_psf_config
+from psf.data import ClassMap, PanopticDatasetMapper
+from psf.evaluation.pictures import SheetRow, cell_size, draw_panoptic, resize_picture, write_sheet
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--samples", type=int, default=4, help="images (%(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="times each is augmented (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the augmentation (%(default)s)")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
+    args = parser.parse_args(argv)
+    cfg = get_cfg()
+    add_psf_config(cfg)
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    mapper = PanopticDatasetMapper(cfg, is_train=True)
+    name = cfg.DATASETS.TRAIN[0]
+    metadata = MetadataCatalog.get(name)
+    class_map = ClassMap.from_metadata(metadata)
+    records = DatasetCatalog.get(name)
+    chosen = records[:: max(1, len(records) // args.samples)][: args.samples]
+    np.random.seed(args.seed)
+    results = [mapper(record) for record in chosen for _ in range(args.repeats)]
+    images = [to_rgb(result, cfg.INPUT.FORMAT) for result in results]
+    cell = cell_size(images)
+    rows = [
+        draw_row(result, image, metadata, class_map, cell / max(image.shape[:2]))
+        for result, image in zip(results, images, strict=True)
+    ]
+    write_sheet(rows, ("image", "targets"), cell, args.output)
+    print(args.output)
+
+
+def to_rgb(result: dict[str, Any], image_format: str) -> NDArray[np.uint8]:
+    image = np.ascontiguousarray(result["image"].numpy().transpose(1, 2, 0))
+    return image if image_format == "RGB" else np.ascontiguousarray(image[:, :, ::-1])
+
+
+def draw_row(
+    result: dict[str, Any],
+    image: NDArray[np.uint8],
+    metadata: Metadata,
+    class_map: ClassMap,
+    scale: float,
+) -> SheetRow:
+    """The image, and its targets with the boxes of the things."""
+    instances = result["instances"]
+    masks = instances.gt_masks
+    infos = []
+    for value, model_class in zip(masks.values, instances.gt_classes.tolist(), strict=True):
+        category_id, isthing = class_map.to_contiguous(model_class)
+        infos.append({"id": value, "category_id": category_id, "isthing": isthing})
+    drawn = draw_panoptic(image, masks.index_map.int(), infos, metadata, scale=scale)
+    drawn = np.ascontiguousarray(drawn)
+    for box, info in zip(instances.gt_boxes.tensor.tolist(), infos, strict=True):
+        if info["isthing"]:
+            x0, y0, x1, y1 = (round(scale * v) for v in box)
+            cv2.rectangle(drawn, (x0, y0), (x1 - 1, y1 - 1), (255, 255, 255), 1)
+    height, width = image.shape[:2]
+    caption = (
+        f"{Path(result['file_name']).name}: {width} x {height}, {len(infos)} targets, "
+        f"{sum(i['isthing'] for i in infos)} of them things"
+    )
+    return SheetRow(caption, [resize_picture(image, scale), drawn])
+
+
+if __name__ == "__main__":
+    main()
