@@ -301,9 +301,6 @@ def module_ops() -> dict[str, Op]:
 
 def _chain(reference: Tensor, offsets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     sizes = torch.tensor(SHAPES, device=offsets.device).flip(-1)[:, None]
-    # A quarter pixel off the knots, where the derivative jumps and rounding decides the side.
-    pixels = reference[:, :, None, :, None] * sizes - 0.5 + offsets
-    offsets += (pixels.floor() + (pixels - pixels.floor()).clamp(0.25, 0.75)) - pixels
     locations = reference[:, :, None, :, None] + offsets / sizes
     return locations, logits.flatten(3).softmax(-1).view_as(logits)
 

@@ -296,11 +296,11 @@ void pack(const Tensor& value, int64_t begin, int64_t end, int64_t channels, A* 
 
 // The inverse for a contiguous value, without the padding.
 template <typename T, typename A>
-void unpack(const A* packed, int64_t begin, int64_t end, int64_t channels, Tensor& value) {
-  const int64_t positions = value.size(1);
-  const int64_t heads = value.size(2);
-  const int64_t size = value.size(3);
-  T* to = value.mutable_data_ptr<T>();
+void unpack(
+    const A* packed, int64_t begin, int64_t end, int64_t channels, const Sizes& sizes, T* to) {
+  const int64_t positions = sizes.positions;
+  const int64_t heads = sizes.heads;
+  const int64_t size = sizes.channels;
   at::parallel_for(0, positions, kCopyBlock, [&](int64_t first, int64_t last) {
     for (int64_t head = begin; head < end; ++head) {
       const A* row = packed + ((head - begin) * positions + first) * channels;
@@ -391,8 +391,16 @@ struct Group {
   }
 };
 
-// Calls f(call, group) for groups of heads: packed where that pays or must be, else all in one group
-// where they lie.
+// Whether threads should take whole heads, from the copy of the rows on: what a thread then reads it
+// has written itself, and no thread waits for another. It needs heads enough to share out evenly.
+bool a_head_a_thread(int64_t heads) {
+  const int64_t threads = at::get_num_threads();
+  return heads % threads == 0 || heads >= 4 * threads;
+}
+
+// Calls f(call, group, grad_rows) for groups of heads: packed where that pays or must be, else all in
+// one group where they lie. Each thread that calls it brings a tensor of its own for the gradient of
+// the rows, to be kept from group to group.
 template <typename T, typename F>
 void for_groups(const Arguments& arguments, const F& f) {
   using A = Accumulator<T>;
@@ -407,24 +415,36 @@ void for_groups(const Arguments& arguments, const F& f) {
     call.channels = sizes.channels;
     call.row_stride = sizes.heads * sizes.channels;
     const auto* rows = reinterpret_cast<const Storage<T>*>(value.const_data_ptr<T>());
-    f(call, Group<Storage<T>>{0, heads, false, rows});
+    Tensor grad_rows;
+    f(call, Group<Storage<T>>{0, heads, false, rows}, grad_rows);
     return;
   }
-  auto call = make_call<A, Storage<T>, A>(arguments, table, origins, padded_samples);
-  call.channels = padded_channels(sizes.channels);
-  call.row_stride = call.channels;
+  const int64_t channels = padded_channels(sizes.channels);
   TORCH_CHECK(
-      fits<A>(sizes, call.row_stride),
+      fits<A>(sizes, channels),
       "ms_deform_attn: value has S * D = ", sizes.positions, " * ", sizes.channels,
       " elements a head, more than 2^31: split it by channels");
-  const int64_t group = heads_in_group<A>(sizes, call.channels);
-  const Tensor packed =
-      at::empty({group * sizes.positions * call.channels}, arguments.points.options());
-  A* rows = packed.mutable_data_ptr<A>();
-  for (int64_t begin = 0; begin < heads; begin += group) {
-    const int64_t end = std::min(begin + group, heads);
-    pack<T, A>(arguments.value, begin, end, call.channels, rows);
-    f(call, Group<A>{begin, end, true, rows});
+  const auto run = [&](int64_t first, int64_t last, int64_t group) {
+    auto call = make_call<A, Storage<T>, A>(arguments, table, origins, padded_samples);
+    call.channels = channels;
+    call.row_stride = channels;
+    const Tensor packed =
+        at::empty({group * sizes.positions * channels}, arguments.points.options());
+    A* rows = packed.mutable_data_ptr<A>();
+    Tensor grad_rows;
+    for (int64_t begin = first; begin < last; begin += group) {
+      const int64_t end = std::min(begin + group, last);
+      pack<T, A>(arguments.value, begin, end, channels, rows);
+      f(call, Group<A>{begin, end, true, rows}, grad_rows);
+    }
+  };
+  const int64_t work = sizes.queries * sizes.levels * sizes.points;
+  if (a_head_a_thread(heads)) {
+    at::parallel_for(0, heads, kGrainSamples / (work + 1) + 1, [&](int64_t first, int64_t last) {
+      run(first, last, 1);
+    });
+  } else {
+    run(0, heads, heads_in_group<A>(sizes, channels));
   }
 }
 
@@ -461,7 +481,8 @@ void backward_group(const Call<V, O, A>& call, const Group<V>& group, A* grad_ro
   // additions never changes: one head, or one level of it when there are threads to spare.
   const Sizes& sizes = call.sizes;
   const int64_t heads = group.end - group.begin;
-  const int64_t parts = heads >= at::get_num_threads() ? 1 : sizes.levels;
+  const bool alone = at::in_parallel_region() || heads >= at::get_num_threads();
+  const int64_t parts = alone ? 1 : sizes.levels;
   const int64_t samples = sizes.queries * call.samples / parts;
   for_tasks<A>(heads * parts, samples, call.padded_samples, [&](int64_t task, char* scratch) {
     const auto head = head_of(call, group, group.begin + task / parts, grad_rows);
@@ -499,7 +520,7 @@ Tensor forward_of(const Arguments& arguments) {
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, output.scalar_type(), "ms_deform_attn", [&] {
         auto* to = reinterpret_cast<Storage<scalar_t>*>(output.mutable_data_ptr<scalar_t>());
-        for_groups<scalar_t>(arguments, [&](auto& call, const auto& group) {
+        for_groups<scalar_t>(arguments, [&](auto& call, const auto& group, Tensor& /*grad_rows*/) {
           call.output = to;
           forward_group(call, group);
         });
@@ -529,27 +550,33 @@ Gradients backward_of(
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, grad_value.scalar_type(), "ms_deform_attn_backward", [&] {
         using A = Accumulator<scalar_t>;
+        scalar_t* value_to = output_mask[0] ? grad_value.mutable_data_ptr<scalar_t>() : nullptr;
+        A* points_to = output_mask[1] ? grad_points.mutable_data_ptr<A>() : nullptr;
+        A* weights_to = output_mask[2] ? grad_weights.mutable_data_ptr<A>() : nullptr;
         const auto* from =
             reinterpret_cast<const Storage<scalar_t>*>(grad.const_data_ptr<scalar_t>());
-        Tensor grad_rows;
-        for_groups<scalar_t>(arguments, [&](auto& call, const auto& group) {
+        for_groups<scalar_t>(arguments, [&](auto& call, const auto& group, Tensor& grad_rows) {
           call.grad_output = from;
-          call.grad_points = output_mask[1] ? grad_points.mutable_data_ptr<A>() : nullptr;
-          call.grad_weights = output_mask[2] ? grad_weights.mutable_data_ptr<A>() : nullptr;
+          call.grad_points = points_to;
+          call.grad_weights = weights_to;
           if (!output_mask[0]) {
             backward_group(call, group, static_cast<A*>(nullptr));
             return;
           }
+          const int64_t size = group.size(sizes, call.channels);
           if (!grad_rows.defined()) {  // the first group is the largest
-            grad_rows = at::empty({group.size(sizes, call.channels)}, arguments.points.options());
+            grad_rows = at::empty({size}, arguments.points.options());
           }
-          Tensor part = grad_rows.narrow(0, 0, group.size(sizes, call.channels)).zero_();
-          backward_group(call, group, part.mutable_data_ptr<A>());
+          A* grad_row = grad_rows.mutable_data_ptr<A>();
+          at::parallel_for(0, size, 1 << 16, [&](int64_t begin, int64_t end) {
+            std::fill(grad_row + begin, grad_row + end, A(0));
+          });
+          backward_group(call, group, grad_row);
           if (group.packed) {
             unpack<scalar_t, A>(
-                part.const_data_ptr<A>(), group.begin, group.end, call.channels, grad_value);
+                grad_row, group.begin, group.end, call.channels, sizes, value_to);
           } else {
-            grad_value.copy_(part.view(grad_value.sizes()));
+            grad_value.copy_(grad_rows.view(grad_value.sizes()));
           }
         });
       });
