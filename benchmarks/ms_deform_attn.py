@@ -5,10 +5,11 @@ python benchmarks/ms_deform_attn.py                       # CPU, prints a table
 python benchmarks/ms_deform_attn.py --device cuda --output benchmarks/results
 
 Peers are used when they import: torch-ms-deform-attn, deformops, mmcv, transformers. Every round
-runs all implementations of a case in turn, so that whatever else the machine does meets them alike;
-figures are medians over the rounds, ratios are medians of the rounds' own ratios. On a CPU a figure
-is the processor time of all threads, which other programs disturb least, with the wall time beside
-it; on a GPU it is the time between events around a batch of calls.
+runs all implementations of a case in turn, so that whatever else the machine does meets them alike,
+and each once untimed before it is timed, since the memory and caches that another left behind are
+not its own. Figures are medians over the rounds, ratios are medians of the rounds' own ratios. On a
+CPU a figure is the processor time of all threads, which other programs disturb least, with the wall
+time beside it; on a GPU it is the time between events around a batch of calls.
 
 PSF_CPU_CAPABILITY=avx2 limits this project's kernels to an instruction set.
 """
@@ -225,7 +226,8 @@ def errors(run: Run, exact: list[Tensor]) -> list[float]:
 
 
 def time_on_cpu(run: Run) -> tuple[float, float]:
-    """Processor and wall milliseconds of one call."""
+    """Processor and wall milliseconds of one call, right after another: a model's layers."""
+    run.call()
     wall, cpu = time.perf_counter(), time.process_time()
     run.call()
     return 1e3 * (time.process_time() - cpu), 1e3 * (time.perf_counter() - wall)
