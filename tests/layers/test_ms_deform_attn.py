@@ -405,7 +405,7 @@ def test_same_bits_for_any_number_of_threads(device):
     threads = torch.get_num_threads()
     try:
         results = []
-        for count in (1, 2, 3, 5, 40):
+        for count in (1, 2, 3, 5, *[40] * 10):  # often, where levels are apart: a race is rare
             torch.set_num_threads(count)
             out, grads = gradients(ms_deform_attn, *args)
             fused_out, fused_grads = fused_gradients(ms_deform_attn_fused, *fused)

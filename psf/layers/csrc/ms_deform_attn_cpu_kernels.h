@@ -373,23 +373,25 @@ PSF_INLINE Vector<A, kLanes> look_up(const A* table, const Index* level, int axi
   return v;
 }
 
-// Gives the samples that do not count the rows of one that does, so that what is read for them,
-// times 0, is nothing that the output does not depend on.
+// Gives those of samples [begin, end) that do not count the rows of one that does, so that what is
+// read for them, times 0, is nothing that the output does not depend on. From outside that range no
+// row will do: the backward pass also adds to it, and it may be another thread's.
 template <typename A, int kArraySize>
-PSF_INLINE void replace_outside(Samples<A, kArraySize>& samples, int64_t count) {
+PSF_INLINE void replace_outside(
+    Samples<A, kArraySize>& samples, int64_t begin, int64_t end) {
   constexpr int kLanes = kFull<A>;
-  int64_t first = 0;
-  while (first < count && !samples.inside()[first]) {
+  int64_t first = begin;
+  while (first < end && !samples.inside()[first]) {
     ++first;
   }
-  samples.any = first < count;
+  samples.any = first < end;
   if (!samples.any) {
     return;
   }
   for (int corner = 0; corner < 4; ++corner) {
     auto* offset = samples.offset(corner);
     const auto other = splat_index<A, kLanes>(offset[first]);
-    for (int64_t j = 0; j < count; j += kLanes) {
+    for (int64_t j = begin; j < end; j += kLanes) {
       const auto own = load_index<A, kLanes>(offset + j);
       const auto inside = load_index<A, kLanes>(samples.inside() + j);
       store_index<A, kLanes>(select_index<A, kLanes>(inside, own, other), offset + j);
@@ -397,11 +399,16 @@ PSF_INLINE void replace_outside(Samples<A, kArraySize>& samples, int64_t count) 
   }
 }
 
-// Prepares the samples of query `query` (n * Q + q) and head m. What only the backward pass needs is
-// left out on request.
+// Prepares the samples of query `query` (n * Q + q) and head m, of which [begin, end) will be used.
+// What only the backward pass needs is left out on request.
 template <bool kBackward, bool kFused, typename V, typename O, typename A, int kArraySize>
 PSF_INLINE void prepare_samples(
-    const Call<V, O, A>& call, int64_t query, int64_t m, Samples<A, kArraySize>& samples) {
+    const Call<V, O, A>& call,
+    int64_t query,
+    int64_t m,
+    int64_t begin,
+    int64_t end,
+    Samples<A, kArraySize>& samples) {
   constexpr int kLanes = kFull<A>;
   using F = Vector<A, kLanes>;
   using I = IndexVector<A, kLanes>;
@@ -521,17 +528,22 @@ PSF_INLINE void prepare_samples(
   }
   samples.any = count > 0;
   if (!all) {
-    replace_outside(samples, count);
+    replace_outside(samples, begin, end);
   }
 }
 
 template <bool kBackward, typename V, typename O, typename A, int kArraySize>
 PSF_INLINE void prepare(
-    const Call<V, O, A>& call, int64_t query, int64_t m, Samples<A, kArraySize>& samples) {
+    const Call<V, O, A>& call,
+    int64_t query,
+    int64_t m,
+    int64_t begin,
+    int64_t end,
+    Samples<A, kArraySize>& samples) {
   if (call.origins.part) {
-    prepare_samples<kBackward, true>(call, query, m, samples);
+    prepare_samples<kBackward, true>(call, query, m, begin, end, samples);
   } else {
-    prepare_samples<kBackward, false>(call, query, m, samples);
+    prepare_samples<kBackward, false>(call, query, m, begin, end, samples);
   }
 }
 
@@ -672,10 +684,10 @@ void forward_queries(
   const V* value = head.value;
   const int64_t m = head.head;
   const int64_t first = head.image * call.sizes.queries;
-  prepare<false>(call, first + q_begin, m, buffers[q_begin % 2]);
+  prepare<false>(call, first + q_begin, m, 0, count, buffers[q_begin % 2]);
   for (int64_t q = q_begin; q < q_end; ++q) {
     if (q + 1 < q_end) {
-      prepare<false>(call, first + q + 1, m, buffers[(q + 1) % 2]);
+      prepare<false>(call, first + q + 1, m, 0, count, buffers[(q + 1) % 2]);
       // The rows themselves are not fetched: out-of-order processors hide what reading them from the
       // second cache takes, and as many fetches as reads cost 10 % here. The backward pass, which
       // also writes, gains from them.
@@ -874,10 +886,10 @@ void backward_queries(
   A* grad_value = head.grad_value;
   const int64_t m = head.head;
   const int64_t first = head.image * sizes.queries;
-  prepare<true>(call, first, m, buffers[0]);
+  prepare<true>(call, first, m, begin, end, buffers[0]);
   for (int64_t q = 0; q < sizes.queries; ++q) {
     if (q + 1 < sizes.queries) {
-      prepare<true>(call, first + q + 1, m, buffers[(q + 1) % 2]);
+      prepare<true>(call, first + q + 1, m, begin, end, buffers[(q + 1) % 2]);
       prefetch_rows(buffers[(q + 1) % 2], value, sizes.channels, call.samples);
       if (grad_value) {
         prefetch_rows(buffers[(q + 1) % 2], grad_value, sizes.channels, call.samples);
