@@ -270,6 +270,20 @@ inline void copy_row(const From* from, To* to, int64_t size) {
   }
 }
 
+// Rows that are fetched ahead of a copy: those of one head are apart, which processors do not foresee.
+constexpr int64_t kCopyAhead = 16;
+
+// Fetches the first 128 bytes of a row: 32 channels in single precision.
+template <typename T>
+inline void prefetch(const T* row) {
+#if defined(__GNUC__)
+  __builtin_prefetch(row);
+  __builtin_prefetch(reinterpret_cast<const char*>(row) + 64);
+#else
+  static_cast<void>(row);
+#endif
+}
+
 constexpr int64_t kCopyBlock = 256;  // positions that a thread copies at least
 
 // The value rows (S, D) of heads [begin, end) of N * M, from (N, S, M, D) of any strides with D
@@ -287,6 +301,9 @@ void pack(const Tensor& value, int64_t begin, int64_t end, int64_t channels, A* 
           head % heads * strides[2];
       A* to = packed + ((head - begin) * positions + first) * channels;
       for (int64_t s = first; s < last; ++s, row += strides[1], to += channels) {
+        if (last - s > kCopyAhead) {
+          prefetch(row + kCopyAhead * strides[1]);
+        }
         copy_row(row, to, size);
         std::fill(to + size, to + channels, A(0));
       }

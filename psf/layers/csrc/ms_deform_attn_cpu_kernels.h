@@ -568,7 +568,7 @@ PSF_INLINE void prefetch_array(const A* array, int64_t count) {
 
 // How many queries ahead the inputs of the samples are fetched: those of one head are apart, which
 // processors do not foresee.
-constexpr int64_t kQueriesAhead = 4;
+constexpr int64_t kQueriesAhead = 8;
 
 // Fetches the inputs of the samples of a query to come, if it does.
 template <typename V, typename O, typename A>
@@ -580,6 +580,16 @@ PSF_INLINE void prefetch_inputs(const Call<V, O, A>& call, int64_t query, int64_
     if (call.grad_output) {
       prefetch_array(call.grad_output + row * call.sizes.channels, call.sizes.channels);
     }
+  }
+}
+
+// Fetches the output row of a query to come, if it does: stores are done in order, so one that waits
+// for its line holds up the stores of the samples behind it.
+template <typename V, typename O, typename A>
+PSF_INLINE void prefetch_output(const Call<V, O, A>& call, int64_t query, int64_t m) {
+  if (query < call.sizes.images * call.sizes.queries) {
+    prefetch_array(
+        call.output + (query * call.sizes.heads + m) * call.sizes.channels, call.sizes.channels);
   }
 }
 
@@ -618,6 +628,7 @@ PSF_INLINE void sum_rows(
   // Several sums for each vector, so that additions need not wait for each other.
   constexpr int kSums = kVectors >= 4 ? 2 : 4;
   Vector<A, kLanes> partial[kSums][kVectors] = {};
+  PSF_IN_REGISTER(value);  // one sum for each row instead of one for each of its vectors
   for (int64_t j = 0; j < count; ++j) {
     for (int corner = 0; corner < 4; ++corner) {
       const Vector<A, kLanes> weight = splat<A, kLanes>(samples.weight(corner)[j]);
@@ -628,6 +639,7 @@ PSF_INLINE void sum_rows(
       }
     }
   }
+  PSF_UNROLL(4)
   for (int v = 0; v < kVectors; ++v) {
     sum[v] = partial[0][v] + partial[1][v];
     if constexpr (kSums == 4) {
@@ -647,8 +659,11 @@ PSF_INLINE void forward_block(
   if (samples.any) {
     sum_rows<kLanes, kVectors>(samples, value, count, sum);
   }
-  for (int v = 0; v < kVectors && v * kLanes < channels; ++v) {
-    store_row<A, kLanes>(sum[v], output + v * kLanes, channels - v * kLanes);
+  PSF_UNROLL(4)
+  for (int v = 0; v < kVectors; ++v) {
+    if (v * kLanes < channels) {
+      store_row<A, kLanes>(sum[v], output + v * kLanes, channels - v * kLanes);
+    }
   }
 }
 
@@ -692,6 +707,7 @@ void forward_queries(
       // second cache takes, and as many fetches as reads cost 10 % here. The backward pass, which
       // also writes, gains from them.
       prefetch_inputs(call, first + q + kQueriesAhead, m);
+      prefetch_output(call, first + q + kQueriesAhead, m);
     }
     const Buffer& samples = buffers[q % 2];
     O* output = call.output + ((first + q) * call.sizes.heads + m) * channels;
