@@ -49,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             Path(metadata.get(key)) for key in ("panoptic_json", "image_root", "panoptic_root")
         )
         image_file = metadata.get("image_file")
+        if not args.json.is_file():
+            try:  # some are made when first used
+                DatasetCatalog.get(args.name)
+            except (OSError, ValueError) as error:
+                raise SystemExit(str(error)) from error
     elif None in (args.json, args.images, args.pngs):
         parser.error("give --json, --images and --pngs, or --name")
     defects = check_dataset(
