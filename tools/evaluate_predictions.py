@@ -39,8 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         scores = score_predictions(
             args.json, args.pngs, args.predictions, args.prediction_pngs, boundary=args.boundary
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(str(error.args[0] if error.args else error)) from error
+    except KeyError as error:
+        raise SystemExit(error.args[0]) from error  # str() would quote it
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
     table = quality_table(scores.rows)
     confused = confusion_table(scores, args.confusions)
     print(f"{table}\n\n{confused}")
@@ -82,6 +84,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.image_file = metadata.get("image_file")
     elif None in (args.json, args.pngs):
         parser.error("give --json and --pngs, or --name")
+    for option, path in (("--json", args.json), ("--predictions", args.predictions)):
+        if not path.is_file():
+            parser.error(f"{option}: there is no file '{path}'")
     if args.prediction_pngs is None:
         args.prediction_pngs = args.predictions.with_suffix("")
     return args
