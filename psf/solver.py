@@ -56,6 +56,23 @@ def full_model_clip_norm(cfg: CfgNode) -> float | None:
     return float(clip.CLIP_VALUE)
 
 
+def check_reference_world_size(cfg: CfgNode) -> None:
+    """
+    Check what Detectron2's ``DefaultTrainer.auto_scale_workers`` asserts without saying the mend.
+
+    Raises:
+        ValueError: the batch cannot be shared among ``SOLVER.REFERENCE_WORLD_SIZE`` processes.
+    """
+    batch_size, world_size = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if world_size and batch_size % world_size:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {batch_size}, which SOLVER.REFERENCE_WORLD_SIZE "
+            f"{world_size} does not divide: batch and schedule are written for that number of "
+            "processes and scaled to yours. Set SOLVER.REFERENCE_WORLD_SIZE 0 to take them as they "
+            "are, or leave SOLVER.IMS_PER_BATCH to be scaled."
+        )
+
+
 def scale_to_batch_size(cfg: CfgNode) -> CfgNode:
     """
     Scale learning rate and schedule to ``SOLVER.IMS_PER_BATCH``.

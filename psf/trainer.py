@@ -35,7 +35,12 @@ from psf.evaluation.pictures import (
     write_curves,
 )
 from psf.finetuning import ClassCheckpointer
-from psf.solver import build_optimizer, full_model_clip_norm, scale_to_batch_size
+from psf.solver import (
+    build_optimizer,
+    check_reference_world_size,
+    full_model_clip_norm,
+    scale_to_batch_size,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +139,7 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
+        check_reference_world_size(cfg)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         cfg = scale_to_batch_size(cfg)
         model = self.build_model(cfg)

@@ -2,7 +2,12 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from psf.solver import build_optimizer, full_model_clip_norm, scale_to_batch_size
+from psf.solver import (
+    build_optimizer,
+    check_reference_world_size,
+    full_model_clip_norm,
+    scale_to_batch_size,
+)
 
 
 def rates(cfg, model):
@@ -99,3 +104,13 @@ class TestBatchSize:
         schedule_cfg.SOLVER.REFERENCE_WORLD_SIZE = 8
         with pytest.raises(ValueError, match=r"BATCH_SIZE is 8 and .*WORLD_SIZE is 8: both would"):
             scale_to_batch_size(schedule_cfg)
+
+    def test_a_batch_that_cannot_be_shared(self, schedule_cfg):
+        schedule_cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
+        check_reference_world_size(schedule_cfg)
+        schedule_cfg.SOLVER.REFERENCE_WORLD_SIZE = 2
+        schedule_cfg.SOLVER.IMS_PER_BATCH = 4
+        check_reference_world_size(schedule_cfg)
+        schedule_cfg.SOLVER.IMS_PER_BATCH = 5
+        with pytest.raises(ValueError, match=r"BATCH is 5, which .* 2 does not divide"):
+            check_reference_world_size(schedule_cfg)

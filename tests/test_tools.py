@@ -128,3 +128,31 @@ def test_visualize_data(tmp_path, resampling):
     assert sheet.shape[1] == 2 * 640 + 3 * 8
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["INPUT.RESAMPLNG", "fast"], "Config error: Non-existent key: INPUT.RESAMPLNG"),
+        (["DATASETS.TRAIN", "('coco_2017_trian_panoptic',)"], "'coco_2017_trian_panoptic' has no"),
+        (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
+        (["DATASETS.REGISTER", "[['a', 'b']]"], "DATASETS.REGISTER"),
+    ],
+)
+def test_visualize_data_says_what_is_wrong(tmp_path, options, message):
+    config = ROOT / "configs" / "coco" / "panoptic_segformer_R50_24ep.yaml"
+    with pytest.raises(SystemExit) as error:
+        visualize_data.main(
+            ["--config-file", str(config), "--output", str(tmp_path / "x.png"), *options]
+        )
+    assert message in str(error.value)
+    with pytest.raises(SystemExit, match="Config error: Config file 'nowhere"):
+        visualize_data.main(["--config-file", "nowhere.yaml", "--output", "x.png"])
+
+
+def test_missing_predictions(saved, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluate_predictions.main(
+            ["--name", saved[0], "--predictions", "nowhere.json", "--output", str(tmp_path)]
+        )
+    assert "--predictions: there is no file 'nowhere.json'" in capsys.readouterr().err

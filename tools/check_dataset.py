@@ -9,7 +9,7 @@ Prints every defect with its file and id; ends with status 1 if there is one.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sheet", type=Path, help="PNG to draw images and annotations into")
     parser.add_argument("--samples", type=int, default=6, help="images on it (%(default)s)")
     args = parser.parse_args(argv)
+    image_file = None
     if args.name:
         if args.name not in DatasetCatalog.list():
             parser.error(f"--name: no data set '{args.name}'. Known: {known_names()}")
@@ -47,14 +48,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.json, args.images, args.pngs = (
             Path(metadata.get(key)) for key in ("panoptic_json", "image_root", "panoptic_root")
         )
+        image_file = metadata.get("image_file")
+        if not args.json.is_file():
+            try:  # some are made when first used
+                DatasetCatalog.get(args.name)
+            except (OSError, ValueError) as error:
+                raise SystemExit(str(error)) from error
     elif None in (args.json, args.images, args.pngs):
         parser.error("give --json, --images and --pngs, or --name")
-    defects = check_dataset(args.json, args.images, args.pngs, num_processes=args.processes)
+    defects = check_dataset(
+        args.json, args.images, args.pngs, image_file=image_file, num_processes=args.processes
+    )
     for defect in defects:
         print(defect)
     print(f"{len(defects)} defects" if defects else "no defects")
     if args.sheet is not None and args.json.is_file():
-        draw(args.json, args.images, args.pngs, args.sheet, args.samples)
+        draw(args, image_file)
     return 1 if defects else 0
 
 
@@ -62,16 +71,18 @@ def known_names() -> str:
     return ", ".join(sorted([*psf.data.builtin.DATA_SETS, "shapes_panoptic_train"]))
 
 
-def draw(panoptic_json: Path, images: Path, pngs: Path, path: Path, num_samples: int) -> None:
+def draw(args: argparse.Namespace, image_file: Callable[[str], str] | None) -> None:
     """A sheet of images evenly spaced over the data set, each beside its annotation."""
     try:
-        records = load_coco_panoptic(str(panoptic_json), str(images), str(pngs))
+        records = load_coco_panoptic(
+            str(args.json), str(args.images), str(args.pngs), image_file=image_file
+        )
     except (OSError, ValueError) as error:
         print(f"No sheet: {error}")
         return
-    categories = json.loads(panoptic_json.read_text(encoding="utf-8"))["categories"]
+    categories = json.loads(args.json.read_text(encoding="utf-8"))["categories"]
     metadata = Metadata(name="checked", **panoptic_metadata(categories))
-    chosen = records[:: max(1, len(records) // num_samples)][:num_samples]
+    chosen = records[:: max(1, len(records) // args.samples)][: args.samples]
     pictures = [read_image(record["file_name"], "RGB") for record in chosen]
     cell = cell_size(pictures)
     rows = []
@@ -80,8 +91,8 @@ def draw(panoptic_json: Path, images: Path, pngs: Path, path: Path, num_samples:
         drawn = draw_panoptic(picture, *load_ground_truth(record), metadata, scale=scale)
         caption = f"{Path(record['file_name']).name}: {len(record['segments_info'])} segments"
         rows.append(SheetRow(caption, [resize_picture(picture, scale), drawn]))
-    write_sheet(rows, ("image", "annotation"), cell, path)
-    print(path)
+    write_sheet(rows, ("image", "annotation"), cell, args.sheet)
+    print(args.sheet)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         scores = score_predictions(
             args.json, args.pngs, args.predictions, args.prediction_pngs, boundary=args.boundary
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(str(error.args[0] if error.args else error)) from error
+    except KeyError as error:
+        raise SystemExit(error.args[0]) from error  # str() would quote it
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
     table = quality_table(scores.rows)
     confused = confusion_table(scores, args.confusions)
     print(f"{table}\n\n{confused}")
@@ -71,6 +73,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--worst", type=int, default=6, help="images to draw (%(default)s)")
     parser.add_argument("--confusions", type=int, default=20, help="to list (%(default)s)")
     args = parser.parse_args(argv)
+    args.image_file = None
     if args.name:
         if args.name not in DatasetCatalog.list():
             parser.error(f"--name: no data set '{args.name}' is registered")
@@ -78,8 +81,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.json, args.pngs, args.images = (
             Path(metadata.get(key)) for key in ("panoptic_json", "panoptic_root", "image_root")
         )
+        args.image_file = metadata.get("image_file")
     elif None in (args.json, args.pngs):
         parser.error("give --json and --pngs, or --name")
+    for option, path in (("--json", args.json), ("--predictions", args.predictions)):
+        if not path.is_file():
+            parser.error(f"{option}: there is no file '{path}'")
     if args.prediction_pngs is None:
         args.prediction_pngs = args.predictions.with_suffix("")
     return args
@@ -119,7 +126,10 @@ def draw_worst(args: argparse.Namespace, scores: Scores) -> None:
     of_truth = {a["image_id"]: a for a in truth["annotations"]}
     of_prediction = {a["image_id"]: a for a in predicted["annotations"]}
     worst = [s for s in scores.images if s.pq == s.pq][: args.worst]
-    images = [read_image(str(args.images / s.file_name), "RGB") for s in worst]
+    names = [
+        s.file_name if args.image_file is None else args.image_file(s.file_name) for s in worst
+    ]
+    images = [read_image(str(args.images / name), "RGB") for name in names]
     cell = cell_size(images)
     rows = []
     for score, image in zip(worst, images, strict=True):

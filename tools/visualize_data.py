@@ -12,7 +12,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from numpy.typing import NDArray
 
@@ -36,16 +36,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     cfg = get_cfg()
     add_psf_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    mapper = PanopticDatasetMapper(cfg, is_train=True)
-    name = cfg.DATASETS.TRAIN[0]
-    metadata = MetadataCatalog.get(name)
+    try:
+        cfg.merge_from_file(args.config_file)
+        cfg.merge_from_list(args.opts)
+    except (AssertionError, KeyError, ValueError) as error:  # what yacs raises
+        raise SystemExit(f"Config error: {error.args[0]}") from error
+    try:
+        results = feed(cfg, args.samples, args.repeats, args.seed)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
     class_map = ClassMap.from_metadata(metadata)
-    records = DatasetCatalog.get(name)
-    chosen = records[:: max(1, len(records) // args.samples)][: args.samples]
-    np.random.seed(args.seed)
-    results = [mapper(record) for record in chosen for _ in range(args.repeats)]
     images = [to_rgb(result, cfg.INPUT.FORMAT) for result in results]
     cell = cell_size(images)
     rows = [
@@ -54,6 +55,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     write_sheet(rows, ("image", "targets"), cell, args.output)
     print(args.output)
+
+
+def feed(cfg: CfgNode, samples: int, repeats: int, seed: int) -> list[dict[str, Any]]:
+    """Images evenly spaced over the first data set, each mapped several times."""
+    mapper = PanopticDatasetMapper(cfg, is_train=True)
+    records = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
+    chosen = records[:: max(1, len(records) // samples)][:samples]
+    np.random.seed(seed)
+    return [mapper(record) for record in chosen for _ in range(repeats)]
 
 
 def to_rgb(result: dict[str, Any], image_format: str) -> NDArray[np.uint8]:

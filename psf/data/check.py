@@ -39,7 +39,12 @@ class _Job(NamedTuple):
 
 
 def check_dataset(
-    panoptic_json: Path, image_root: Path, panoptic_root: Path, *, num_processes: int = 1
+    panoptic_json: Path,
+    image_root: Path,
+    panoptic_root: Path,
+    *,
+    image_file: Callable[[str], str] | None = None,
+    num_processes: int = 1,
 ) -> list[Defect]:
     """
     Find what is wrong with a data set: JSON, images and PNGs, each and against each other.
@@ -48,6 +53,7 @@ def check_dataset(
         panoptic_json: the annotations.
         image_root: folder of the images.
         panoptic_root: folder of the PNGs.
+        image_file: from the JSON's name of an image to its path below ``image_root``.
         num_processes: that read images.
 
     Returns:
@@ -71,6 +77,7 @@ def check_dataset(
         _check_image,
         isthing=isthing,
         image_root=image_root,
+        image_file=image_file,
         panoptic_root=panoptic_root,
         panoptic_json=str(panoptic_json),
     )
@@ -140,12 +147,14 @@ def _check_image(
     *,
     isthing: Mapping[int, bool],
     image_root: Path,
+    image_file: Callable[[str], str] | None,
     panoptic_root: Path,
     panoptic_json: str,
 ) -> list[Defect]:
     image, annotation = job
     size = (image["height"], image["width"])
-    path = image_root / image["file_name"]
+    name = image["file_name"]
+    path = image_root / (name if image_file is None else image_file(name))
     png = panoptic_root / annotation["file_name"]
     where = f"image {image['id']}"
     defects = _check_size(path, where, size, lambda p: read_image(p).shape[:2])

@@ -88,6 +88,7 @@ def register_panoptic(  # noqa: PLR0913  one argument a part of a data set
         panoptic_json=panoptic_json,
         json_file=instances_json,
         sem_seg_root=sem_seg_root,
+        image_file=image_file,
         evaluator_type="coco_panoptic_seg",
         ignore_label=255,
         label_divisor=1000,

@@ -16,6 +16,8 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, Instances
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from psf.panoptic_png import read_panoptic_ids
 
@@ -123,17 +125,20 @@ class PanopticDatasetMapper:
         utils.check_image_size(result, image)  # also fills in height and width if absent
         augmented = self._augment(image)
         pixels = distort_colors(augmented.image) if self.color_augmentation else augmented.image
-        # Image and map share their memory, and so the file in which a worker hands them over.
-        planes = np.empty((4, *pixels.shape[:2]), dtype=np.uint8)
+        # Image and map share their storage, and so the file in which a worker hands them over.
+        memory = _empty_planes(*pixels.shape[:2])
+        planes = memory.numpy()
         _split_channels(pixels, planes[:3])
-        result["image"] = torch.from_numpy(planes)[:3]
+        result["image"] = memory[:3]
         if self.class_map is not None:
             targets = _read_targets(result, image.shape[:2], self.class_map)
             index_map = augmented.apply_to_indices(targets.index_map)
             if index_map.dtype == np.uint8:
                 planes[3] = index_map
-                index_map = planes[3]
-            result["instances"] = _to_instances(index_map, targets.classes)
+                indices = memory[3]
+            else:
+                indices = torch.from_numpy(np.require(index_map, requirements=["C", "W"]))
+            result["instances"] = _to_instances(indices, targets.classes)
         return result
 
     def _augment(self, image: NDArray[np.uint8]) -> _Augmented:
@@ -235,6 +240,14 @@ def _find_segments(ids: NDArray[np.uint32], segment_ids: Sequence[int], path: st
     return _Runs(segments, np.diff(starts, append=flat.size))
 
 
+def _empty_planes(height: int, width: int) -> Tensor:
+    """(4, height, width) uint8, uninitialised."""
+    planes = torch.empty((4, height, width), dtype=torch.uint8)
+    # A worker's tensors are copied to shared memory when they are sent. What is there from the
+    # start goes out at once: no slower to fill, and a third of the time on the way.
+    return planes if get_worker_info() is None else planes.share_memory_()
+
+
 def _split_channels(image: NDArray[np.uint8], planes: NDArray[np.uint8]) -> None:
     """(h, w, 3) -> (3, h, w), by channels: several times faster than a transposed copy."""
     contiguous = np.ascontiguousarray(image)
@@ -242,18 +255,15 @@ def _split_channels(image: NDArray[np.uint8], planes: NDArray[np.uint8]) -> None
         cv2.extractChannel(contiguous, channel, dst=planes[channel])
 
 
-def _to_instances(index_map: NDArray[np.integer], classes: Sequence[int]) -> Instances:
+def _to_instances(index_map: Tensor, classes: Sequence[int]) -> Instances:
     """The targets that are visible in the augmented index map (h, w)."""
-    extents = tight_boxes(index_map, len(classes))
+    extents = tight_boxes(index_map.numpy(), len(classes))
     visible = np.flatnonzero(extents[:, 2])  # x1 is 0 where there is no pixel
-    instances = TargetInstances(index_map.shape)
+    instances = TargetInstances(tuple(index_map.shape))
     gt_classes = np.array(classes, dtype=np.int64)[visible]
     instances.gt_classes = torch.from_numpy(gt_classes)
     instances.gt_boxes = Boxes(torch.from_numpy(extents[visible].astype(np.float32)))
-    instances.gt_masks = IndexMasks(
-        torch.from_numpy(np.require(index_map, requirements=["C", "W"])),
-        tuple((visible + 1).tolist()),
-    )
+    instances.gt_masks = IndexMasks(index_map, tuple((visible + 1).tolist()))
     return instances
 
 

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from tabulate import tabulate
 
 from psf.panoptic_png import read_panoptic_ids, write_panoptic_ids
 
+from .annotations import PanopticAnnotations
 from .outputs import require_output
 from .panoptic_quality import (
     ClassQuality,
@@ -42,30 +43,24 @@ _AVERAGES = {"": ("all", None), "_th": ("things", True), "_st": ("stuff", False)
 PREDICTIONS = "predictions"
 
 
-class _Truth(NamedTuple):
-    """The ground truth of an image, but for its pixels."""
-
-    png: str
-    segments: dict[int, TruthSegment]
-
-
 class _Predicted(NamedTuple):
     """What is kept of the prediction for an image."""
 
     image_id: Any
     record: ImageRecord | None  # None: there is no ground truth
     boundary_record: ImageRecord | None
-    annotation: dict[str, Any] | None  # None: predictions are not saved
+    annotation: str | None  # JSON; None: predictions are not saved
 
 
 class PanopticEvaluator(DatasetEvaluator):
     """
     PQ, SQ and RQ of ``panoptic_seg``, equal to panopticapi's on a single core to the last bit.
 
-    Each prediction is compared as it comes, and only its matches are kept: a few hundred bytes an
-    image beside the annotations themselves. Unlike Detectron2's evaluator the metrics do not depend
-    on the number of processes, neither things nor stuff need occur in the data set (their PQ is
-    then NaN), and images of the same name in different folders are told apart.
+    Each prediction is compared as it comes, and only its matches are kept. The annotations stay in
+    their file but for the place of each, which takes less than the matches. Unlike Detectron2's
+    evaluator the metrics do not depend on the number of processes, neither things nor stuff need
+    occur in the data set (their PQ is then NaN), and images of the same name in different folders
+    are told apart.
     """
 
     def __init__(
@@ -117,10 +112,9 @@ class PanopticEvaluator(DatasetEvaluator):
         self.reset()
 
     def reset(self) -> None:
-        """Forget all predictions, and the annotations, which are read again when needed."""
+        """Forget all predictions, and where the annotations are, which is found when needed."""
         self._predicted: list[_Predicted] = []
-        self._categories: list[dict[str, Any]] = []
-        self._truths: dict[Any, _Truth] | None = None
+        self._annotations: PanopticAnnotations | None = None
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """
@@ -136,13 +130,12 @@ class PanopticEvaluator(DatasetEvaluator):
                 its category is unknown, or the data set has no such image.
         """
         require_output(inputs, outputs, "panoptic_seg", "PANOPTIC_ON")
-        if not self._categories:
-            self._load_annotations()
+        annotations = self._find_annotations()
         for record, output in zip(inputs, outputs, strict=True):
             panoptic_seg, segments_info = output["panoptic_seg"]
             ids = panoptic_seg.cpu().numpy().astype(np.uint32)
             pred = {int(info["id"]): self._dataset_id(record, info) for info in segments_info}
-            self._predicted.append(self._compare(record, ids, pred))
+            self._predicted.append(self._compare(record, ids, pred, annotations))
 
     def _dataset_id(self, record: Mapping[str, Any], info: Mapping[str, Any]) -> int:
         """The data set's category id of a predicted segment."""
@@ -156,18 +149,24 @@ class PanopticEvaluator(DatasetEvaluator):
         return category_id if isthing is None else known[category_id]
 
     def _compare(
-        self, record: Mapping[str, Any], ids: NDArray[np.uint32], pred: dict[int, int]
+        self,
+        record: Mapping[str, Any],
+        ids: NDArray[np.uint32],
+        pred: dict[int, int],
+        annotations: PanopticAnnotations,
     ) -> _Predicted:
         image_id = record["image_id"]
         quality = boundary_quality = annotation = None
         png = f"{Path(record['file_name']).stem}.png"
-        if self._truths is not None:
-            if image_id not in self._truths:
+        if annotations.are_given:
+            if image_id not in annotations.image_ids:
                 raise KeyError(
                     f"'{self._metadata.panoptic_json}' has no annotation of image {image_id!r} "
                     f"('{record['file_name']}'). Evaluate a data set with its own loader."
                 )
-            png, truth = self._truths[image_id]
+            annotated = annotations.read(image_id)
+            png = annotated["file_name"]
+            truth = {s["id"]: self._truth(s, image_id) for s in annotated["segments_info"]}
             truth_ids = read_panoptic_ids(os.path.join(self._metadata.panoptic_root, png))
             quality = compare(truth_ids, truth, ids, pred, image_id=image_id)
             if self._boundary:
@@ -180,37 +179,36 @@ class PanopticEvaluator(DatasetEvaluator):
 
     def _save_prediction(
         self, image_id: Any, png: str, ids: NDArray[np.uint32], pred: dict[int, int]
-    ) -> dict[str, Any]:
+    ) -> str:
         path = os.path.join(str(self._output_dir), PREDICTIONS, png)
         PathManager.mkdirs(os.path.dirname(path))
         write_panoptic_ids(path, ids)
         infos = [{"id": i, "category_id": category_id} for i, category_id in pred.items()]
-        return {"image_id": image_id, "file_name": png, "segments_info": infos}
+        return json.dumps({"image_id": image_id, "file_name": png, "segments_info": infos})
 
-    def _load_annotations(self) -> None:
-        """Read the JSON and keep what counts of it."""
-        path = self._metadata.panoptic_json
-        with PathManager.open(path, "r", encoding="utf-8") as file:
-            content = json.load(file)
-        self._categories = content["categories"]
-        self._known = {category["id"] for category in self._categories}
-        if "annotations" in content:
-            self._truths = {
-                annotation["image_id"]: _Truth(
-                    annotation["file_name"],
-                    {
-                        s["id"]: _truth_segment(s, annotation["image_id"], path)
-                        for s in annotation["segments_info"]
-                    },
-                )
-                for annotation in content["annotations"]
-            }
-        elif not self._save:
+    def _truth(self, info: Mapping[str, Any], image_id: Any) -> TruthSegment:
+        if "area" not in info:
             raise ValueError(
-                f"'{path}' has no annotations, as the test sets of a benchmark. Evaluate on a "
-                "validation set (DATASETS.TEST), or set MODEL.PSF.TEST.SAVE_PREDICTIONS True to "
-                "write predictions without measuring them."
+                f"'{self._metadata.panoptic_json}': segment {info['id']} of image {image_id!r} has "
+                "no 'area', which PQ needs. Complete the JSON (tools/check_dataset.py says what it "
+                "lacks)."
             )
+        return TruthSegment(info["category_id"], info["area"], info.get("iscrowd") == 1)
+
+    def _find_annotations(self) -> PanopticAnnotations:
+        """Look through the JSON, at the first call."""
+        if self._annotations is None:
+            path = self._metadata.panoptic_json
+            annotations = PanopticAnnotations(path)
+            if not annotations.are_given and not self._save:
+                raise ValueError(
+                    f"'{path}' has no annotations, as the test sets of a benchmark. Evaluate on a "
+                    "validation set (DATASETS.TEST), or set MODEL.PSF.TEST.SAVE_PREDICTIONS True "
+                    "to write predictions without measuring them."
+                )
+            self._known = {category["id"] for category in annotations.categories}
+            self._annotations = annotations
+        return self._annotations
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
         """
@@ -227,40 +225,46 @@ class PanopticEvaluator(DatasetEvaluator):
         if not comm.is_main_process():
             self.reset()
             return None
-        if not self._categories:
-            self._load_annotations()
+        annotations = self._find_annotations()
         predicted = {p.image_id: p for p in itertools.chain(*gathered)}
         if self._save:
-            self._write_predictions([p.annotation for p in predicted.values()])
+            saved = [p.annotation for p in predicted.values() if p.annotation is not None]
+            self._write_predictions(saved, annotations.categories)
         results: OrderedDict[str, dict[str, float]] = OrderedDict()
-        if self._truths is not None:
-            in_order = self._in_order(predicted, self._truths)
-            results["panoptic_seg"] = self._measure([p.record for p in in_order], "")
+        if annotations.are_given:
+            in_order = self._in_order(predicted, annotations.image_ids)
+            categories = annotations.categories
+            results["panoptic_seg"] = self._measure([p.record for p in in_order], categories, "")
             if self._boundary:
                 records = [p.boundary_record for p in in_order]
-                results["boundary_panoptic_seg"] = self._measure(records, "boundary_")
+                results["boundary_panoptic_seg"] = self._measure(records, categories, "boundary_")
         self.reset()
         return results
 
     def _in_order(
-        self, predicted: Mapping[Any, _Predicted], truths: Mapping[Any, _Truth]
+        self, predicted: Mapping[Any, _Predicted], image_ids: Collection[Any]
     ) -> list[_Predicted]:
         """The predictions in the order of the annotations."""
-        missing = [image_id for image_id in truths if image_id not in predicted]
+        missing = [image_id for image_id in image_ids if image_id not in predicted]
         if missing:
             raise ValueError(
-                f"No prediction for {len(missing)} of the {len(truths)} images of "
+                f"No prediction for {len(missing)} of the {len(image_ids)} images of "
                 f"'{self._metadata.panoptic_json}', the first with image ids {missing[:5]}. "
                 "Evaluate the whole data set with its own loader."
             )
-        return [predicted[image_id] for image_id in truths]
+        return [predicted[image_id] for image_id in image_ids]
 
-    def _measure(self, records: Sequence[ImageRecord | None], prefix: str) -> dict[str, float]:
+    def _measure(
+        self,
+        records: Sequence[ImageRecord | None],
+        categories: Sequence[Mapping[str, Any]],
+        prefix: str,
+    ) -> dict[str, float]:
         """Add up, report, and give Detectron2's names to the numbers."""
         counts = add_up((r for r in records if r is not None), self._known)
-        classes = class_qualities(counts, self._categories)
+        classes = class_qualities(counts, categories)
         averages = {
-            suffix: average_quality(counts, self._categories, name, isthing)
+            suffix: average_quality(counts, categories, name, isthing)
             for suffix, (name, isthing) in _AVERAGES.items()
         }
         self._report([*averages.values(), *classes], prefix)
@@ -285,22 +289,18 @@ class PanopticEvaluator(DatasetEvaluator):
                 file.write(text + "\n")
         write_quality_bars(rows, os.path.join(self._output_dir, f"{prefix}pq.png"), title=title)
 
-    def _write_predictions(self, annotations: Sequence[dict[str, Any] | None]) -> None:
+    def _write_predictions(
+        self, annotations: Sequence[str], categories: Sequence[Mapping[str, Any]]
+    ) -> None:
         """Write the JSON of a submission (cocodataset.org/#format-results)."""
         path = os.path.join(str(self._output_dir), f"{PREDICTIONS}.json")
-        content = {"annotations": annotations, "categories": self._categories}
         with PathManager.open(path, "w") as file:
-            file.write(json.dumps(content))
+            file.write('{"annotations": [')
+            file.writelines(
+                f"{',' if i else ''}\n{annotation}" for i, annotation in enumerate(annotations)
+            )
+            file.write(f'\n],\n"categories": {json.dumps(categories)}}}\n')
         logger.info("Wrote the predictions for %d images to '%s'.", len(annotations), path)
-
-
-def _truth_segment(info: Mapping[str, Any], image_id: Any, path: str) -> TruthSegment:
-    if "area" not in info:
-        raise ValueError(
-            f"'{path}': segment {info['id']} of image {image_id!r} has no 'area', which PQ needs. "
-            "Complete the JSON (tools/check_dataset.py says what it lacks)."
-        )
-    return TruthSegment(info["category_id"], info["area"], info.get("iscrowd") == 1)
 
 
 def quality_table(rows: Sequence[ClassQuality]) -> str:

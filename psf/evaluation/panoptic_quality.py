@@ -1,6 +1,6 @@
 """Panoptic quality by the definition of panopticapi's ``pq_compute_single_core``, to the last bit.
 
-An image is reduced to a :class:`ImageRecord` of a few hundred bytes; the records of all images are
+An image is reduced to a :class:`ImageRecord` of one or two KB; the records of all images are
 added up in the order of the annotations, so that neither the number of processes nor the order in
 which they come changes a bit of the result.
 

@@ -1,6 +1,7 @@
 import copy
 import json
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -599,6 +600,25 @@ def test_what_a_worker_sends_arrives(record):
     copied = copy.deepcopy(expected["instances"])
     assert_targets(copied, reference_targets(IDS, SEGMENTS, CLASS_MAP))
     assert len(expected["instances"][torch.tensor([0, 2])]) == 2
+
+
+def test_image_and_masks_share_one_file_on_the_way(record):
+    """One storage, which is in shared memory before it is sent."""
+    mapper = make_mapper()
+    (received,) = torch.utils.data.DataLoader(
+        [record], batch_size=None, num_workers=1, collate_fn=partial(with_shared, mapper)
+    )
+    assert received["was_shared"]
+    for result in (mapper(record), received):
+        image, index_map = result["image"], result["instances"].gt_masks.index_map
+        assert index_map.data_ptr() - image.data_ptr() == image.numel()
+        assert index_map.untyped_storage().data_ptr() == image.untyped_storage().data_ptr()
+
+
+def with_shared(mapper, record):
+    """What the mapper makes, and whether the image is in shared memory before it is sent."""
+    result = mapper(record)
+    return {**result, "was_shared": result["image"].is_shared()}
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (17, 23)])

@@ -16,9 +16,13 @@ from psf.data import ClassMap, register_builtin
 from psf.data.coco_panoptic import datasets_root
 from psf.data.prepare import writing
 from psf.data.prepare.__main__ import main
-from psf.evaluation import build_evaluators
+from psf.evaluation import PanopticEvaluator, build_evaluators
 from psf.panoptic_png import read_panoptic_ids
 from psf.trainer import Trainer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+import check_dataset as check_tool
+import evaluate_predictions
 
 MAKERS = {"ade20k": make_ade20k, "cityscapes": make_cityscapes, "coco": make_coco}
 NAMES = {
@@ -249,3 +253,29 @@ def test_ade20k_instances_of_no_category(tmp_path, prepare):
         SystemExit, match=r"Instance 1 of 'ADE_val_00000001\.jpg' has the categories"
     ):
         prepare("ade20k", "--allow-partial")
+
+
+def test_the_tools_find_the_images_by_the_name_of_the_data_set(prepared, tmp_path, capsys):
+    """Also those of Cityscapes, in folders that its JSON does not name."""
+    name = prepared[1]
+    sheet = tmp_path / "sheet.png"
+    assert check_tool.main(["--name", name, "--sheet", str(sheet)]) == 0
+    assert capsys.readouterr().out == f"no defects\n{sheet}\n"
+    evaluator = PanopticEvaluator(name, str(tmp_path / "out"), save_predictions=True)
+    for record in DatasetCatalog.get(name):
+        evaluator.process([record], [perfect_output({**record, "name": name})])
+    evaluator.evaluate()
+    predictions, scores = tmp_path / "out" / "predictions.json", tmp_path / "scores"
+    evaluate_predictions.main(
+        ["--name", name, "--predictions", str(predictions), "--output", str(scores)]
+    )
+    assert (scores / "worst.png").is_file()
+
+
+def test_check_dataset_says_how_to_get_what_is_missing(tmp_path):
+    register_builtin(str(tmp_path))
+    try:
+        with pytest.raises(SystemExit, match="DETECTRON2_DATASETS"):
+            check_tool.main(["--name", "coco_2017_val_panoptic"])
+    finally:
+        register_builtin(datasets_root())

@@ -100,6 +100,7 @@ def write_split(
         _write_json(split.instances_json, images, numbered, things)
     _write_json(split.panoptic_json, images, annotations, split.categories)
     notes.unlink()
+    logger.info("%s: %d images converted.", split.name, len(entries))
 
 
 def _is_complete(split: Split, num_images: int) -> bool:
