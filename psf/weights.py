@@ -12,6 +12,9 @@ from psf import checkpoint
 
 logger = logging.getLogger(__name__)
 
+# The key of a converted file that names the format which it was converted from.
+CONVERTED_FROM = "converted_from"
+
 
 class Origin(NamedTuple):
     """Where converted weights are from."""
@@ -25,14 +28,17 @@ class Checkpointer(DetectionCheckpointer):
     """
     Detectron2's checkpointer, which also knows the formats of :mod:`psf.checkpoint`.
 
-    A file in one of these is converted when it is read, and must fit the model when it is loaded:
-    nothing in it is left over, and only what its format cannot have is missing. One line in the log
-    says what became of it.
+    A file in one of these is converted when it is read. It, or one that was converted before, must
+    fit the model when it is loaded: nothing in it is left over, and only what its format cannot
+    have is missing. One line in the log says what became of it.
     """
 
     def _torch_load(self, f: str) -> dict[str, Any]:
         content = checkpoint.read(f)
         weights = checkpoint.find_state_dict(content)
+        if CONVERTED_FROM in content:
+            source = checkpoint.by_name(content[CONVERTED_FROM])
+            return {"model": weights, "origin": Origin(f, source, {})}
         source = checkpoint.recognise(weights)
         if source is None:  # this project's own, or what the model will refuse
             return content if "model" in content else {"model": weights}
@@ -46,9 +52,9 @@ class Checkpointer(DetectionCheckpointer):
             weights = checkpoint["model"]
             absent = check_fit(weights, self.model.state_dict(), origin)
             logger.info(
-                "Converted '%s' from %s: %s",
-                origin.path,
+                "Weights of %s, from '%s': %s",
                 origin.source.name,
+                origin.path,
                 describe(weights, origin.dropped, absent),
             )
         return super()._load_model(checkpoint)
@@ -82,9 +88,11 @@ def check_fit(
     ]
     if unexpected or misshapen or missing:
         raise ValueError(
-            f"'{origin.path}' is of another model. Not in this one: {_shorten(unexpected)}. Of "
-            f"another shape: {_shorten(misshapen)}. Missing: {_shorten(missing)}. Use the config "
-            "that belongs to the file (MODEL_ZOO.md)."
+            f"'{origin.path}' is incomplete or of another model. Not in this one: "
+            f"{_shorten(unexpected)}. Of another shape: {_shorten(misshapen)}. Missing: "
+            f"{_shorten(missing)}. Use the config that belongs to the file (MODEL_ZOO.md), or, to "
+            "train on with other classes, name in MODEL.PSF.WEIGHTS_DATASET a data set with the "
+            "file's."
         )
     return absent
 

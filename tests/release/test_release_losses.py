@@ -21,18 +21,16 @@ from release_cases import (
     small_model,
     training_input,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from psf.modeling.criterion import mask_queries
 from psf.modeling.matcher import detection_cost
 from psf.solver import build_optimizer, full_model_clip_norm
 
-# Reached: 3.5e-7 (losses), 1.1e-5 (gradient norms).
+# Reached: 3.5e-7 (losses), 1.1e-5 (gradient norms; the same for the full-size model
+# in double precision, 2.7e-5 in single precision with the signs of double precision).
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
-# Of the full-size model in single precision, reached: 4.4e-4. Three of its ReLUs have an input
-# within 5e-7 of zero, on whose sign single precision does not agree with double. In double
-# precision its gradients reach 1.1e-5.
-FULL_SIZE_TOLERANCE = 1e-3
 # Of weights after a step, reached: 7.3e-6; of the norms of its changes: 5.1e-6 in all but one.
 STEP_TOLERANCE = 1e-5
 # Gradients that are zero but for rounding (biases of keys) are compared with the whole gradient's.
@@ -75,7 +73,7 @@ def check_losses(losses, recorded, num_stuff_layers):
     assert sum(losses.values()).item() == pytest.approx(recorded["total"], rel=LOSS_TOLERANCE)
 
 
-def check_gradients(model, recorded, tolerance=GRADIENT_TOLERANCE):
+def check_gradients(model, recorded):
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     norms = recorded["grad_norms"]
     total = sum(norm**2 for norm in norms.values()) ** 0.5
@@ -87,7 +85,7 @@ def check_gradients(model, recorded, tolerance=GRADIENT_TOLERANCE):
             continue
         compared.add(key)
         found = parameters[key].grad.double().norm().item()
-        assert found == pytest.approx(expected, rel=tolerance, abs=ROUNDING * total), name
+        assert found == pytest.approx(expected, rel=GRADIENT_TOLERANCE, abs=ROUNDING * total), name
     assert compared == parameters.keys()
 
 
@@ -253,24 +251,69 @@ def rounding_of_one(weight):
     return last_bit / weight.numel() ** 0.5
 
 
-@pytest.fixture(params=[torch.float32, torch.float64], ids=["single", "double"])
-def precision(request, monkeypatch):
-    """The precision of everything, also of what the criterion computes in single precision."""
-    if request.param == torch.float64:
-        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        torch.set_default_dtype(torch.float64)
-    yield request.param
+class ReluSigns(TorchDispatchMode):
+    """Notes the sign of every input of a ReLU, or imposes the signs that were noted before."""
+
+    def __init__(self, noted: "ReluSigns | None" = None) -> None:
+        super().__init__()
+        self.noted = noted
+        self.signs: list[torch.Tensor] = []
+        self.imposed: list[torch.Tensor] = []  # the inputs whose sign was another
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in (torch.ops.aten.relu.default, torch.ops.aten.relu_.default):
+            return func(*args, **(kwargs or {}))
+        (value,) = args
+        self.signs.append(value > 0)
+        if self.noted is None:
+            return func(value)
+        sign = self.noted.signs[len(self.signs) - 1]
+        output = value.relu()
+        other = self.signs[-1] != sign
+        self.imposed.append(value[other])
+        # The gradient passes where the output is positive.
+        output[other] = sign[other] * torch.finfo(value.dtype).tiny
+        return value.copy_(output) if func is torch.ops.aten.relu_.default else output
+
+
+@pytest.fixture
+def double_precision(monkeypatch):
+    """Of everything, also of what the criterion computes in single precision."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield monkeypatch
     torch.set_default_dtype(torch.float32)
 
 
-def test_full_size_r50(precision):
-    """Losses and gradients of the real thing."""
+def check_full_size_r50(signs):
+    """Losses and gradients of the real thing, in the default precision."""
     case, recorded = arrays(SHIPPED, "full/r50"), numbers(SHIPPED, "full/r50")
-    model = build_model(release_cfg("R50_24ep")).train().to(precision)
+    model = build_model(release_cfg("R50_24ep")).train().to(torch.get_default_dtype())
     load_seeded(model, FULL_SEED, nested(case, "override/"))
     case |= {f"gt/0/{key}": value for key, value in nested(case, "gt/").items()}
-    losses = model([training_input(case, case["img_rgb_uint8"])])
+    with signs:
+        losses = model([training_input(case, case["img_rgb_uint8"])])
     check_losses(losses, recorded, num_stuff_layers=6)
     sum(losses.values()).backward()
-    single = precision == torch.float32
-    check_gradients(model, recorded, FULL_SIZE_TOLERANCE if single else GRADIENT_TOLERANCE)
+    check_gradients(model, recorded)
+
+
+def test_full_size_r50(double_precision):
+    """
+    In double precision, and in single precision with double precision's signs in the ReLUs.
+
+    Of 13 million inputs of ReLUs four or five are so near to zero (below 1e-6) that rounding
+    decides on which side they fall. In plain single precision they, and nothing else, move the
+    norms of 2 to 9 of 638 parameters by more than 1e-4, up to 6e-4: which and how far depends on
+    the number of threads and on how convolutions are computed.
+    """
+    noted = ReluSigns()
+    check_full_size_r50(noted)
+    double_precision.undo()
+    torch.set_default_dtype(torch.float32)
+    single = ReluSigns(noted)
+    check_full_size_r50(single)
+    assert len(single.signs) == len(noted.signs)
+    imposed = torch.cat(single.imposed)
+    assert len(imposed) < 20
+    assert (imposed.abs() < 5e-6).all()
