@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+from urllib.error import URLError
 
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
@@ -33,12 +34,28 @@ class Checkpointer(DetectionCheckpointer):
     have is missing. One line in the log says what became of it.
     """
 
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """
+        Load a file, or what is at an address.
+
+        Raises:
+            OSError: nothing can be fetched from the address.
+        """
+        try:
+            rest: dict[str, Any] = super().load(path, checkpointables)
+        except URLError as error:
+            raise OSError(
+                f"MODEL.WEIGHTS: '{path}' cannot be fetched ({error}). Check the address and the "
+                "connection, or download it by other means and name the file."
+            ) from error
+        return rest
+
     def _torch_load(self, f: str) -> dict[str, Any]:
         content = checkpoint.read(f)
         weights = checkpoint.find_state_dict(content)
         if CONVERTED_FROM in content:
-            source = checkpoint.by_name(content[CONVERTED_FROM])
-            return {"model": weights, "origin": Origin(f, source, {})}
+            origin = Origin(f, checkpoint.by_name(content[CONVERTED_FROM]), {})
+            return {"model": weights, "origin": origin}
         source = checkpoint.recognise(weights)
         if source is None:  # this project's own, or what the model will refuse
             return content if "model" in content else {"model": weights}

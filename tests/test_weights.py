@@ -158,6 +158,12 @@ def test_a_file_with_something_unknown(model, tmp_path):
         Checkpointer(model).load(str(tmp_path / "unknown.pth"))
 
 
+def test_an_address_that_cannot_be_reached(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    with pytest.raises(OSError, match=r"MODEL\.WEIGHTS: 'http://localhost:1/a\.pth' cannot be f"):
+        Checkpointer(model).load("http://localhost:1/a.pth")
+
+
 @pytest.mark.parametrize("key", ["state_dict", "model", None])
 def test_weights_of_something_else(model, tmp_path, key):
     weights = {"decode_head.conv.weight": torch.zeros(1)}
