@@ -196,25 +196,46 @@ OLD_NAMES = {
 }
 
 
+# How the files of torch.save begin, of old and of present versions.
+_PICKLE, _ZIP = b"\x80", b"PK\x03\x04"
+
+
 def read(path: str) -> dict[str, Any]:
     """
     Read a file of ``torch.save``, tensors and plain values only: it cannot run code.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: the file holds something else, is damaged or of another kind.
     """
+    with open(path, "rb") as file:
+        begin = file.read(4)
+    if begin[:1] != _PICKLE and begin != _ZIP:
+        raise ValueError(
+            f"'{path}' is not a PyTorch checkpoint: it {_describe(begin)}. A download may have "
+            "failed: fetch it again."
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except pickle.UnpicklingError as error:
+        forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = "a pickle of another kind" if forbidden is None else f"it holds {forbidden[1]}"
         raise ValueError(
-            f"'{path}' is not a PyTorch checkpoint of tensors and plain values, and anything else "
-            f"could run code when it is read ({str(error).splitlines()[0]}). If you trust its "
-            "source, load it with torch.load(path, weights_only=False), and save its state dict "
-            "alone with torch.save."
+            f"'{path}' is not a PyTorch checkpoint of tensors and plain values: {what}. Anything "
+            "else could run code, so it is not read. If you trust its source, load it with "
+            "torch.load(path, weights_only=False), and save its state dict alone with torch.save."
+        ) from error
+    except (EOFError, IndexError, OSError, RuntimeError) as error:
+        raise ValueError(
+            f"'{path}' is not a whole PyTorch checkpoint: it is truncated or damaged, or a zip "
+            "file of another kind. Copy or download it again."
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' holds a {type(content).__name__}, not a dict of weights")
     return content
+
+
+def _describe(begin: bytes) -> str:
+    return f"begins with {begin!r}" if begin else "is empty"
 
 
 def find_state_dict(content: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -252,6 +273,19 @@ def find_state_dict(content: Mapping[str, Any]) -> dict[str, Tensor]:
 def recognise(state_dict: Mapping[str, Tensor]) -> Format | None:
     """The format of a foreign state dict; None if it is no known one."""
     return next((f for f in FORMATS if all(sign in state_dict for sign in f.signs)), None)
+
+
+def by_name(name: str) -> Format:
+    """
+    The format of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = next((f for f in FORMATS if f.name == name), None)
+    if found is None:
+        raise ValueError(f"The weights are converted from '{name}', which is not a known format")
+    return found
 
 
 def convert(state_dict: Mapping[str, Tensor], source: Format) -> Conversion:

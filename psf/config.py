@@ -106,6 +106,9 @@ def add_psf_config(cfg: CN) -> None:
     # "exact": the bits of Detectron2's transforms. "fast": resample once, only what is kept, with
     # OpenCV; in training only (psf/data/mapper.py says what changes).
     cfg.INPUT.RESAMPLING = "exact"
+    # What resizes images in tests, and images and targets in exact training: "pillow" (Detectron2)
+    # or "opencv" (the official code, whose weights know no other pixels).
+    cfg.INPUT.RESIZE_LIBRARY = "pillow"
 
     # Swin (MODEL.BACKBONE.NAME: build_swin_backbone), in Mask2Former's keys; Swin-T's values (Swin
     # paper, section 3.3). DROP_PATH_RATE is the last block's.

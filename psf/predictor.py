@@ -2,10 +2,10 @@
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.data import transforms as T
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
+from psf.data import build_augmentations
 from psf.weights import Checkpointer
 
 
@@ -21,5 +21,5 @@ class Predictor(DefaultPredictor):
         self.model = build_model(self.cfg).eval()
         Checkpointer(self.model).load(cfg.MODEL.WEIGHTS)
         self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
-        self.aug = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+        (self.aug,) = build_augmentations(cfg, is_train=False)
         self.input_format = cfg.INPUT.FORMAT

@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+from urllib.error import URLError
 
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from psf import checkpoint
 
 logger = logging.getLogger(__name__)
+
+# The key of a converted file that names the format which it was converted from.
+CONVERTED_FROM = "converted_from"
 
 
 class Origin(NamedTuple):
@@ -25,14 +29,33 @@ class Checkpointer(DetectionCheckpointer):
     """
     Detectron2's checkpointer, which also knows the formats of :mod:`psf.checkpoint`.
 
-    A file in one of these is converted when it is read, and must fit the model when it is loaded:
-    nothing in it is left over, and only what its format cannot have is missing. One line in the log
-    says what became of it.
+    A file in one of these is converted when it is read. It, or one that was converted before, must
+    fit the model when it is loaded: nothing in it is left over, and only what its format cannot
+    have is missing. One line in the log says what became of it.
     """
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """
+        Load a file, or what is at an address.
+
+        Raises:
+            OSError: nothing can be fetched from the address.
+        """
+        try:
+            rest: dict[str, Any] = super().load(path, checkpointables)
+        except URLError as error:
+            raise OSError(
+                f"MODEL.WEIGHTS: '{path}' cannot be fetched ({error}). Check the address and the "
+                "connection, or download it by other means and name the file."
+            ) from error
+        return rest
 
     def _torch_load(self, f: str) -> dict[str, Any]:
         content = checkpoint.read(f)
         weights = checkpoint.find_state_dict(content)
+        if CONVERTED_FROM in content:
+            origin = Origin(f, checkpoint.by_name(content[CONVERTED_FROM]), {})
+            return {"model": weights, "origin": origin}
         source = checkpoint.recognise(weights)
         if source is None:  # this project's own, or what the model will refuse
             return content if "model" in content else {"model": weights}
@@ -46,9 +69,9 @@ class Checkpointer(DetectionCheckpointer):
             weights = checkpoint["model"]
             absent = check_fit(weights, self.model.state_dict(), origin)
             logger.info(
-                "Converted '%s' from %s: %s",
-                origin.path,
+                "Weights of %s, from '%s': %s",
                 origin.source.name,
+                origin.path,
                 describe(weights, origin.dropped, absent),
             )
         return super()._load_model(checkpoint)
@@ -82,9 +105,11 @@ def check_fit(
     ]
     if unexpected or misshapen or missing:
         raise ValueError(
-            f"'{origin.path}' is of another model. Not in this one: {_shorten(unexpected)}. Of "
-            f"another shape: {_shorten(misshapen)}. Missing: {_shorten(missing)}. Use the config "
-            "that belongs to the file (MODEL_ZOO.md)."
+            f"'{origin.path}' is incomplete or of another model. Not in this one: "
+            f"{_shorten(unexpected)}. Of another shape: {_shorten(misshapen)}. Missing: "
+            f"{_shorten(missing)}. Use the config that belongs to the file (MODEL_ZOO.md), or, to "
+            "train on with other classes, name in MODEL.PSF.WEIGHTS_DATASET a data set with the "
+            "file's."
         )
     return absent
 

@@ -142,20 +142,46 @@ class Dangerous:
         return (print, ("this ran",))
 
 
-@pytest.mark.parametrize("content", [Dangerous(), [1, 2]], ids=["code", "list"])
-def test_files_that_are_no_checkpoints(tmp_path, content, capsys):
-    torch.save(content, tmp_path / "file.pth")
-    with pytest.raises(ValueError, match=r"file\.pth' (is not a PyTorch checkpoint|holds a list)"):
+def test_a_file_that_could_run_code(tmp_path, capsys):
+    torch.save({"state_dict": Dangerous()}, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=r"file\.pth' is not .*: it holds [\w.]*print\. Any"):
         checkpoint.read(str(tmp_path / "file.pth"))
     assert capsys.readouterr().out == ""
 
 
-def test_files_of_other_programs(tmp_path):
-    (tmp_path / "text.pth").write_text("not a checkpoint")
-    (tmp_path / "pickle.pth").write_bytes(pickle.dumps({"a": 1}))
-    for name in ("text.pth", "pickle.pth"):
-        with pytest.raises(ValueError, match=rf"{name}' is not a PyTorch checkpoint"):
-            checkpoint.read(str(tmp_path / name))
+def test_a_file_of_something_else(tmp_path):
+    torch.save([1, 2], tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=r"file\.pth' holds a list"):
+        checkpoint.read(str(tmp_path / "file.pth"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a PyTorch checkpoint: it is empty"),
+        (b"<html>404</html>", "not a PyTorch checkpoint: it begins with b'<htm'.*fetch it again"),
+        (pickle.dumps({"a": 1}), "a pickle of another kind"),
+        (b"PK\x03\x04" + bytes(100), "zip file of another kind"),
+    ],
+    ids=["empty", "web page", "pickle", "zip"],
+)
+def test_files_of_other_programs(tmp_path, content, message):
+    (tmp_path / "file.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"file\.pth' is .*{message}"):
+        checkpoint.read(str(tmp_path / "file.pth"))
+
+
+@pytest.mark.parametrize("as_zip", [True, False], ids=["present format", "old format"])
+def test_truncated_files(tmp_path, as_zip):
+    path = tmp_path / "file.pth"
+    content = {"state_dict": weights(*(f"layer.{i}.weight" for i in range(20)))}
+    torch.save(content, path, _use_new_zipfile_serialization=as_zip)
+    assert checkpoint.read(str(path))["state_dict"].keys() == content["state_dict"].keys()
+    whole = path.read_bytes()
+    for kept in (2, 40, len(whole) // 3, len(whole) // 2, len(whole) - 3):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(ValueError, match=r"file\.pth' is not a"):
+            checkpoint.read(str(path))
 
 
 class TestTool:
@@ -180,6 +206,14 @@ class TestTool:
         convert_checkpoint.main([str(tmp_path / "timm.safetensors"), str(tmp_path / "out.pth")])
         assert torch.load(tmp_path / "out.pth")["model"] == weights(*names.values())
 
+    def test_to_authors_what_is_theirs(self, tmp_path):
+        names = weights(*NAMES["released Panoptic SegFormer on ResNet"])
+        torch.save({"state_dict": names}, tmp_path / "in.pth")
+        with pytest.raises(SystemExit, match="has the authors' names already"):
+            convert_checkpoint.main(
+                ["--to-authors", str(tmp_path / "in.pth"), str(tmp_path / "out.pth")]
+            )
+
     @pytest.mark.parametrize(
         ("content", "message"),
         [
@@ -191,6 +225,8 @@ class TestTool:
         torch.save(content, tmp_path / "in.pth")
         with pytest.raises(SystemExit, match=message):
             convert_checkpoint.main([str(tmp_path / "in.pth"), str(tmp_path / "out.pth")])
+        with pytest.raises(SystemExit, match="is a folder"):
+            convert_checkpoint.main([str(tmp_path / "in.pth"), str(tmp_path)])
         with pytest.raises(SystemExit, match="no file"):
             convert_checkpoint.main(["missing.pth", str(tmp_path / "out.pth")])
         with pytest.raises(SystemExit, match="would overwrite"):

@@ -63,6 +63,7 @@ def test_the_released_recipes(path):
     assert (2 if is_resnet else 0) == cfg.MODEL.BACKBONE.FREEZE_AT
     assert (cfg.MODEL.SWIN.DROP_PATH_RATE, cfg.MODEL.TIMM.DROP_PATH_RATE) == (0.3, 0.1)
     assert cfg.INPUT.CROP.SIZE == [384, 600]
+    assert (cfg.INPUT.RESAMPLING, cfg.INPUT.RESIZE_LIBRARY) == ("exact", "opencv")
     assert (min(cfg.INPUT.MIN_SIZE_TRAIN), max(cfg.INPUT.MIN_SIZE_TRAIN)) == (480, 800)
 
 

@@ -22,7 +22,7 @@ SHELL_ARROWS = {
     "solver": set(),
     "modeling.backbone": set(),
     "modeling.panoptic_segformer": {"data"},
-    "predictor": {"weights"},
+    "predictor": {"data", "weights"},
     "trainer": {"data", "evaluation", "finetuning", "solver"},
     "weights": set(),
 }

@@ -1,4 +1,6 @@
 import logging
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,9 @@ from random_input import make_input
 from psf import checkpoint
 from psf.predictor import Predictor
 from psf.weights import Checkpointer
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import convert_checkpoint
 
 DROPPED = {
     "bbox_head.reg_branches2.0.0.weight": torch.zeros(64, 64),
@@ -67,8 +72,48 @@ def test_the_authors_file_is_recognised_and_converted(released_cfg, model, autho
     for name, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
     (line,) = [r.getMessage() for r in caplog.records if r.name == "psf.weights"]
-    assert "from the authors' released Panoptic SegFormer on ResNet" in line
+    assert "of the authors' released Panoptic SegFormer on ResNet" in line
     assert "1 dropped (its loss is multiplied by zero" in line
+
+
+def convert(source, target):
+    convert_checkpoint.main([str(source), str(target)])
+    return str(target)
+
+
+def test_a_converted_file_is_loaded_as_strictly(
+    released_cfg, model, authors_file, tmp_path, caplog
+):
+    converted = convert(authors_file, tmp_path / "converted.pth")
+    other = build_model(released_cfg)
+    with caplog.at_level(logging.INFO, logger="psf.weights"):
+        Checkpointer(other).load(converted)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "psf.weights"]
+    assert "of the authors' released Panoptic SegFormer on ResNet" in line
+    weights = checkpoint.to_authors(model.state_dict())
+    del weights["bbox_head.stuff_query.weight"]
+    torch.save({"state_dict": weights}, tmp_path / "incomplete.pth")
+    incomplete = convert(tmp_path / "incomplete.pth", tmp_path / "converted.pth")
+    with pytest.raises(ValueError, match=r"Missing: mask_decoder\.stuff_query\.weight\. Use"):
+        Checkpointer(model).load(incomplete)
+
+
+def test_a_converted_file_of_other_classes(released_cfg, model, authors_file, tmp_path):
+    weights = checkpoint.to_authors(model.state_dict())
+    weights["bbox_head.cls_branches.0.weight"] = torch.zeros(9, 64)
+    torch.save({"state_dict": weights}, tmp_path / "theirs.pth")
+    converted = convert(tmp_path / "theirs.pth", tmp_path / "converted.pth")
+    with pytest.raises(ValueError, match=r"class_heads\.0\.weight \[9, 64\] .*WEIGHTS_DATASET"):
+        Checkpointer(model).load(converted)
+
+
+def test_a_file_converted_from_something_unknown(model, tmp_path):
+    content = {"model": model.state_dict(), "converted_from": "the moon"}
+    torch.save(content, tmp_path / "converted.pth")
+    with pytest.raises(ValueError, match="converted from 'the moon', which is not a known format"):
+        Checkpointer(model).load(str(tmp_path / "converted.pth"))
 
 
 def test_the_predictor_takes_it(released_cfg, model, authors_file):
@@ -111,6 +156,12 @@ def test_a_file_with_something_unknown(model, tmp_path):
     torch.save({"state_dict": weights}, tmp_path / "unknown.pth")
     with pytest.raises(ValueError, match=r"are not in the table of .*: bbox_head\.new"):
         Checkpointer(model).load(str(tmp_path / "unknown.pth"))
+
+
+def test_an_address_that_cannot_be_reached(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    with pytest.raises(OSError, match=r"MODEL\.WEIGHTS: 'http://localhost:1/a\.pth' cannot be f"):
+        Checkpointer(model).load("http://localhost:1/a.pth")
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model", None])

@@ -12,11 +12,13 @@ recognised. MODEL.WEIGHTS takes all but .safetensors as they are, too.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from psf import checkpoint
+from psf.weights import CONVERTED_FROM
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -49,14 +51,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if not args.source.is_file():
         raise SystemExit(f"There is no file '{args.source}'")
+    if args.target.is_dir():
+        raise SystemExit(f"'{args.target}' is a folder: name the file to write")
     if args.target.exists() and args.target.samefile(args.source):
         raise SystemExit(f"'{args.target}' would overwrite what is to be converted")
     try:
         weights = load(args.source)
         if args.to_authors:
-            content = {"state_dict": checkpoint.to_authors(weights)}
+            content = {"state_dict": to_authors(weights, args.source)}
         else:
-            content = {"model": convert(weights, args.source)}
+            content = convert(weights, args.source)
     except ValueError as error:
         raise SystemExit(str(error)) from error
     args.target.parent.mkdir(parents=True, exist_ok=True)
@@ -64,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{args.target}")
 
 
-def convert(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The weights under this project's names; says what is dropped."""
+def convert(weights: dict[str, Tensor], path: Path) -> dict[str, Any]:
+    """The weights under this project's names, and whose they were; says what is dropped."""
     source = checkpoint.recognise(weights)
     if source is None:
         known = "; ".join(f.name for f in checkpoint.FORMATS)
@@ -74,7 +78,14 @@ def convert(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     print(f"{source.name}: {len(weights)} entries, {len(conversion.dropped)} dropped:")
     for name, reason in conversion.dropped.items():
         print(f"  {name}: {reason}")
-    return conversion.state_dict
+    return {"model": conversion.state_dict, CONVERTED_FROM: source.name}
+
+
+def to_authors(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The weights under the authors' names."""
+    if checkpoint.recognise(weights) in checkpoint.AUTHORS:
+        raise SystemExit(f"'{path}' has the authors' names already")
+    return checkpoint.to_authors(weights)
 
 
 if __name__ == "__main__":

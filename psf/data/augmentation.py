@@ -10,6 +10,10 @@ from detectron2.data import transforms as T
 from fvcore.transforms.transform import NoOpTransform
 from numpy.typing import NDArray
 
+from .opencv_resize import OpenCVResize
+
+RESIZE_LIBRARIES = ("pillow", "opencv")
+
 # DETR's crop (datasets/coco.py): half of the images are cropped after a resize to one of these.
 _CROP_PROBABILITY = 0.5
 _SHORT_SIDE_BEFORE_CROP = [400, 500, 600]
@@ -29,9 +33,13 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     ``INPUT.CROP.ENABLED`` (DETR); "large_scale_jitter" scales by a random factor, then crops or
     pads to a square (Ghiasi et al., 2021, in Mask2Former's keys); "fixed_crop" resizes the shorter
     side, then crops or pads to ``INPUT.CROP.SIZE``. All flip. Padding is void.
+
+    Raises:
+        ValueError: ``INPUT.AUGMENTATION`` or ``INPUT.RESIZE_LIBRARY`` is unknown.
     """
     if not is_train:
-        return [T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)]
+        test = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+        return [_with_resize_library(cfg, test)]
     build = _AUGMENTATIONS.get(cfg.INPUT.AUGMENTATION)
     if build is None:
         raise ValueError(
@@ -47,8 +55,9 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
 def _multi_scale(cfg: CfgNode) -> list[T.Augmentation]:
     augmentations: list[T.Augmentation] = []
     if cfg.INPUT.CROP.ENABLED:
+        before = T.ResizeShortestEdge(_SHORT_SIDE_BEFORE_CROP, sample_style="choice")
         crop = [
-            T.ResizeShortestEdge(_SHORT_SIDE_BEFORE_CROP, sample_style="choice"),
+            _with_resize_library(cfg, before),
             T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE),
         ]
         augmentations.append(T.RandomApply(T.AugmentationList(crop), prob=_CROP_PROBABILITY))
@@ -58,7 +67,7 @@ def _multi_scale(cfg: CfgNode) -> list[T.Augmentation]:
 def _large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
     size = cfg.INPUT.IMAGE_SIZE
     scale = T.ResizeScale(cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE, size, size)
-    return [scale, _fixed_size((size, size))]
+    return [_with_resize_library(cfg, scale), _fixed_size((size, size))]
 
 
 def _fixed_crop(cfg: CfgNode) -> list[T.Augmentation]:
@@ -74,9 +83,17 @@ _AUGMENTATIONS: dict[str, Callable[[CfgNode], list[T.Augmentation]]] = {
 
 
 def _resize_shorter_side(cfg: CfgNode) -> T.Augmentation:
-    return T.ResizeShortestEdge(
+    resize = T.ResizeShortestEdge(
         cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
     )
+    return _with_resize_library(cfg, resize)
+
+
+def _with_resize_library(cfg: CfgNode, resize: T.Augmentation) -> T.Augmentation:
+    library = cfg.INPUT.RESIZE_LIBRARY
+    if library not in RESIZE_LIBRARIES:
+        raise ValueError(f"INPUT.RESIZE_LIBRARY is '{library}'; known: {list(RESIZE_LIBRARIES)}")
+    return OpenCVResize(resize) if library == "opencv" else resize
 
 
 def _fixed_size(size: tuple[int, int]) -> T.Augmentation:
@@ -131,6 +148,8 @@ def looks_at_size_only(augmentation: T.Augmentation) -> bool:
         return all(looks_at_size_only(each) for each in augmentation.augs)
     if isinstance(augmentation, T.RandomApply):
         return looks_at_size_only(augmentation.aug)
+    if isinstance(augmentation, OpenCVResize):
+        return looks_at_size_only(augmentation.augmentation)
     return type(augmentation) in _SIZE_ONLY
 
 

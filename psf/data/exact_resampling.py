@@ -1,8 +1,9 @@
-"""Geometric augmentations with the bits of Detectron2's transforms, but only where they are kept.
+"""Geometric augmentations with the bits of their transforms, but only where they are kept.
 
 Detectron2 resizes the whole image and then crops it. Here a resize that is followed by a crop makes
 the crop's pixels only; enlarging runs in ``psf._image``, which has the bits of Pillow's filter.
 Reducing is left to Pillow: versions of it differ in whether rows or columns are filtered first.
+What OpenCV resizes (:class:`.OpenCVResizeTransform`) is cropped afterwards.
 
 Shapes: H x W the image file, h x w the result.
 """
@@ -36,7 +37,7 @@ def image_exactly(image: NDArray[np.uint8], transforms: Sequence[Any]) -> NDArra
         (h, w, 3), as they give.
     """
     for transform, rows, columns in _merge_crops(transforms):
-        if isinstance(transform, T.ResizeTransform):
+        if type(transform) is T.ResizeTransform:
             image = _resize(image, transform, rows, columns)
         else:
             image = transform.apply_image(image)[rows, columns]
@@ -55,7 +56,7 @@ def index_map_exactly(
         (h, w), what their ``apply_segmentation`` gives for a segmentation of bytes.
     """
     for transform, rows, columns in _merge_crops(transforms):
-        if isinstance(transform, T.ResizeTransform):
+        if type(transform) is T.ResizeTransform:
             y = _nearest(transform.h, transform.new_h)[rows]
             x = _nearest(transform.w, transform.new_w)[columns]
             # Rows are copied as a whole: leave as few as possible to the copy pixel by pixel.

@@ -141,14 +141,21 @@ class TimmBackbone(Backbone):
             **kwargs: the network's own arguments.
         """
         super().__init__()
-        net: Any = timm.create_model(
-            name,
-            pretrained=pretrained,
-            features_only=True,
-            out_indices=(-3, -2, -1),
-            in_chans=in_channels,
-            **kwargs,
-        )
+        try:
+            net: Any = timm.create_model(
+                name,
+                pretrained=pretrained,
+                features_only=True,
+                out_indices=(-3, -2, -1),
+                in_chans=in_channels,
+                **kwargs,
+            )
+        except OSError as error:
+            raise OSError(
+                f"MODEL.TIMM.PRETRAINED: timm's weights of '{name}' cannot be fetched ({error}). "
+                "Name a file of weights in MODEL.WEIGHTS, or set MODEL.TIMM.PRETRAINED False to "
+                "start from random ones."
+            ) from error
         strides = net.feature_info.reduction()
         if strides != [8, 16, 32] or getattr(net, "output_fmt", "NCHW") != "NCHW":
             raise ValueError(

@@ -1,4 +1,5 @@
 import pytest
+import timm
 import torch
 from detectron2.modeling import build_backbone
 
@@ -135,6 +136,18 @@ def test_other_networks_of_timm(tiny_cfg, name, drop_path):
     maps = backbone(torch.zeros(1, 3, 64, 96))
     assert [tuple(m.shape[2:]) for m in maps.values()] == [(8, 12), (4, 6), (2, 3)]
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in backbone.modules())
+
+
+def test_weights_that_cannot_be_fetched(tiny_cfg, monkeypatch):
+    def create_model(name, *, pretrained, **kwargs):
+        assert pretrained
+        raise FileNotFoundError("no connection")
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    tiny_cfg.MODEL.BACKBONE.NAME = "build_timm_backbone"
+    tiny_cfg.MODEL.TIMM.PRETRAINED = True
+    with pytest.raises(OSError, match=r"PRETRAINED: .*'pvt_v2_b2' cannot .*no connection.*WEIGHTS"):
+        build_backbone(tiny_cfg)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])

@@ -56,6 +56,17 @@ KEPT = {
     "merge/random_0": ("in/", "mid/", "out/panoptic"),
     "backbones/pvt_v2_tiny": ("in_uint8/", "out/"),
     "backbones/swin_micro": ("in_uint8/", "out/"),
+    "misc/pipeline": (
+        "test/",
+        "train_in/rgb",
+        "train_in/masks",
+        "train/flip/img",
+        "train/flip/masks",
+        *(f"train/resize_{way}/{what}" for way in ("up", "down") for what in ("img", "masks")),
+        *(f"train/crop{i}/crop" for i in range(4)),
+        *(f"train/crop{i}/randint" for i in range(4)),
+        *(f"train/crop{i}_then_resize/{what}" for i in range(4) for what in ("img", "masks")),
+    ),
     "full/r50": (
         "override/",
         "img_rgb_uint8",
@@ -89,6 +100,7 @@ def main() -> None:
             if value.is_floating_point() and not value.equal(seeded(SMALL_SEED, name, value.shape))
         },
     )
+    pack("misc/resize_sizes", numbers(REFERENCE, "misc/resize_sizes"))
     for model in MODELS:
         content = numbers(REFERENCE, f"keys/{model}")
         for entry in content["entries"].values():
@@ -102,7 +114,7 @@ def write(name: str, values: dict[str, np.ndarray]) -> None:
     np.savez_compressed(path, **values)
 
 
-def pack(name: str, content: dict) -> None:
+def pack(name: str, content: dict | list) -> None:
     path = SHIPPED / f"{name}.json.gz"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(json.dumps(content).encode(), mtime=0))

@@ -38,6 +38,9 @@ def test_arrays(name):
 @pytest.mark.parametrize("name", names(".json.gz"))
 def test_numbers(name):
     recorded = numbers(REFERENCE, name)
+    if isinstance(recorded, list):
+        assert numbers(SHIPPED, name) == recorded
+        return
     for entry in recorded.get("entries", {}).values():
         entry.pop("init", None)
     for key, value in numbers(SHIPPED, name).items():

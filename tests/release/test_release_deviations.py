@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import random_input
 import torch
 from detectron2.modeling import build_model
 from release_cases import SHIPPED, SMALL, arrays, release_cfg, small_model, training_input
@@ -79,6 +80,21 @@ def test_building_a_model_changes_no_config():
     assert cfg == before
     assert weights[0] == weights[1]
     assert weights[0].detection.class_weight == 4
+
+
+@pytest.mark.parametrize("classes", [[0, 1, 2, 4], [2], [0], []])
+def test_any_numbers_of_classes(tiny_cfg, classes):
+    """Here three and two; there 80 and 53 are in the code."""
+    tiny_cfg.MODEL.PSF.MASK_DECODER.NAME = "decoupled"
+    tiny_cfg.MODEL.PSF.NUM_FEATURE_LEVELS = 4
+    tiny_cfg.MODEL.PSF.HIDDEN_DIM = 64  # more than the 32 groups of the normalisation
+    model = build_model(tiny_cfg)
+    inputs = random_input.make_input(40, 60, classes)
+    losses = model([inputs])
+    assert all(loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    (output,) = model.eval()([inputs])
+    assert output["panoptic_seg"][0].shape == (40, 60)
 
 
 def test_heads_without_a_loss_are_not_built():

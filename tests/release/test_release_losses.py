@@ -8,6 +8,7 @@ import torch
 from detectron2.modeling import build_model
 from release_cases import (
     FULL_SEED,
+    REFERENCE,
     SHIPPED,
     SMALL,
     arrays,
@@ -20,20 +21,18 @@ from release_cases import (
     small_model,
     training_input,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from psf.modeling.criterion import mask_queries
 from psf.modeling.matcher import detection_cost
 from psf.solver import build_optimizer, full_model_clip_norm
 
-# Reached: 3.5e-7 (losses), 1.1e-5 (gradient norms), 1.5e-5 (norms of a step's changes).
+# Reached: 3.5e-7 (losses), 1.1e-5 (gradient norms; the same for the full-size model
+# in double precision, 2.7e-5 in single precision with the signs of double precision).
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
-# Of the full-size model in single precision, reached: 4.4e-4. Three of its ReLUs have an input
-# within 5e-7 of zero, on whose sign single precision does not agree with double. In double
-# precision its gradients reach 1.1e-5.
-FULL_SIZE_TOLERANCE = 1e-3
-# Of weights after a step, reached: 1.2e-5, where the gradient is about as small as AdamW's epsilon.
-STEP_TOLERANCE = 2e-5
+# Of weights after a step, reached: 7.3e-6; of the norms of its changes: 5.1e-6 in all but one.
+STEP_TOLERANCE = 1e-5
 # Gradients that are zero but for rounding (biases of keys) are compared with the whole gradient's.
 ROUNDING = 1e-8
 CASES = ["loss_A", "loss_A_alive", "loss_B_no_stuff", "loss_A_no_things"]
@@ -74,7 +73,7 @@ def check_losses(losses, recorded, num_stuff_layers):
     assert sum(losses.values()).item() == pytest.approx(recorded["total"], rel=LOSS_TOLERANCE)
 
 
-def check_gradients(model, recorded, tolerance=GRADIENT_TOLERANCE):
+def check_gradients(model, recorded):
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     norms = recorded["grad_norms"]
     total = sum(norm**2 for norm in norms.values()) ** 0.5
@@ -86,7 +85,7 @@ def check_gradients(model, recorded, tolerance=GRADIENT_TOLERANCE):
             continue
         compared.add(key)
         found = parameters[key].grad.double().norm().item()
-        assert found == pytest.approx(expected, rel=tolerance, abs=ROUNDING * total), name
+        assert found == pytest.approx(expected, rel=GRADIENT_TOLERANCE, abs=ROUNDING * total), name
     assert compared == parameters.keys()
 
 
@@ -174,9 +173,10 @@ class TestOptimizerStep:
     """
     One step of AdamW after clipping.
 
-    The recorded ``after_step/*`` are the weights *before* the step, bit for bit, so they cannot be
-    compared; the recorded norms of the changes can, and the step by hand from the recorded
-    gradients, which are those after clipping.
+    The arrays recorded as ``after_step/*`` are the weights *before* the step, bit for bit, although
+    the norms of the changes are not zero: they must have shared their memory with a model that was
+    reset. But the weights before the step, the gradients after clipping and the norms are recorded.
+    AdamW's step from the former two has the latter, so it gives what ``after_step`` was meant to.
     """
 
     @pytest.fixture
@@ -199,7 +199,8 @@ class TestOptimizerStep:
             key = ours(name)
             if key in after:
                 found = (after[key].detach() - before[key]).double().norm().item()
-                assert found == pytest.approx(expected, rel=GRADIENT_TOLERANCE), name
+                allowed = STEP_TOLERANCE * expected + rounding_of_one(before[key])
+                assert found == pytest.approx(expected, rel=0, abs=allowed), name
                 compared += 1
         assert compared == len(after)
 
@@ -210,36 +211,109 @@ class TestOptimizerStep:
         for name, expected in recorded.items():
             assert difference(after[ours(name)].grad, expected) < GRADIENT_TOLERANCE, name
 
-    def test_weights_after_a_step_by_hand(self, step):
-        """w - lr (g / (|g| + eps) + decay w): AdamW's first step, in double precision."""
-        case, _, before, after = step
+    def test_weights_after_the_step(self, step):
+        case, recorded, before, after = step
         for name, gradient in nested(case, "grad/").items():
-            key = ours(name)
-            slow = "backbone" in key or "sampling_offsets" in key or "reference_points" in key
-            rate = 1.4e-5 if slow else 1.4e-4
-            weight, gradient = before[key].double(), gradient.double()
-            expected = weight - rate * (gradient / (gradient.abs() + 1e-8) + 1e-4 * weight)
-            assert difference(after[key], expected) < STEP_TOLERANCE, name
+            weight = before[ours(name)]
+            expected = official_step(name, weight, gradient)
+            change = (expected - weight).double().norm().item()
+            assert change == pytest.approx(recorded["step_delta_norms"][name], rel=1e-6)
+            assert difference(after[ours(name)], expected) < STEP_TOLERANCE, name
+
+    def test_the_recorded_arrays_are_the_weights_before_the_step(self, step):
+        """When this fails, they have been recorded anew: compare with them instead."""
+        if not REFERENCE.is_dir():
+            pytest.skip("the recordings are not beside this folder")
+        recorded = nested(arrays(REFERENCE, "small/loss_A"), "after_step/")
+        assert len(recorded) == 17
+        for name, value in recorded.items():
+            assert torch.equal(value, step[2][ours(name)]), name
 
 
-@pytest.fixture(params=[torch.float32, torch.float64], ids=["single", "double"])
-def precision(request, monkeypatch):
-    """The precision of everything, also of what the criterion computes in single precision."""
-    if request.param == torch.float64:
-        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        torch.set_default_dtype(torch.float64)
-    yield request.param
+def official_step(name, weight, gradient):
+    """The weight after AdamW's step with the authors' settings, written out here."""
+    slow = any(part in name for part in ("backbone", "sampling_offsets", "reference_points"))
+    parameter = torch.nn.Parameter(weight.clone())
+    parameter.grad = gradient.clone()
+    rate = 1.4e-5 if slow else 1.4e-4
+    torch.optim.AdamW([parameter], lr=rate, weight_decay=1e-4, foreach=False).step()
+    return parameter.detach()
+
+
+def rounding_of_one(weight):
+    """
+    How much the norm of a change differs when one weight is rounded the other way.
+
+    A change is a hundred to a thousand roundings of a weight. Of the 360 parameters one, with 64
+    weights, needs this: with one of them moved by its last bit, its norm is the recorded one.
+    """
+    last_bit = torch.finfo(weight.dtype).eps * weight.abs().max().item()
+    return last_bit / weight.numel() ** 0.5
+
+
+class ReluSigns(TorchDispatchMode):
+    """Notes the sign of every input of a ReLU, or imposes the signs that were noted before."""
+
+    def __init__(self, noted: "ReluSigns | None" = None) -> None:
+        super().__init__()
+        self.noted = noted
+        self.signs: list[torch.Tensor] = []
+        self.imposed: list[torch.Tensor] = []  # the inputs whose sign was another
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in (torch.ops.aten.relu.default, torch.ops.aten.relu_.default):
+            return func(*args, **(kwargs or {}))
+        (value,) = args
+        self.signs.append(value > 0)
+        if self.noted is None:
+            return func(value)
+        sign = self.noted.signs[len(self.signs) - 1]
+        output = value.relu()
+        other = self.signs[-1] != sign
+        self.imposed.append(value[other])
+        # The gradient passes where the output is positive.
+        output[other] = sign[other] * torch.finfo(value.dtype).tiny
+        return value.copy_(output) if func is torch.ops.aten.relu_.default else output
+
+
+@pytest.fixture
+def double_precision(monkeypatch):
+    """Of everything, also of what the criterion computes in single precision."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield monkeypatch
     torch.set_default_dtype(torch.float32)
 
 
-def test_full_size_r50(precision):
-    """Losses and gradients of the real thing."""
+def check_full_size_r50(signs):
+    """Losses and gradients of the real thing, in the default precision."""
     case, recorded = arrays(SHIPPED, "full/r50"), numbers(SHIPPED, "full/r50")
-    model = build_model(release_cfg("R50_24ep")).train().to(precision)
+    model = build_model(release_cfg("R50_24ep")).train().to(torch.get_default_dtype())
     load_seeded(model, FULL_SEED, nested(case, "override/"))
     case |= {f"gt/0/{key}": value for key, value in nested(case, "gt/").items()}
-    losses = model([training_input(case, case["img_rgb_uint8"])])
+    with signs:
+        losses = model([training_input(case, case["img_rgb_uint8"])])
     check_losses(losses, recorded, num_stuff_layers=6)
     sum(losses.values()).backward()
-    single = precision == torch.float32
-    check_gradients(model, recorded, FULL_SIZE_TOLERANCE if single else GRADIENT_TOLERANCE)
+    check_gradients(model, recorded)
+
+
+def test_full_size_r50(double_precision):
+    """
+    In double precision, and in single precision with double precision's signs in the ReLUs.
+
+    Of 13 million inputs of ReLUs four or five are so near to zero (below 1e-6) that rounding
+    decides on which side they fall. In plain single precision they, and nothing else, move the
+    norms of 2 to 9 of 638 parameters by more than 1e-4, up to 6e-4: which and how far depends on
+    the number of threads and on how convolutions are computed.
+    """
+    noted = ReluSigns()
+    check_full_size_r50(noted)
+    double_precision.undo()
+    torch.set_default_dtype(torch.float32)
+    single = ReluSigns(noted)
+    check_full_size_r50(single)
+    assert len(single.signs) == len(noted.signs)
+    imposed = torch.cat(single.imposed)
+    assert len(imposed) < 20
+    assert (imposed.abs() < 5e-6).all()

@@ -1,0 +1,55 @@
+"""Resizing by OpenCV, as mmdetection does, instead of Pillow, as Detectron2.
+
+Pillow averages over what a reduced pixel covers, OpenCV interpolates between neighbours only; where
+an image is enlarged they differ by a grey level. OpenCV's nearest pixel is the one at the corner.
+"""
+
+from typing import Any
+
+import cv2
+import numpy as np
+from detectron2.data import transforms as T
+from numpy.typing import NDArray
+
+
+class OpenCVResizeTransform(T.ResizeTransform):
+    """Detectron2's resize, with OpenCV's bilinear filter for images, its nearest for masks."""
+
+    def apply_image(self, img: NDArray[Any], interp: Any = None) -> NDArray[Any]:
+        """
+        Args:
+            img: (H, W) or (H, W, 3) of bytes.
+            interp: ignored, as this filter has no name in Pillow.
+
+        Returns:
+            (h, w) or (h, w, 3).
+        """
+        return self._resize(img, cv2.INTER_LINEAR)
+
+    def apply_segmentation(self, segmentation: NDArray[Any]) -> NDArray[Any]:
+        """(H, W) -> (h, w), of bytes."""
+        return self._resize(segmentation, cv2.INTER_NEAREST)
+
+    def _resize(self, array: NDArray[Any], interpolation: int) -> NDArray[Any]:
+        contiguous = np.ascontiguousarray(array)  # BGR may be a mirrored view of RGB
+        size = (self.new_w, self.new_h)
+        return np.asarray(cv2.resize(contiguous, size, interpolation=interpolation))
+
+
+class OpenCVResize(T.Augmentation):
+    """An augmentation that resizes, its sizes as they are, its pixels OpenCV's."""
+
+    def __init__(self, augmentation: T.Augmentation) -> None:
+        """
+        Args:
+            augmentation: one of Detectron2's that gives a ``ResizeTransform`` for an image.
+        """
+        super().__init__()
+        self.augmentation = augmentation
+
+    def get_transform(self, image: NDArray[Any]) -> Any:
+        """For an image (H, W, 3)."""
+        chosen = self.augmentation.get_transform(image)
+        if not isinstance(chosen, T.ResizeTransform):  # a shorter side of 0 leaves images alone
+            return chosen
+        return OpenCVResizeTransform(chosen.h, chosen.w, chosen.new_h, chosen.new_w)
