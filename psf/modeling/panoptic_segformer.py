@@ -23,18 +23,19 @@ from psf.layers.boxes import masks_to_boxes, xyxy_to_cxcywh
 from psf.modeling.criterion import Criterion, LossWeights, Targets, mask_queries
 from psf.modeling.location_decoder import LocationDecoder
 from psf.modeling.mask_decoder import (
+    ClassPredictions,
     DecoupledMaskDecoder,
     JointMaskDecoder,
     MaskDecoder,
-    MaskPredictions,
+    MaskQueries,
 )
 from psf.modeling.matcher import MaskMatchingWeights, MatchingWeights
-from psf.modeling.pixel_encoder import InputProjection, PixelEncoder, Shape
+from psf.modeling.pixel_encoder import InputProjection, Memory, PixelEncoder, Shape
 from psf.modeling.postprocessing import (
-    MASK_THRESHOLD,
     Candidates,
     MergingRules,
     Segments,
+    SoftMasks,
     best_class_of_each_query,
     best_thing_pairs,
     merge_mask_wise,
@@ -71,11 +72,22 @@ class InferenceOptions(NamedTuple):
     max_instances: int  # most instances returned for an image
 
 
+class ImagePrediction(NamedTuple):
+    """What the network predicts for one image, with the masks that may matter."""
+
+    thing_scores: Tensor  # (Q, K) in [0, 1]
+    stuff_scores: Tensor  # (T,) in [0, 1]
+    candidates: Candidates
+    queries: Tensor  # (R',) int64 rising, those with a map; the stuff query of class i is Q + i
+    maps: Tensor  # (R', h, w) at the finest level, unpadded
+    activation: Callable[[Tensor], Tensor]  # turns maps, once resized, into soft masks >= 0
+
+
 class ScoredMasks(NamedTuple):
     """The candidates of one image with masks of the output's size."""
 
     labels: Tensor  # (R,) int64 classes: things 0..K-1, stuff K..K+T-1
-    masks: Tensor  # (R, H, W) soft masks >= 0
+    masks: SoftMasks  # R of them
     scores: Tensor  # (R,) >= 0 segment scores
 
 
@@ -217,13 +229,12 @@ class PanopticSegFormer(nn.Module):
             predictions = self.mask_decoder(memory, locations, wanted)
             return self.criterion(locations, predictions, targets, assignments)
 
-        prediction = self.mask_decoder.predict(
+        classes = self.mask_decoder.predict_classes(
             memory, locations, self.inference_options.mask_decoder_layers
         )
-        return [
-            self.postprocess(prediction, i, _output_size(batched_inputs[i], image))
-            for i, image in enumerate(images)
-        ]
+        sizes = [_output_size(*pair) for pair in zip(batched_inputs, images, strict=True)]
+        predictions = self.predict_masks(memory, classes)
+        return [self.postprocess(*pair) for pair in zip(predictions, sizes, strict=True)]
 
     def preprocess_images(self, batched_inputs: list[dict[str, Any]]) -> list[Tensor]:
         """Normalised images, N x (3, h, w), on the model's device."""
@@ -271,23 +282,74 @@ class PanopticSegFormer(nn.Module):
         """Detectron2's ground truth to the core's, things and stuff apart."""
         return [_targets(x["instances"].to(self.device), self.class_map) for x in batched_inputs]
 
-    def postprocess(self, prediction: MaskPredictions, image: int, size: Shape) -> dict[str, Any]:
+    def predict_masks(self, memory: Memory, classes: ClassPredictions) -> list[ImagePrediction]:
+        """The masks of the queries that can become part of an output, for N images."""
+        thing_scores = classes.thing_logits.float().sigmoid()  # (N, Q, K)
+        stuff_scores = classes.stuff_logits.float().sigmoid()  # (N, T)
+        num_things, num_stuff = thing_scores.shape[1], stuff_scores.shape[1]
+        candidates = [
+            self._candidates(things, stuff)
+            for things, stuff in zip(thing_scores, stuff_scores, strict=True)
+        ]
+        everything = torch.arange(num_things + num_stuff, device=thing_scores.device)
+        if self.inference_options.semantic_on:
+            queries = [everything] * len(candidates)
+        else:
+            queries = [image.query.unique() for image in candidates]
+        wanted = MaskQueries(
+            things=[image[image < num_things] for image in queries],
+            stuff=[image[image >= num_things] - num_things for image in queries],
+        )
+        maps = self.mask_decoder.predict_masks(
+            memory, classes, wanted, self.inference_options.mask_decoder_layers
+        )
+        return [
+            ImagePrediction(*image[:-1], image[-1].float(), self.mask_decoder.activation)
+            for image in zip(thing_scores, stuff_scores, candidates, queries, maps, strict=True)
+        ]
+
+    def _candidates(self, thing_scores: Tensor, stuff_scores: Tensor) -> Candidates:
+        """Those that may reach the score threshold, and the best things if these are wanted."""
+        options = self.inference_options
+        if not (options.panoptic_on or options.instance_on):
+            return Candidates(
+                *(x[:0] for x in best_class_of_each_query(thing_scores, stuff_scores))
+            )
+        found = options.find_candidates(thing_scores, stuff_scores)
+        highest = torch.full_like(found.class_scores, self.mask_decoder.greatest_mask_value)
+        keep = self._may_matter(found, highest)
+        return Candidates(*(column[keep] for column in found))
+
+    def _may_matter(self, candidates: Candidates, highest: Tensor) -> Tensor:
+        """
+        Which candidates (R,) can become part of an output.
+
+        Args:
+            candidates: R of them.
+            highest: (R,) what no value of their masks exceeds.
+        """
+        options = self.inference_options
+        bound = candidates.class_scores**options.rules.class_exponent
+        bound = bound * (highest * (1 + ROUNDING)) ** options.rules.mask_exponent
+        keep = ~(bound < options.rules.score_threshold)  # NaN, of 0 * inf, says nothing
+        if options.instance_on:
+            is_thing = candidates.labels < len(self.class_map.thing_ids)
+            best = candidates.class_scores[is_thing]
+            keep[best.topk(min(options.max_instances, len(best))).indices] = True
+        return keep
+
+    def postprocess(self, prediction: ImagePrediction, size: Shape) -> dict[str, Any]:
         """
         The outputs for one image.
 
         Args:
-            prediction: of the last used layer, with mask logits of all queries.
-            image: which image of the batch.
+            prediction: from :meth:`predict_masks`.
             size: (height, width) of the output.
         """
         options = self.inference_options
-        thing_scores = prediction.thing_logits[image].float().sigmoid()  # (Q, K)
-        stuff_scores = prediction.stuff_logits[image].float().sigmoid()  # (T,)
-        maps = prediction.maps[image].float()  # (Q + T, h, w)
         output: dict[str, Any] = {}
         if options.panoptic_on or options.instance_on:
-            candidates = options.find_candidates(thing_scores, stuff_scores)
-            scored = self._score(candidates, maps, prediction.activation, size)
+            scored = self._score(prediction, size)
         if options.panoptic_on:
             segments = MERGING[options.merging](
                 scored.scores,
@@ -300,42 +362,34 @@ class PanopticSegFormer(nn.Module):
         if options.instance_on:
             output["instances"] = self._instances(scored, size)
         if options.semantic_on:
-            masks = prediction.activation(maps)
-            output["sem_seg"] = self._semantic(thing_scores, stuff_scores, masks, size)
+            masks = prediction.activation(prediction.maps)
+            output["sem_seg"] = self._semantic(
+                prediction.thing_scores, prediction.stuff_scores, masks, size
+            )
         return output
 
-    def _score(
-        self,
-        candidates: Candidates,
-        maps: Tensor,
-        activation: Callable[[Tensor], Tensor],
-        size: Shape,
-    ) -> ScoredMasks:
-        """Candidates that can reach the score threshold, or the best things if these are wanted."""
-        options = self.inference_options
-        num_thing_classes = len(self.class_map.thing_ids)
-        is_thing = candidates.labels < num_thing_classes
+    def _score(self, prediction: ImagePrediction, size: Shape) -> ScoredMasks:
+        """The candidates that matter still when their masks are known."""
+        candidates = prediction.candidates
+        rows = torch.searchsorted(prediction.queries, candidates.query)
         # Resizing averages, so no pixel is above the map's highest, nor is the mean over a segment:
         # what is too low even with that needs no mask of full size.
-        highest = activation(maps.amax((1, 2)))[candidates.query]
-        bound = candidates.class_scores**options.rules.class_exponent
-        bound = bound * (highest * (1 + ROUNDING)) ** options.rules.mask_exponent
-        keep = bound >= options.rules.score_threshold
-        if options.instance_on:
-            best = candidates.class_scores[is_thing]
-            keep[best.topk(min(options.max_instances, len(best))).indices] = True
-        masks = activation(resize_maps(maps[candidates.query[keep]], size))
+        highest = prediction.activation(prediction.maps.amax((1, 2)))[rows]
+        keep = self._may_matter(candidates, highest)
+        masks = SoftMasks(prediction.maps[rows[keep]], prediction.activation, size)
         return ScoredMasks(
             labels=candidates.labels[keep],
             masks=masks,
-            scores=segment_scores(candidates.class_scores[keep], masks, options.rules),
+            scores=segment_scores(
+                candidates.class_scores[keep], masks, self.inference_options.rules
+            ),
         )
 
     def _segments_info(self, segments: Segments) -> list[dict[str, Any]]:
         """Detectron2's description of each segment, with the data set's contiguous ids."""
         infos = []
-        counts = segments.id_map.flatten().bincount(minlength=len(segments.labels) + 1).tolist()
-        for i, (label, score) in enumerate(zip(segments.labels, segments.scores, strict=True), 1):
+        columns = zip(segments.labels, segments.scores, segments.areas, strict=True)
+        for i, (label, score, area) in enumerate(columns, 1):
             category_id, is_thing = self.class_map.to_contiguous(label)
             infos.append(
                 {
@@ -343,7 +397,7 @@ class PanopticSegFormer(nn.Module):
                     "isthing": is_thing,
                     "category_id": category_id,
                     "score": score,
-                    "area": counts[i],
+                    "area": area,
                 }
             )
         return infos
@@ -357,7 +411,7 @@ class PanopticSegFormer(nn.Module):
         things = things[best.indices]
         thing_ids = torch.tensor(self.class_map.thing_ids, device=things.device)
         instances = Instances(size)
-        instances.pred_masks = candidates.masks[things] > MASK_THRESHOLD
+        instances.pred_masks = candidates.masks.foreground(things)
         instances.pred_boxes = Boxes(masks_to_boxes(instances.pred_masks))
         instances.scores = best.values
         instances.pred_classes = thing_ids[candidates.labels[things]]
