@@ -4,6 +4,8 @@ Shapes: N images, L levels, C channels, K thing and T stuff classes, Q thing que
 segments of one image.
 """
 
+import contextlib
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -50,6 +52,9 @@ logger = logging.getLogger(__name__)
 # normalisations such as GroupNorm may have a single value to normalise, which PyTorch refuses.
 LEAST_SIDE = 64
 
+# Of the finest feature level, and of the coarsest that a config can have (NUM_FEATURE_LEVELS 4).
+FINEST_STRIDE, COARSEST_STRIDE = 8, 64
+
 # Relative slack for sums of floats that are compared with a bound.
 ROUNDING = 1e-4
 
@@ -70,6 +75,9 @@ class InferenceOptions(NamedTuple):
     merging: str  # a key of MERGING
     rules: MergingRules
     max_instances: int  # most instances returned for an image
+    precision: torch.dtype  # of the network's products; float32: no autocast
+    compile: bool  # what lies between feature maps and masks
+    pad_to: int  # image sizes, in pixels, are treated as the next multiple; 0: as they are
 
 
 class ImagePrediction(NamedTuple):
@@ -219,22 +227,29 @@ class PanopticSegFormer(nn.Module):
             ``sem_seg`` (classes, height, width) as ``MODEL.PSF.TEST`` asks.
         """
         images = self.preprocess_images(batched_inputs)
+        if not self.training:
+            sizes = [_output_size(*pair) for pair in zip(batched_inputs, images, strict=True)]
+            with self._precision():
+                maps, valid_shapes = self.extract_maps(images)
+                maps = pad_maps(maps, self.inference_options.pad_to)
+                predictions = self.predict_masks(*self.predict_classes(maps, valid_shapes))
+            return [self.postprocess(*pair) for pair in zip(predictions, sizes, strict=True)]
+
         maps, valid_shapes = self.extract_maps(images)
         memory = self.pixel_encoder(maps, valid_shapes)
         locations = self.location_decoder(memory)
-        if self.training:
-            targets = self.prepare_targets(batched_inputs)
-            assignments = self.criterion.assign(locations, targets)
-            wanted = mask_queries(assignments[-1], targets)
-            predictions = self.mask_decoder(memory, locations, wanted)
-            return self.criterion(locations, predictions, targets, assignments)
+        targets = self.prepare_targets(batched_inputs)
+        assignments = self.criterion.assign(locations, targets)
+        wanted = mask_queries(assignments[-1], targets)
+        predictions = self.mask_decoder(memory, locations, wanted)
+        return self.criterion(locations, predictions, targets, assignments)
 
-        classes = self.mask_decoder.predict_classes(
-            memory, locations, self.inference_options.mask_decoder_layers
-        )
-        sizes = [_output_size(*pair) for pair in zip(batched_inputs, images, strict=True)]
-        predictions = self.predict_masks(memory, classes)
-        return [self.postprocess(*pair) for pair in zip(predictions, sizes, strict=True)]
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Autocast as the options ask; where they ask for float32, what the caller has set up."""
+        dtype = self.inference_options.precision
+        if dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype)
 
     def preprocess_images(self, batched_inputs: list[dict[str, Any]]) -> list[Tensor]:
         """Normalised images, N x (3, h, w), on the model's device."""
@@ -267,8 +282,7 @@ class PanopticSegFormer(nn.Module):
                 padding_constraints=self.backbone.padding_constraints,
             ).tensor
             batch = _pad_to_least_size(batch)
-            features = self.backbone(batch)
-            levels = self.input_proj([features[name] for name in self.in_features])
+            levels = self._levels(batch)
             valid = [_valid_shape(size, batch.shape[-2:], level.shape[-2:]) for level in levels]
             if len(groups) == 1:
                 return levels, [valid] * len(images)
@@ -277,6 +291,46 @@ class PanopticSegFormer(nn.Module):
                 valid_shapes[i] = valid
         padded = [ImageList.from_tensors(list(level)).tensor for level in zip(*maps, strict=True)]
         return padded, valid_shapes
+
+    def _levels(self, batch: Tensor) -> list[Tensor]:
+        """Backbone and input projection: (N, 3, H, W) to L x (N, C, H_l, W_l)."""
+        features = self.backbone(batch)
+        return self.input_proj([features[name] for name in self.in_features])
+
+    def predict_classes(
+        self, maps: list[Tensor], valid_shapes: list[list[Shape]]
+    ) -> tuple[Memory, ClassPredictions]:
+        """
+        Everything between feature maps and masks, at inference.
+
+        Args:
+            maps: L x (N, C, H_l, W_l) padded on the right and at the bottom.
+            valid_shapes: N x L x (h, w) the part of each that is not padding.
+        """
+        spatial_shapes = [(m.shape[-2], m.shape[-1]) for m in maps]
+        padded = any(image != spatial_shapes for image in valid_shapes)
+        sizes = torch.tensor(valid_shapes, dtype=torch.float32)
+        core = self._compiled_core if self.inference_options.compile else self._core
+        features, padding_mask, classes = core(maps, sizes.to(maps[0].device), padded)
+        return Memory(features, padding_mask, spatial_shapes, valid_shapes), classes
+
+    def _core(
+        self, maps: list[Tensor], valid_shapes: Tensor, padded: bool
+    ) -> tuple[Tensor, Tensor | None, ClassPredictions]:
+        """What is compiled: of sizes it sees only those of tensors, so programs serve many."""
+        memory = self.pixel_encoder(maps, [], valid_shapes_tensor=valid_shapes, padded=padded)
+        locations = self.location_decoder(memory)
+        classes = self.mask_decoder.predict_classes(
+            memory, locations, self.inference_options.mask_decoder_layers
+        )
+        return memory.features, memory.padding_mask, classes
+
+    @functools.cached_property
+    def _compiled_core(self) -> Callable[..., tuple[Tensor, Tensor | None, ClassPredictions]]:
+        # A CUDA graph is recorded for every size, which pays where sizes are few.
+        graphs = self.device.type == "cuda" and self.inference_options.pad_to > 0
+        mode = "reduce-overhead" if graphs else None
+        return torch.compile(self._core, fullgraph=True, mode=mode)
 
     def prepare_targets(self, batched_inputs: list[dict[str, Any]]) -> list[Targets]:
         """Detectron2's ground truth to the core's, things and stuff apart."""
@@ -517,11 +571,26 @@ def _decoupled_design(psf: CfgNode, common: dict[str, Any]) -> MaskDesign:
 MASK_DESIGNS = {"joint": _joint_design, "decoupled": _decoupled_design}
 
 
+PRECISIONS = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
 def _inference_options(cfg: CfgNode, design: MaskDesign) -> InferenceOptions:
     test = cfg.MODEL.PSF.TEST
     layers = design.decoder.num_layers
     if test.MERGING not in MERGING:
         raise ValueError(f"MODEL.PSF.TEST.MERGING is '{test.MERGING}'; known: {sorted(MERGING)}")
+    if test.PRECISION not in PRECISIONS:
+        raise ValueError(
+            f"MODEL.PSF.TEST.PRECISION is '{test.PRECISION}'; known: {sorted(PRECISIONS)}"
+        )
+    if test.PAD_TO < 0 or test.PAD_TO % COARSEST_STRIDE:
+        raise ValueError(
+            f"MODEL.PSF.TEST.PAD_TO is {test.PAD_TO}; use a multiple of {COARSEST_STRIDE}, or 0"
+        )
     if not 0 <= test.MASK_DECODER_LAYERS <= layers:
         raise ValueError(
             f"MODEL.PSF.TEST.MASK_DECODER_LAYERS is {test.MASK_DECODER_LAYERS}, but the mask "
@@ -543,6 +612,9 @@ def _inference_options(cfg: CfgNode, design: MaskDesign) -> InferenceOptions:
             area_offset=design.area_offset,
         ),
         max_instances=cfg.TEST.DETECTIONS_PER_IMAGE,
+        precision=PRECISIONS[test.PRECISION],
+        compile=test.COMPILE,
+        pad_to=test.PAD_TO,
     )
 
 
@@ -561,6 +633,28 @@ def _with_class_counts(psf: CfgNode, class_map: ClassMap, dataset_name: str) -> 
     filled.defrost()
     filled.NUM_THING_CLASSES, filled.NUM_STUFF_CLASSES = actual
     return filled
+
+
+def pad_maps(maps: list[Tensor], pad_to: int) -> list[Tensor]:
+    """
+    Pad feature maps as if they were of an image whose sides are multiples of ``pad_to``.
+
+    Only the maps: what an image's own convolutions and normalisations saw does not change, and
+    the padding is masked, so the predictions differ by rounding alone.
+
+    Args:
+        maps: L x (N, C, H_l, W_l) of strides 8, 16, ...
+        pad_to: pixels, a multiple of all strides; 0: leave them.
+    """
+    if pad_to == 0:
+        return maps
+    padded = []
+    height, width = (-(-side * FINEST_STRIDE // pad_to) * pad_to for side in maps[0].shape[-2:])
+    for level, image_map in enumerate(maps):
+        stride = FINEST_STRIDE * 2**level
+        h, w = image_map.shape[-2:]
+        padded.append(F.pad(image_map, (0, width // stride - w, 0, height // stride - h)))
+    return padded
 
 
 def _pad_to_least_size(batch: Tensor) -> Tensor:
