@@ -6,6 +6,7 @@ afterwards.
 """
 
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 from detectron2.config import CfgNode
@@ -110,12 +111,12 @@ class ChunkedFeedForward(nn.Module):
     def __init__(self, feed_forward: FeedForward) -> None:
         super().__init__()
         self.layers = nn.Sequential(*feed_forward)
-        self.rows = max(1, HIDDEN_VALUES // feed_forward[0].out_features)
+        self.rows = max(1, HIDDEN_VALUES // cast(nn.Linear, feed_forward[0]).out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, S, C) to (N, S, C)."""
         # A compiled program fuses the layers itself, and is not to depend on the number of parts.
-        if torch.compiler.is_compiling() or x.shape[:-1].numel() <= self.rows:
+        if torch.compiler.is_compiling() or x.numel() // x.shape[-1] <= self.rows:
             return self.layers(x)
         parts = x.flatten(0, -2).split(self.rows)
         return torch.cat([self.layers(part) for part in parts]).view(x.shape)
