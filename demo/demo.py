@@ -68,7 +68,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--fast",
         action="store_true",
-        help="bfloat16, two mask-decoder layers, compiled (the first image takes a minute)",
+        help="bfloat16, two mask-decoder layers, compiled (the first image takes minutes)",
     )
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], help="config keys and values; comes last"
