@@ -63,6 +63,7 @@ OWN_WAYS: dict[str, dict[str, Any]] = {
     "psf bfloat16": {"PRECISION": "bfloat16"},
     "psf fast, not compiled": FAST,
     "psf fast": {**FAST, "COMPILE": True},
+    "psf fast, CUDA graphs": {**FAST, "COMPILE": True, "PAD_TO": 64},
 }
 PLAIN = "plain float32"
 PEERS = {
@@ -402,6 +403,8 @@ def available(args: argparse.Namespace) -> list[str]:
     names = args.ways or WAYS
     if args.plain is None:
         names = [name for name in names if name != PLAIN]
+    if args.device != "cuda":
+        names = [name for name in names if "CUDA" not in name]
     peers = args.backbone == "R50" and importlib.util.find_spec("transformers")
     return [name for name in names if peers or not name.startswith("Mask2Former")]
 
