@@ -1,4 +1,5 @@
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -134,28 +135,27 @@ def test_maps_are_padded_to_those_of_a_larger_image(tiny_cfg):
 
 
 @pytest.mark.parametrize("name", ["joint", "decoupled"])
-@torch.no_grad()
-def test_the_core_is_one_graph_for_all_sizes(tiny_cfg, name):
+def test_compiled_is_one_graph_for_all_sizes(tiny_cfg, name, monkeypatch):
     """From feature maps to classes without a break: three programs, however many sizes."""
     decoder = tiny_cfg.MODEL.PSF.MASK_DECODER
     decoder.NAME = name
     decoder.DEC_LAYERS = decoder.THING_LAYERS = decoder.STUFF_LAYERS = 1  # tracing takes time
     tiny_cfg.MODEL.PSF.LOCATION_DECODER.DEC_LAYERS = 1
-    model = build(tiny_cfg)
-    graphs = []
+    plain, graphs = build(tiny_cfg, SEMANTIC_ON=True), []
 
     def count(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
     torch._dynamo.reset()
-    core = torch.compile(model._core, fullgraph=True, backend=count)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
+    compiled = build(tiny_cfg, COMPILE=True)
     for size in [(64, 64), (64, 96), (96, 128), (200, 130), (77, 88)]:
-        maps, valid_shapes = model.extract_maps(model.preprocess_images([make_input(*size, [])]))
-        sizes = torch.tensor(valid_shapes, dtype=torch.float32)
-        expected, compiled = model._core(maps, sizes, False), core(maps, sizes, False)
-        torch.testing.assert_close(compiled[2], expected[2])
-    assert len(graphs) <= 3
+        image = make_input(*size, [])
+        (output,), (expected,) = predict(compiled, image), predict(plain, image)
+        torch.testing.assert_close(output["sem_seg"], expected["sem_seg"])
+        assert torch.equal(output["panoptic_seg"][0], expected["panoptic_seg"][0])
+    assert 1 <= len(graphs) <= 3
 
 
 def test_the_fast_preset(tiny_cfg):
