@@ -66,6 +66,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--output", type=Path, metavar="PATH", help="a file for one image, or a folder"
     )
     parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="bfloat16, two mask-decoder layers, compiled (the first image takes minutes)",
+    )
+    parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], help="config keys and values; comes last"
     )
     return parser.parse_args(argv)
@@ -217,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.output is None:
         check_window()
     setup_logger(name="psf")
-    predictor = Predictor(setup(args.config_file, args.opts))
+    predictor = Predictor(setup(args.config_file, args.opts), fast=args.fast)
     unreadable = run(jobs, predictor, predictor.metadata)
     if unreadable:
         names = ", ".join(str(path) for path in unreadable)

@@ -13,5 +13,6 @@ if find_spec("detectron2") is not None:
     from .config import add_psf_config
     from .modeling import backbone as _backbone  # noqa: F401  registers the backbones
     from .modeling import panoptic_segformer as _panoptic_segformer  # noqa: F401  registers it
+    from .predictor import Predictor
 
-    __all__ = ["add_psf_config"]
+    __all__ = ["Predictor", "add_psf_config"]

@@ -78,6 +78,13 @@ def add_psf_config(cfg: CN) -> None:
     cfg.MODEL.PSF.TEST.SAVE_PREDICTIONS = False
     # Mask-decoder layers used at inference; 0: all. Two are nearly as good (paper, table 6).
     cfg.MODEL.PSF.TEST.MASK_DECODER_LAYERS = 0
+    # "float32", "bfloat16" or "float16" (GPU): what autocast computes products in.
+    cfg.MODEL.PSF.TEST.PRECISION = "float32"
+    # Compile what lies between feature maps and masks (torch.compile).
+    cfg.MODEL.PSF.TEST.COMPILE = False
+    # Pad feature maps as if image sides were multiples of this many pixels (64, 128, ...; 0: do
+    # not): compiled programs see few sizes, and on a GPU run as CUDA graphs.
+    cfg.MODEL.PSF.TEST.PAD_TO = 0
     # (query, class) pairs of things that "decoupled" considers, the best first (official code).
     cfg.MODEL.PSF.TEST.THING_PAIRS = 100
     # "mask_wise" (paper, algorithm 1) or "pixel_wise", its ablation.

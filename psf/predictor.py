@@ -1,25 +1,75 @@
-"""Prediction of single images from a config."""
+"""Prediction of images from a config."""
 
+from collections.abc import Sequence
+from typing import Any, overload
+
+import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
+from numpy.typing import NDArray
 
 from psf.data import build_augmentations
+from psf.inference import fast_preset, optimize_for_inference
 from psf.weights import Checkpointer
 
 
 class Predictor(DefaultPredictor):
-    """Detectron2's ``DefaultPredictor``, whose weights may be in a format of others, too."""
+    """
+    Detectron2's ``DefaultPredictor`` for one image or a list of them.
 
-    def __init__(self, cfg: CfgNode) -> None:
+    Weights may be in a format of others, too, and the model is made ready to predict
+    (``psf.inference``).
+    """
+
+    def __init__(self, cfg: CfgNode, *, fast: bool = False, batch_size: int = 1) -> None:
         """
         Args:
             cfg: with ``MODEL.WEIGHTS``, and the data set with the classes in ``DATASETS.TEST``.
+            fast: bfloat16, two mask-decoder layers, compiled, whatever ``cfg`` says.
+            batch_size: images of a list that go through the model together.
         """
-        self.cfg = cfg.clone()
-        self.model = build_model(self.cfg).eval()
-        Checkpointer(self.model).load(cfg.MODEL.WEIGHTS)
+        self.cfg = fast_preset(cfg) if fast else cfg.clone()
+        model = build_model(self.cfg).eval()
+        Checkpointer(model).load(cfg.MODEL.WEIGHTS)
+        self.model = optimize_for_inference(model)
+        self.batch_size = batch_size
         self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
         (self.aug,) = build_augmentations(cfg, is_train=False)
         self.input_format = cfg.INPUT.FORMAT
+
+    @overload
+    def __call__(self, images: NDArray[np.uint8]) -> dict[str, Any]: ...
+
+    @overload
+    def __call__(self, images: Sequence[NDArray[np.uint8]]) -> list[dict[str, Any]]: ...
+
+    @torch.inference_mode()
+    def __call__(
+        self, images: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """
+        Args:
+            images: (H, W, 3) BGR, or a list of such, of any sizes.
+
+        Returns:
+            The model's outputs, at the size of the image; of a list, a list.
+        """
+        if isinstance(images, np.ndarray):
+            return self([images])[0]
+        outputs: list[dict[str, Any]] = []
+        for start in range(0, len(images), self.batch_size):
+            batch = images[start : start + self.batch_size]
+            outputs += self.model([self._input(image) for image in batch])
+        return outputs
+
+    def _input(self, image: NDArray[np.uint8]) -> dict[str, Any]:
+        """The model's input for an image (H, W, 3) BGR."""
+        height, width = image.shape[:2]
+        if self.input_format == "RGB":
+            image = image[:, :, ::-1]
+        resized = self.aug.get_transform(image).apply_image(image)
+        tensor = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))
+        return {"image": tensor, "height": height, "width": width}

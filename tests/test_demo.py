@@ -40,7 +40,7 @@ class FakePredictor:
 
     metadata = METADATA
 
-    def __init__(self, cfg=None) -> None:
+    def __init__(self, cfg=None, *, fast=False) -> None:
         self.colors: list[list[int]] = []
 
     def __call__(self, image_bgr):

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "psf"
-SHELL = {"config", "data", "evaluation", "finetuning", "panoptic_png", "predictor"} | {
-    *("solver", "trainer", "weights"),
+SHELL = {"config", "data", "evaluation", "finetuning", "inference", "panoptic_png"} | {
+    *("predictor", "solver", "trainer", "weights"),
     "modeling.backbone",
     "modeling.panoptic_segformer",
 }
@@ -22,7 +22,8 @@ SHELL_ARROWS = {
     "solver": set(),
     "modeling.backbone": set(),
     "modeling.panoptic_segformer": {"data"},
-    "predictor": {"data", "weights"},
+    "inference": {"modeling.panoptic_segformer"},
+    "predictor": {"data", "inference", "weights"},
     "trainer": {"data", "evaluation", "finetuning", "solver"},
     "weights": set(),
 }

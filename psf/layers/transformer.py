@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 def sine_position_encoding(
     spatial_shape: tuple[int, int],
-    valid_shapes: Sequence[tuple[int, int]],
+    valid_shapes: Sequence[tuple[int, int]] | Tensor,
     dim: int,
     *,
     temperature: float = 10000.0,
@@ -26,7 +26,8 @@ def sine_position_encoding(
 
     Args:
         spatial_shape: (H_l, W_l) of the padded map.
-        valid_shapes: (h, w) of the part of the map that is not padding, one pair an image.
+        valid_shapes: (h, w) of the part of the map that is not padding, one pair an image;
+            or (N, 2).
         dim: channels C, a multiple of 4; the first half encodes y, the second x.
         temperature: the longest wavelength is 2 pi times this.
         device: where to compute.

@@ -8,7 +8,7 @@ S positions, M heads, C = M * D channels, R queries of one image whose masks are
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,13 +42,13 @@ class DeepPredictions(NamedTuple):
     activation: Callable[[Tensor], Tensor]  # turns maps, once resized, into soft masks >= 0
 
 
-class MaskPredictions(NamedTuple):
-    """What a mask decoder predicts at inference."""
+class ClassPredictions(NamedTuple):
+    """What a mask decoder predicts at inference before it makes masks, and from what."""
 
     thing_logits: Tensor  # (N, Q, K)
     stuff_logits: Tensor  # (N, T), each stuff query for its own class
-    maps: list[Tensor]  # N x (Q + T, h, w) at the finest level, unpadded
-    activation: Callable[[Tensor], Tensor]  # turns maps, once resized, into soft masks >= 0
+    thing_query: Tensor  # (N, Q, C) for predict_masks
+    stuff_query: Tensor  # (N, T, C)
 
 
 class AttentionMaps(nn.Module):
@@ -73,6 +73,22 @@ class AttentionMaps(nn.Module):
         self.level_projs = nn.ModuleList(nn.Linear(num_heads, num_heads) for _ in range(num_levels))
         self.mask_proj = nn.Linear(num_heads * num_levels, 1)
         init_linear_weights(self)
+
+    def masks(self, query: Tensor, memory: Memory, mask_queries: Sequence[Tensor]) -> list[Tensor]:
+        """
+        Only the maps: no queries attend to anything.
+
+        Args:
+            query: (N, Q, C).
+            memory: the encoder's tokens.
+            mask_queries: N x (R,) int64 indices of the queries whose masks are wanted.
+
+        Returns:
+            N x (R, h, w), before any activation.
+        """
+        q = self._split_heads(self.q_proj(query))  # (N, M, Q, D)
+        k = self._split_heads(self.k_proj(memory.features))  # (N, M, S, D)
+        return self._maps(q, k, memory, mask_queries)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -161,9 +177,7 @@ class MaskTail(AttentionMaps):
         self, query: Tensor, memory: Memory, mask_queries: Sequence[Tensor]
     ) -> list[Tensor]:
         """As :class:`MaskAttention`, without attended queries."""
-        q = self._split_heads(self.q_proj(query))  # (N, M, Q, D)
-        k = self._split_heads(self.k_proj(memory.features))  # (N, M, S, D)
-        return self._maps(q, k, memory, mask_queries)
+        return self.masks(query, memory, mask_queries)
 
 
 class MaskDecoderLayer(nn.Module):
@@ -209,9 +223,19 @@ class MaskDecoderLayer(nn.Module):
         Returns:
             Refined queries (N, Q, C), and N x (R, h, w) maps.
         """
-        if self.self_attn is not None:
-            attended = self.self_attn(query, query, query, need_weights=False)[0]
-            query = self.norm3(query + attended)
+        return self.cross_attended(self.self_attended(query), memory, mask_queries)
+
+    def self_attended(self, query: Tensor) -> Tensor:
+        """(N, Q, C) to (N, Q, C): the queries after they have seen each other, if they do."""
+        if self.self_attn is None:
+            return query
+        attended = self.self_attn(query, query, query, need_weights=False)[0]
+        return self.norm3(query + attended)
+
+    def cross_attended(
+        self, query: Tensor, memory: Memory, mask_queries: Sequence[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The rest of :meth:`forward`; masks are made of the queries that come in here."""
         attended, maps = self.cross_attn(query, memory, mask_queries)
         query = self.norm1(query + attended)
         return self.norm2(query + self.ffn(query)), maps
@@ -286,11 +310,21 @@ class JointMaskDecoder(nn.Module):
             predictions.stuff_maps.append([stuff for _, stuff in split])
         return predictions
 
-    def predict(
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        """Turns maps, once resized, into soft masks, here of at most 1."""
+        return torch.sigmoid
+
+    @property
+    def greatest_mask_value(self) -> float:
+        """What no mask exceeds."""
+        return 1.0
+
+    def predict_classes(
         self, memory: Memory, locations: Locations, num_layers: int | None = None
-    ) -> MaskPredictions:
+    ) -> ClassPredictions:
         """
-        Predict at inference: earlier layers compute no classes and no masks.
+        Predict the classes at inference; no layer makes masks.
 
         Args:
             memory: the encoder's tokens.
@@ -298,20 +332,52 @@ class JointMaskDecoder(nn.Module):
             num_layers: use only so many of the first layers; None: all.
 
         Returns:
-            The predictions of the last used layer.
+            The classes of the last used layer.
         """
         memory = memory.finest(self.num_levels)
         query = self._queries(locations)
-        num_things, last = locations.query.shape[1], (num_layers or self.num_layers) - 1
+        num_things, last = locations.query.shape[1], self._last(num_layers)
         for layer in self.layers[:last]:
             query, _ = layer(query, memory, None)
-        query, maps = self.layers[last](query, memory, _everything(query))
-        return MaskPredictions(
-            thing_logits=self.thing_heads[last](query[:, :num_things]),
-            stuff_logits=self.stuff_heads[last](query[:, num_things:]).squeeze(-1),
-            maps=maps,
-            activation=torch.sigmoid,
+        refined, _ = self.layers[last](query, memory, None)
+        return ClassPredictions(
+            thing_logits=self.thing_heads[last](refined[:, :num_things]),
+            stuff_logits=self.stuff_heads[last](refined[:, num_things:]).squeeze(-1),
+            thing_query=query[:, :num_things],
+            stuff_query=query[:, num_things:],
         )
+
+    def predict_masks(
+        self,
+        memory: Memory,
+        predictions: ClassPredictions,
+        wanted: MaskQueries,
+        num_layers: int | None = None,
+    ) -> list[Tensor]:
+        """
+        Make the masks of some queries at inference.
+
+        Args:
+            memory: what was given to :meth:`predict_classes`.
+            predictions: what it returned.
+            wanted: the queries whose masks are wanted.
+            num_layers: what was given to it.
+
+        Returns:
+            N x (R_things + R_stuff, h, w) maps of the last used layer at the finest level,
+            unpadded, for :attr:`activation`.
+        """
+        num_things = predictions.thing_query.shape[1]
+        pairs = zip(wanted.things, wanted.stuff, strict=True)
+        layer = cast(MaskDecoderLayer, self.layers[self._last(num_layers)])
+        return layer.cross_attn.masks(
+            torch.cat([predictions.thing_query, predictions.stuff_query], dim=1),
+            memory.finest(self.num_levels),
+            [torch.cat([things, num_things + stuff]) for things, stuff in pairs],
+        )
+
+    def _last(self, num_layers: int | None) -> int:
+        return (num_layers or self.num_layers) - 1
 
     def _queries(self, locations: Locations) -> Tensor:
         """(N, Q + T, C) the queries of the first layer."""
@@ -383,7 +449,7 @@ class MaskDecoderStack(nn.Module):
                 all.
         """
         layers = self.layers[:num_layers]
-        with_tail = len(layers) == len(self.layers)
+        with_tail = self.mask_attention(num_layers) is self.tail
         output = StackOutput([], [])
         for i, layer in enumerate(layers, start=1):
             wanted = deep_supervision or (i == len(layers) and not with_tail)
@@ -395,6 +461,13 @@ class MaskDecoderStack(nn.Module):
             maps = self.tail(query + position, memory, mask_queries)
             output.maps.append([m.relu() for m in maps])
         return output
+
+    def mask_attention(self, num_layers: int | None) -> AttentionMaps:
+        """What makes the last masks: the tail if all layers are used, else the last used one's."""
+        layers = self.layers[:num_layers]
+        if len(layers) == len(self.layers):
+            return self.tail
+        return cast(MaskDecoderLayer, layers[-1]).cross_attn
 
 
 class DecoupledMaskDecoder(nn.Module):
@@ -459,34 +532,57 @@ class DecoupledMaskDecoder(nn.Module):
             activation=_as_they_are,
         )
 
-    def predict(
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        """Turns maps, once resized, into soft masks; they have had their ReLU before."""
+        return _as_they_are
+
+    @property
+    def greatest_mask_value(self) -> float:
+        """Nothing bounds the masks."""
+        return torch.inf
+
+    def predict_classes(
         self, memory: Memory, locations: Locations, num_layers: int | None = None
-    ) -> MaskPredictions:
-        """As :meth:`JointMaskDecoder.predict`; a stack has at most ``num_layers`` layers."""
+    ) -> ClassPredictions:
+        """
+        As :meth:`JointMaskDecoder.predict_classes`; a stack has at most ``num_layers`` layers.
+
+        Only the stuff goes through its layers: those of things say nothing about their classes.
+        """
         memory = memory.finest(self.num_levels)
         query, position = self._stuff_queries(locations)
-        things, stuff = (
-            stack(
-                query,
-                position,
-                memory,
-                _everything(query),
-                deep_supervision=False,
-                num_layers=num_layers,
-            )
-            for stack, query, position in (
-                (self.things, locations.query, 0.0),
-                (self.stuff, query, position),
-            )
-        )
-        last_head = self.stuff_heads[len(stuff.queries) - 1]
-        maps = zip(things.maps[-1], stuff.maps[-1], strict=True)
-        return MaskPredictions(
+        *earlier, last = cast(Sequence[MaskDecoderLayer], self.stuff.layers[:num_layers])
+        for layer in earlier:
+            query, _ = layer(query + position, memory, None)
+        into_attention = last.self_attended(query + position)
+        query, _ = last.cross_attended(into_attention, memory, None)
+        with_tail = self.stuff.mask_attention(num_layers) is self.stuff.tail
+        return ClassPredictions(
             thing_logits=locations.logits[-1],
-            stuff_logits=last_head(stuff.queries[-1]).squeeze(-1),
-            maps=[torch.cat(image) for image in maps],
-            activation=_as_they_are,
+            stuff_logits=self.stuff_heads[len(earlier)](query).squeeze(-1),
+            thing_query=locations.query,
+            stuff_query=query + position if with_tail else into_attention,
         )
+
+    def predict_masks(
+        self,
+        memory: Memory,
+        predictions: ClassPredictions,
+        wanted: MaskQueries,
+        num_layers: int | None = None,
+    ) -> list[Tensor]:
+        """As :meth:`JointMaskDecoder.predict_masks`; only wanted things go through their layers."""
+        memory = memory.finest(self.num_levels)
+        query, index = _chosen(predictions.thing_query, wanted.things)
+        things = self.things(
+            query, 0.0, memory, index, deep_supervision=False, num_layers=num_layers
+        )
+        stuff = self.stuff.mask_attention(num_layers).masks(
+            predictions.stuff_query, memory, wanted.stuff
+        )
+        maps = zip(things.maps[-1], stuff, strict=True)
+        return [torch.cat([t, s.relu()]) for t, s in maps]
 
     def _stuff_queries(self, locations: Locations) -> tuple[Tensor, Tensor]:
         """Content (N, T, C) and position (T, C) of the stuff queries."""
@@ -503,11 +599,6 @@ def _images_of_one_size(memory: Memory) -> list[list[int]]:
     for image, shapes in enumerate(memory.valid_shapes):
         groups.setdefault(tuple(shapes), []).append(image)
     return list(groups.values())
-
-
-def _everything(query: Tensor) -> list[Tensor]:
-    """N x (Q,): all queries (N, Q, C) of every image."""
-    return [torch.arange(query.shape[1], device=query.device)] * len(query)
 
 
 def _chosen(query: Tensor, index: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

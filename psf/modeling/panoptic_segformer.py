@@ -4,6 +4,8 @@ Shapes: N images, L levels, C channels, K thing and T stuff classes, Q thing que
 segments of one image.
 """
 
+import contextlib
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -23,18 +25,19 @@ from psf.layers.boxes import masks_to_boxes, xyxy_to_cxcywh
 from psf.modeling.criterion import Criterion, LossWeights, Targets, mask_queries
 from psf.modeling.location_decoder import LocationDecoder
 from psf.modeling.mask_decoder import (
+    ClassPredictions,
     DecoupledMaskDecoder,
     JointMaskDecoder,
     MaskDecoder,
-    MaskPredictions,
+    MaskQueries,
 )
 from psf.modeling.matcher import MaskMatchingWeights, MatchingWeights
-from psf.modeling.pixel_encoder import InputProjection, PixelEncoder, Shape
+from psf.modeling.pixel_encoder import InputProjection, Memory, PixelEncoder, Shape
 from psf.modeling.postprocessing import (
-    MASK_THRESHOLD,
     Candidates,
     MergingRules,
     Segments,
+    SoftMasks,
     best_class_of_each_query,
     best_thing_pairs,
     merge_mask_wise,
@@ -48,6 +51,9 @@ logger = logging.getLogger(__name__)
 # Images with a shorter side are padded to it, twice the coarsest stride: with a single cell,
 # normalisations such as GroupNorm may have a single value to normalise, which PyTorch refuses.
 LEAST_SIDE = 64
+
+# Of the finest feature level, and of the coarsest that a config can have (NUM_FEATURE_LEVELS 4).
+FINEST_STRIDE, COARSEST_STRIDE = 8, 64
 
 # Relative slack for sums of floats that are compared with a bound.
 ROUNDING = 1e-4
@@ -69,13 +75,27 @@ class InferenceOptions(NamedTuple):
     merging: str  # a key of MERGING
     rules: MergingRules
     max_instances: int  # most instances returned for an image
+    precision: torch.dtype  # of the network's products; float32: no autocast
+    compile: bool  # what lies between feature maps and masks
+    pad_to: int  # image sizes, in pixels, are treated as the next multiple; 0: as they are
+
+
+class ImagePrediction(NamedTuple):
+    """What the network predicts for one image, with the masks that may matter."""
+
+    thing_scores: Tensor  # (Q, K) in [0, 1]
+    stuff_scores: Tensor  # (T,) in [0, 1]
+    candidates: Candidates
+    queries: Tensor  # (R',) int64 rising, those with a map; the stuff query of class i is Q + i
+    maps: Tensor  # (R', h, w) at the finest level, unpadded
+    activation: Callable[[Tensor], Tensor]  # turns maps, once resized, into soft masks >= 0
 
 
 class ScoredMasks(NamedTuple):
     """The candidates of one image with masks of the output's size."""
 
     labels: Tensor  # (R,) int64 classes: things 0..K-1, stuff K..K+T-1
-    masks: Tensor  # (R, H, W) soft masks >= 0
+    masks: SoftMasks  # R of them
     scores: Tensor  # (R,) >= 0 segment scores
 
 
@@ -207,23 +227,29 @@ class PanopticSegFormer(nn.Module):
             ``sem_seg`` (classes, height, width) as ``MODEL.PSF.TEST`` asks.
         """
         images = self.preprocess_images(batched_inputs)
+        if not self.training:
+            sizes = [_output_size(*pair) for pair in zip(batched_inputs, images, strict=True)]
+            with self._precision():
+                maps, valid_shapes = self.extract_maps(images)
+                maps = pad_maps(maps, self.inference_options.pad_to)
+                predictions = self.predict_masks(*self.predict_classes(maps, valid_shapes))
+            return [self.postprocess(*pair) for pair in zip(predictions, sizes, strict=True)]
+
         maps, valid_shapes = self.extract_maps(images)
         memory = self.pixel_encoder(maps, valid_shapes)
         locations = self.location_decoder(memory)
-        if self.training:
-            targets = self.prepare_targets(batched_inputs)
-            assignments = self.criterion.assign(locations, targets)
-            wanted = mask_queries(assignments[-1], targets)
-            predictions = self.mask_decoder(memory, locations, wanted)
-            return self.criterion(locations, predictions, targets, assignments)
+        targets = self.prepare_targets(batched_inputs)
+        assignments = self.criterion.assign(locations, targets)
+        wanted = mask_queries(assignments[-1], targets)
+        predictions = self.mask_decoder(memory, locations, wanted)
+        return self.criterion(locations, predictions, targets, assignments)
 
-        prediction = self.mask_decoder.predict(
-            memory, locations, self.inference_options.mask_decoder_layers
-        )
-        return [
-            self.postprocess(prediction, i, _output_size(batched_inputs[i], image))
-            for i, image in enumerate(images)
-        ]
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Autocast as the options ask; where they ask for float32, what the caller has set up."""
+        dtype = self.inference_options.precision
+        if dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype)
 
     def preprocess_images(self, batched_inputs: list[dict[str, Any]]) -> list[Tensor]:
         """Normalised images, N x (3, h, w), on the model's device."""
@@ -256,8 +282,7 @@ class PanopticSegFormer(nn.Module):
                 padding_constraints=self.backbone.padding_constraints,
             ).tensor
             batch = _pad_to_least_size(batch)
-            features = self.backbone(batch)
-            levels = self.input_proj([features[name] for name in self.in_features])
+            levels = self._levels(batch)
             valid = [_valid_shape(size, batch.shape[-2:], level.shape[-2:]) for level in levels]
             if len(groups) == 1:
                 return levels, [valid] * len(images)
@@ -267,27 +292,118 @@ class PanopticSegFormer(nn.Module):
         padded = [ImageList.from_tensors(list(level)).tensor for level in zip(*maps, strict=True)]
         return padded, valid_shapes
 
+    def _levels(self, batch: Tensor) -> list[Tensor]:
+        """Backbone and input projection: (N, 3, H, W) to L x (N, C, H_l, W_l)."""
+        features = self.backbone(batch)
+        return self.input_proj([features[name] for name in self.in_features])
+
+    def predict_classes(
+        self, maps: list[Tensor], valid_shapes: list[list[Shape]]
+    ) -> tuple[Memory, ClassPredictions]:
+        """
+        Everything between feature maps and masks, at inference.
+
+        Args:
+            maps: L x (N, C, H_l, W_l) padded on the right and at the bottom.
+            valid_shapes: N x L x (h, w) the part of each that is not padding.
+        """
+        spatial_shapes = [(m.shape[-2], m.shape[-1]) for m in maps]
+        padded = any(image != spatial_shapes for image in valid_shapes)
+        sizes = torch.tensor(valid_shapes, dtype=torch.float32)
+        core = self._compiled_core if self.inference_options.compile else self._core
+        features, padding_mask, classes = core(maps, sizes.to(maps[0].device), padded)
+        return Memory(features, padding_mask, spatial_shapes, valid_shapes), classes
+
+    def _core(
+        self, maps: list[Tensor], valid_shapes: Tensor, padded: bool
+    ) -> tuple[Tensor, Tensor | None, ClassPredictions]:
+        """What is compiled: of sizes it sees only those of tensors, so programs serve many."""
+        memory = self.pixel_encoder(maps, [], valid_shapes_tensor=valid_shapes, padded=padded)
+        locations = self.location_decoder(memory)
+        classes = self.mask_decoder.predict_classes(
+            memory, locations, self.inference_options.mask_decoder_layers
+        )
+        return memory.features, memory.padding_mask, classes
+
+    @functools.cached_property
+    def _compiled_core(self) -> Callable[..., tuple[Tensor, Tensor | None, ClassPredictions]]:
+        # A CUDA graph is recorded for every size, which pays where sizes are few.
+        graphs = self.device.type == "cuda" and self.inference_options.pad_to > 0
+        mode = "reduce-overhead" if graphs else None
+        return torch.compile(self._core, fullgraph=True, mode=mode)
+
     def prepare_targets(self, batched_inputs: list[dict[str, Any]]) -> list[Targets]:
         """Detectron2's ground truth to the core's, things and stuff apart."""
         return [_targets(x["instances"].to(self.device), self.class_map) for x in batched_inputs]
 
-    def postprocess(self, prediction: MaskPredictions, image: int, size: Shape) -> dict[str, Any]:
+    def predict_masks(self, memory: Memory, classes: ClassPredictions) -> list[ImagePrediction]:
+        """The masks of the queries that can become part of an output, for N images."""
+        thing_scores = classes.thing_logits.float().sigmoid()  # (N, Q, K)
+        stuff_scores = classes.stuff_logits.float().sigmoid()  # (N, T)
+        num_things, num_stuff = thing_scores.shape[1], stuff_scores.shape[1]
+        candidates = [
+            self._candidates(things, stuff)
+            for things, stuff in zip(thing_scores, stuff_scores, strict=True)
+        ]
+        everything = torch.arange(num_things + num_stuff, device=thing_scores.device)
+        if self.inference_options.semantic_on:
+            queries = [everything] * len(candidates)
+        else:
+            queries = [image.query.unique() for image in candidates]
+        wanted = MaskQueries(
+            things=[image[image < num_things] for image in queries],
+            stuff=[image[image >= num_things] - num_things for image in queries],
+        )
+        maps = self.mask_decoder.predict_masks(
+            memory, classes, wanted, self.inference_options.mask_decoder_layers
+        )
+        return [
+            ImagePrediction(*image[:-1], image[-1].float(), self.mask_decoder.activation)
+            for image in zip(thing_scores, stuff_scores, candidates, queries, maps, strict=True)
+        ]
+
+    def _candidates(self, thing_scores: Tensor, stuff_scores: Tensor) -> Candidates:
+        """Those that may reach the score threshold, and the best things if these are wanted."""
+        options = self.inference_options
+        if not (options.panoptic_on or options.instance_on):
+            return Candidates(
+                *(x[:0] for x in best_class_of_each_query(thing_scores, stuff_scores))
+            )
+        found = options.find_candidates(thing_scores, stuff_scores)
+        highest = torch.full_like(found.class_scores, self.mask_decoder.greatest_mask_value)
+        keep = self._may_matter(found, highest)
+        return Candidates(*(column[keep] for column in found))
+
+    def _may_matter(self, candidates: Candidates, highest: Tensor) -> Tensor:
+        """
+        Which candidates (R,) can become part of an output.
+
+        Args:
+            candidates: R of them.
+            highest: (R,) what no value of their masks exceeds.
+        """
+        options = self.inference_options
+        bound = candidates.class_scores**options.rules.class_exponent
+        bound = bound * (highest * (1 + ROUNDING)) ** options.rules.mask_exponent
+        keep = ~(bound < options.rules.score_threshold)  # NaN, of 0 * inf, says nothing
+        if options.instance_on:
+            is_thing = candidates.labels < len(self.class_map.thing_ids)
+            best = candidates.class_scores[is_thing]
+            keep[best.topk(min(options.max_instances, len(best))).indices] = True
+        return keep
+
+    def postprocess(self, prediction: ImagePrediction, size: Shape) -> dict[str, Any]:
         """
         The outputs for one image.
 
         Args:
-            prediction: of the last used layer, with mask logits of all queries.
-            image: which image of the batch.
+            prediction: from :meth:`predict_masks`.
             size: (height, width) of the output.
         """
         options = self.inference_options
-        thing_scores = prediction.thing_logits[image].float().sigmoid()  # (Q, K)
-        stuff_scores = prediction.stuff_logits[image].float().sigmoid()  # (T,)
-        maps = prediction.maps[image].float()  # (Q + T, h, w)
         output: dict[str, Any] = {}
         if options.panoptic_on or options.instance_on:
-            candidates = options.find_candidates(thing_scores, stuff_scores)
-            scored = self._score(candidates, maps, prediction.activation, size)
+            scored = self._score(prediction, size)
         if options.panoptic_on:
             segments = MERGING[options.merging](
                 scored.scores,
@@ -300,42 +416,34 @@ class PanopticSegFormer(nn.Module):
         if options.instance_on:
             output["instances"] = self._instances(scored, size)
         if options.semantic_on:
-            masks = prediction.activation(maps)
-            output["sem_seg"] = self._semantic(thing_scores, stuff_scores, masks, size)
+            masks = prediction.activation(prediction.maps)
+            output["sem_seg"] = self._semantic(
+                prediction.thing_scores, prediction.stuff_scores, masks, size
+            )
         return output
 
-    def _score(
-        self,
-        candidates: Candidates,
-        maps: Tensor,
-        activation: Callable[[Tensor], Tensor],
-        size: Shape,
-    ) -> ScoredMasks:
-        """Candidates that can reach the score threshold, or the best things if these are wanted."""
-        options = self.inference_options
-        num_thing_classes = len(self.class_map.thing_ids)
-        is_thing = candidates.labels < num_thing_classes
+    def _score(self, prediction: ImagePrediction, size: Shape) -> ScoredMasks:
+        """The candidates that matter still when their masks are known."""
+        candidates = prediction.candidates
+        rows = torch.searchsorted(prediction.queries, candidates.query)
         # Resizing averages, so no pixel is above the map's highest, nor is the mean over a segment:
         # what is too low even with that needs no mask of full size.
-        highest = activation(maps.amax((1, 2)))[candidates.query]
-        bound = candidates.class_scores**options.rules.class_exponent
-        bound = bound * (highest * (1 + ROUNDING)) ** options.rules.mask_exponent
-        keep = bound >= options.rules.score_threshold
-        if options.instance_on:
-            best = candidates.class_scores[is_thing]
-            keep[best.topk(min(options.max_instances, len(best))).indices] = True
-        masks = activation(resize_maps(maps[candidates.query[keep]], size))
+        highest = prediction.activation(prediction.maps.amax((1, 2)))[rows]
+        keep = self._may_matter(candidates, highest)
+        masks = SoftMasks(prediction.maps[rows[keep]], prediction.activation, size)
         return ScoredMasks(
             labels=candidates.labels[keep],
             masks=masks,
-            scores=segment_scores(candidates.class_scores[keep], masks, options.rules),
+            scores=segment_scores(
+                candidates.class_scores[keep], masks, self.inference_options.rules
+            ),
         )
 
     def _segments_info(self, segments: Segments) -> list[dict[str, Any]]:
         """Detectron2's description of each segment, with the data set's contiguous ids."""
         infos = []
-        counts = segments.id_map.flatten().bincount(minlength=len(segments.labels) + 1).tolist()
-        for i, (label, score) in enumerate(zip(segments.labels, segments.scores, strict=True), 1):
+        columns = zip(segments.labels, segments.scores, segments.areas, strict=True)
+        for i, (label, score, area) in enumerate(columns, 1):
             category_id, is_thing = self.class_map.to_contiguous(label)
             infos.append(
                 {
@@ -343,7 +451,7 @@ class PanopticSegFormer(nn.Module):
                     "isthing": is_thing,
                     "category_id": category_id,
                     "score": score,
-                    "area": counts[i],
+                    "area": area,
                 }
             )
         return infos
@@ -357,7 +465,7 @@ class PanopticSegFormer(nn.Module):
         things = things[best.indices]
         thing_ids = torch.tensor(self.class_map.thing_ids, device=things.device)
         instances = Instances(size)
-        instances.pred_masks = candidates.masks[things] > MASK_THRESHOLD
+        instances.pred_masks = candidates.masks.foreground(things)
         instances.pred_boxes = Boxes(masks_to_boxes(instances.pred_masks))
         instances.scores = best.values
         instances.pred_classes = thing_ids[candidates.labels[things]]
@@ -463,11 +571,26 @@ def _decoupled_design(psf: CfgNode, common: dict[str, Any]) -> MaskDesign:
 MASK_DESIGNS = {"joint": _joint_design, "decoupled": _decoupled_design}
 
 
+PRECISIONS = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
 def _inference_options(cfg: CfgNode, design: MaskDesign) -> InferenceOptions:
     test = cfg.MODEL.PSF.TEST
     layers = design.decoder.num_layers
     if test.MERGING not in MERGING:
         raise ValueError(f"MODEL.PSF.TEST.MERGING is '{test.MERGING}'; known: {sorted(MERGING)}")
+    if test.PRECISION not in PRECISIONS:
+        raise ValueError(
+            f"MODEL.PSF.TEST.PRECISION is '{test.PRECISION}'; known: {sorted(PRECISIONS)}"
+        )
+    if test.PAD_TO < 0 or test.PAD_TO % COARSEST_STRIDE:
+        raise ValueError(
+            f"MODEL.PSF.TEST.PAD_TO is {test.PAD_TO}; use a multiple of {COARSEST_STRIDE}, or 0"
+        )
     if not 0 <= test.MASK_DECODER_LAYERS <= layers:
         raise ValueError(
             f"MODEL.PSF.TEST.MASK_DECODER_LAYERS is {test.MASK_DECODER_LAYERS}, but the mask "
@@ -489,6 +612,9 @@ def _inference_options(cfg: CfgNode, design: MaskDesign) -> InferenceOptions:
             area_offset=design.area_offset,
         ),
         max_instances=cfg.TEST.DETECTIONS_PER_IMAGE,
+        precision=PRECISIONS[test.PRECISION],
+        compile=test.COMPILE,
+        pad_to=test.PAD_TO,
     )
 
 
@@ -507,6 +633,28 @@ def _with_class_counts(psf: CfgNode, class_map: ClassMap, dataset_name: str) -> 
     filled.defrost()
     filled.NUM_THING_CLASSES, filled.NUM_STUFF_CLASSES = actual
     return filled
+
+
+def pad_maps(maps: list[Tensor], pad_to: int) -> list[Tensor]:
+    """
+    Pad feature maps as if they were of an image whose sides are multiples of ``pad_to``.
+
+    Only the maps: what an image's own convolutions and normalisations saw does not change, and
+    the padding is masked, so the predictions differ by rounding alone.
+
+    Args:
+        maps: L x (N, C, H_l, W_l) of strides 8, 16, ...
+        pad_to: pixels, a multiple of all strides; 0: leave them.
+    """
+    if pad_to == 0:
+        return maps
+    padded = []
+    height, width = (-(-side * FINEST_STRIDE // pad_to) * pad_to for side in maps[0].shape[-2:])
+    for level, image_map in enumerate(maps):
+        stride = FINEST_STRIDE * 2**level
+        h, w = image_map.shape[-2:]
+        padded.append(F.pad(image_map, (0, width // stride - w, 0, height // stride - h)))
+    return padded
 
 
 def _pad_to_least_size(batch: Tensor) -> Tensor:

@@ -23,14 +23,25 @@ class Memory(NamedTuple):
     padding_mask: Tensor | None  # (N, S) bool, True on padding; None when there is no padding
     spatial_shapes: list[Shape]  # L x (H_l, W_l), of the padded maps
     valid_shapes: list[list[Shape]]  # N x L x (h, w), the part of each map that is not padding
+    # (N, L, 2) float32, the same numbers for a compiled program that is not to depend on them
+    valid_shapes_tensor: Tensor | None = None
 
     @property
     def valid_ratios(self) -> Tensor:
         """(N, L, 2) the valid part of each map as (x, y) fractions of the padded map, in (0, 1]."""
+        ratios = []
+        for level, (height, width) in enumerate(self.spatial_shapes):
+            valid = self.valid_sizes(level)
+            ratios.append(torch.stack([valid[:, 1] / width, valid[:, 0] / height], dim=-1))
+        return torch.stack(ratios, dim=1)
+
+    def valid_sizes(self, level: int) -> Tensor:
+        """(N, 2) float32 height and width of the part of a level that is not padding."""
+        if self.valid_shapes_tensor is not None:
+            return self.valid_shapes_tensor[:, level]
+        sizes = [image[level] for image in self.valid_shapes]
         device = self.features.device
-        padded = torch.tensor(self.spatial_shapes, device=device)  # (L, 2)
-        valid = torch.tensor(self.valid_shapes, dtype=torch.float32, device=device)
-        return (valid.reshape(-1, *padded.shape) / padded).flip(-1)
+        return torch.tensor(sizes, dtype=torch.float32, device=device).reshape(-1, 2)
 
     def finest(self, num_levels: int) -> "Memory":
         """The tokens of the ``num_levels`` finest levels."""
@@ -40,6 +51,11 @@ class Memory(NamedTuple):
             padding_mask=None if self.padding_mask is None else self.padding_mask[:, :size],
             spatial_shapes=self.spatial_shapes[:num_levels],
             valid_shapes=[image[:num_levels] for image in self.valid_shapes],
+            valid_shapes_tensor=(
+                None
+                if self.valid_shapes_tensor is None
+                else self.valid_shapes_tensor[:, :num_levels]
+            ),
         )
 
 
@@ -175,12 +191,22 @@ class PixelEncoder(nn.Module):
             for _ in range(num_layers)
         )
 
-    def forward(self, maps: Sequence[Tensor], valid_shapes: list[list[Shape]]) -> Memory:
+    def forward(
+        self,
+        maps: Sequence[Tensor],
+        valid_shapes: list[list[Shape]],
+        *,
+        valid_shapes_tensor: Tensor | None = None,
+        padded: bool | None = None,
+    ) -> Memory:
         """
         Args:
             maps: L x (N, C, H_l, W_l) projected feature maps, fine to coarse, padded on the right
                 and at the bottom to a common size.
-            valid_shapes: N x L x (h, w) the part of each map that is not padding.
+            valid_shapes: N x L x (h, w) the part of each map that is not padding; empty if given as
+                a tensor.
+            valid_shapes_tensor: (N, L, 2) float32, what a compiled program takes instead.
+            padded: whether anything is padding; None: as ``valid_shapes`` say.
 
         Returns:
             The refined tokens. Those in the padding are finite but mean nothing.
@@ -190,10 +216,15 @@ class PixelEncoder(nn.Module):
         spatial_shapes = [(m.shape[-2], m.shape[-1]) for m in maps]
         memory = Memory(
             features=torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1),
-            padding_mask=_padding_mask(spatial_shapes, valid_shapes, maps[0].device),
+            padding_mask=None,
             spatial_shapes=spatial_shapes,
             valid_shapes=valid_shapes,
+            valid_shapes_tensor=valid_shapes_tensor,
         )
+        if padded is None:
+            padded = any(image != spatial_shapes for image in valid_shapes)
+        if padded:
+            memory = memory._replace(padding_mask=_padding_mask(memory))
         position = self._positions(memory)
         reference_points = _reference_points(memory)
         tokens = memory.features
@@ -205,22 +236,19 @@ class PixelEncoder(nn.Module):
         """(N, S, C) sine encoding of the place plus the learned embedding of the level."""
         positions = []
         for level, shape in enumerate(memory.spatial_shapes):
-            valid = [image[level] for image in memory.valid_shapes]
-            sine = sine_position_encoding(shape, valid, self.dim, device=memory.features.device)
+            valid = memory.valid_sizes(level)
+            sine = sine_position_encoding(shape, valid, self.dim, device=valid.device)
             positions.append(sine.flatten(1, 2) + self.level_embed[level])
         return torch.cat(positions, dim=1).to(memory.features.dtype)
 
 
-def _padding_mask(
-    spatial_shapes: list[Shape], valid_shapes: list[list[Shape]], device: torch.device
-) -> Tensor | None:
-    if all(image == spatial_shapes for image in valid_shapes):
-        return None
+def _padding_mask(memory: Memory) -> Tensor:
+    """(N, S) bool, True on padding."""
     masks = []
-    for level, (height, width) in enumerate(spatial_shapes):
-        valid = torch.tensor([image[level] for image in valid_shapes], device=device)
-        rows = torch.arange(height, device=device) >= valid[:, :1]  # (N, H_l)
-        columns = torch.arange(width, device=device) >= valid[:, 1:]  # (N, W_l)
+    for level, (height, width) in enumerate(memory.spatial_shapes):
+        valid = memory.valid_sizes(level)
+        rows = torch.arange(height, device=valid.device) >= valid[:, :1]  # (N, H_l)
+        columns = torch.arange(width, device=valid.device) >= valid[:, 1:]  # (N, W_l)
         masks.append((rows[:, :, None] | columns[:, None]).flatten(1))
     return torch.cat(masks, dim=1)
 
@@ -230,9 +258,7 @@ def _reference_points(memory: Memory) -> Tensor:
     device = memory.features.device
     centres = []
     for level, (height, width) in enumerate(memory.spatial_shapes):
-        valid = torch.tensor(
-            [image[level] for image in memory.valid_shapes], dtype=torch.float32, device=device
-        ).reshape(-1, 2)
+        valid = memory.valid_sizes(level)
         y = (torch.arange(height, device=device) + 0.5) / valid[:, :1]  # (N, H_l), > 1 in padding
         x = (torch.arange(width, device=device) + 0.5) / valid[:, 1:]
         grid = torch.stack(

@@ -1,10 +1,14 @@
 """Post-processing: candidates, their scores, mask-wise merging and its ablation, pixel-wise argmax.
 
-Paper, section 3.7. Shapes: Q thing and T stuff queries, K thing classes, R candidate segments of
-one image, H x W the size of the output.
+Paper, section 3.7. Masks are brought to the output's size a few at a time and never kept, and what
+happens to a segment is decided on the device: memory does not grow with their number, and the host
+waits for the device once a function, not once a segment.
+
+Shapes: Q thing and T stuff queries, K thing classes, R candidate segments of one image, H x W the
+size of the output.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +18,12 @@ from torch.nn import functional as F
 # A pixel belongs to a segment where its soft mask exceeds this (paper, section 3.7).
 MASK_THRESHOLD = 0.5
 
+# Values of full-size masks that are computed together: on a CPU what its caches hold (more is ten
+# times slower for each mask: every temporary then comes as new pages from the system), elsewhere
+# enough to fill the device.
+CHUNK_ON_CPU = 2**20
+CHUNK = 2**26
+
 
 class Segments(NamedTuple):
     """A panoptic segmentation in the model's own class numbers."""
@@ -21,6 +31,7 @@ class Segments(NamedTuple):
     id_map: Tensor  # (H, W) int32, 0 is void, 1.. number the segments
     labels: list[int]  # class of segment 1, 2, ...: things 0..K-1, stuff K..K+T-1
     scores: list[float]
+    areas: list[int]  # pixels of segment 1, 2, ... in id_map
     candidates: list[int]  # index in [0, R) that became segment 1, 2, ...
 
 
@@ -41,6 +52,36 @@ class MergingRules(NamedTuple):
     thing_keep_fraction: float  # t_keep: least fraction of a thing's mask that must be free
     stuff_keep_fraction: float
     area_offset: int  # added to the area that a mask's mean is taken over (official code: 1)
+
+
+class SoftMasks(NamedTuple):
+    """Masks of the output's size, which exist only while they are looked at."""
+
+    maps: Tensor  # (R, h, w) at the decoder's resolution
+    activation: Callable[[Tensor], Tensor]  # turns maps, once resized, into soft masks >= 0
+    size: tuple[int, int]  # (H, W)
+
+    def chunks(self, index: Tensor | None = None) -> Iterator[Tensor]:
+        """
+        The masks, a few at a time.
+
+        Args:
+            index: (R',) int64 those that are wanted, in this order; None: all.
+
+        Yields:
+            (r, H, W) soft masks; together R' of them.
+        """
+        limit = CHUNK_ON_CPU if self.maps.device.type == "cpu" else CHUNK
+        number = max(1, limit // max(1, self.size[0] * self.size[1]))
+        maps = self.maps if index is None else self.maps[index]
+        for part in maps.split(number) if len(maps) else ():
+            yield self.activation(resize_maps(part, self.size))
+
+    def foreground(self, index: Tensor) -> Tensor:
+        """(R', H, W) bool: the wanted masks (R',), thresholded."""
+        masks = [part > MASK_THRESHOLD for part in self.chunks(index)]
+        empty = torch.zeros(0, *self.size, dtype=torch.bool, device=self.maps.device)
+        return torch.cat([empty, *masks])
 
 
 def resize_maps(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -97,53 +138,61 @@ def _with_stuff(
     )
 
 
-def segment_scores(class_scores: Tensor, masks: Tensor, rules: MergingRules) -> Tensor:
+def segment_scores(class_scores: Tensor, masks: SoftMasks, rules: MergingRules) -> Tensor:
     """
     Class probability^alpha times the mean mask value over the segment's pixels^beta.
 
     Args:
         class_scores: (R,) in [0, 1].
-        masks: (R, H, W) soft masks >= 0.
+        masks: R of them.
         rules: with the exponents and the area's offset.
 
     Returns:
         (R,) >= 0, and <= 1 if the masks are; 0 for a mask without a pixel above the threshold.
     """
-    foreground = masks > MASK_THRESHOLD
-    area = foreground.sum((1, 2))
-    mean = (masks * foreground).sum((1, 2)) / (area + rules.area_offset).clamp(min=1)
+    areas, sums = [class_scores.new_zeros(0, dtype=torch.int64)], [class_scores.new_zeros(0)]
+    for part in masks.chunks():
+        foreground = part > MASK_THRESHOLD
+        areas.append(_areas(foreground))
+        sums.append((part * foreground).sum((1, 2)))
+    mean = torch.cat(sums) / (torch.cat(areas) + rules.area_offset).clamp(min=1)
     return class_scores**rules.class_exponent * mean**rules.mask_exponent
 
 
 def merge_mask_wise(
-    scores: Tensor, masks: Tensor, labels: Tensor, num_thing_classes: int, rules: MergingRules
+    scores: Tensor, masks: SoftMasks, labels: Tensor, num_thing_classes: int, rules: MergingRules
 ) -> Segments:
     """
     Mask-wise merging (paper, algorithm 1): segments take free pixels in the order of their scores.
 
     Args:
         scores: (R,) of :func:`segment_scores`; equal scores keep their order.
-        masks: (R, H, W) soft masks.
+        masks: R of them.
         labels: (R,) int64, things below ``num_thing_classes``.
         num_thing_classes: K.
         rules: with the thresholds.
     """
-    id_map = torch.zeros(masks.shape[1:], dtype=torch.int32, device=masks.device)
-    kept = []
     order = scores.argsort(descending=True, stable=True)
-    for candidate in order[scores[order] >= rules.score_threshold].tolist():
-        foreground = masks[candidate] > MASK_THRESHOLD
-        free = foreground & (id_map == 0)
-        is_thing = bool(labels[candidate] < num_thing_classes)
-        if not _keeps_enough(foreground, free, is_thing=is_thing, rules=rules):
-            continue
-        kept.append(candidate)
-        id_map[free] = len(kept)
-    return _segments(id_map, kept, scores, labels)
+    order = order[scores[order] >= rules.score_threshold]
+    fractions = _keep_fractions(labels[order], num_thing_classes, rules)
+    owner = torch.zeros(masks.size, dtype=torch.int32, device=scores.device)  # place in the order
+    kept: list[Tensor] = []
+    areas: list[Tensor] = []
+    for part in masks.chunks(order):
+        foreground = part > MASK_THRESHOLD
+        for mask, area in zip(foreground, _areas(foreground), strict=True):
+            free = mask & (owner == 0)
+            remaining = _areas(free[None])[0]
+            keep = _keeps_enough(area, remaining, fractions[len(kept)])
+            kept.append(keep)
+            areas.append(remaining)
+            # A condition of the host would wait for the device.
+            owner = torch.where(free & keep, len(kept), owner)
+    return _segments(owner, order, kept, areas, scores, labels)
 
 
 def merge_pixel_wise(
-    scores: Tensor, masks: Tensor, labels: Tensor, num_thing_classes: int, rules: MergingRules
+    scores: Tensor, masks: SoftMasks, labels: Tensor, num_thing_classes: int, rules: MergingRules
 ) -> Segments:
     """
     The baseline of the paper's ablation: every pixel goes to the mask that is highest there.
@@ -152,35 +201,82 @@ def merge_pixel_wise(
     loses too many of its pixels to others is dropped, and what it won stays void. Arguments as
     :func:`merge_mask_wise`.
     """
-    id_map = torch.zeros(masks.shape[1:], dtype=torch.int32, device=masks.device)
     candidates = torch.nonzero(scores >= rules.score_threshold)[:, 0]
-    kept: list[int] = []
-    if len(candidates) == 0:
-        return _segments(id_map, kept, scores, labels)
-    chosen = masks[candidates]
-    winner = (scores[candidates, None, None] * chosen).argmax(0)
-    for i, candidate in enumerate(candidates.tolist()):
-        foreground = chosen[i] > MASK_THRESHOLD
-        won = foreground & (winner == i)
-        is_thing = bool(labels[candidate] < num_thing_classes)
-        if not _keeps_enough(foreground, won, is_thing=is_thing, rules=rules):
-            continue
-        kept.append(candidate)
-        id_map[won] = len(kept)
-    return _segments(id_map, kept, scores, labels)
+    fractions = _keep_fractions(labels[candidates], num_thing_classes, rules)
+    winner = torch.zeros(masks.size, dtype=torch.int32, device=scores.device)  # 1.. of candidates
+    highest = scores.new_full(masks.size, -1.0)
+    weights = scores[candidates]
+    number = 0
+    for part in masks.chunks(candidates):
+        for mask in part:
+            value = weights[number] * mask
+            number += 1
+            winner = torch.where(value > highest, number, winner)
+            highest = torch.maximum(highest, value)
+    owner = torch.zeros_like(winner)
+    kept: list[Tensor] = []
+    areas: list[Tensor] = []
+    for part in masks.chunks(candidates):
+        foreground = part > MASK_THRESHOLD
+        for mask, area in zip(foreground, _areas(foreground), strict=True):
+            won = mask & (winner == len(kept) + 1)
+            remaining = _areas(won[None])[0]
+            keep = _keeps_enough(area, remaining, fractions[len(kept)])
+            kept.append(keep)
+            areas.append(remaining)
+            owner = torch.where(won & keep, len(kept), owner)
+    return _segments(owner, candidates, kept, areas, scores, labels)
 
 
-def _keeps_enough(mask: Tensor, remaining: Tensor, *, is_thing: bool, rules: MergingRules) -> bool:
-    """Whether what remains (H, W) of a mask (H, W) is a segment: not empty, and a fair part."""
-    area, remaining_area = torch.stack([mask.sum(), remaining.sum()]).tolist()
-    fraction = rules.thing_keep_fraction if is_thing else rules.stuff_keep_fraction
-    return bool(remaining_area > 0 and remaining_area >= fraction * area)
+def _areas(masks: Tensor) -> Tensor:
+    """(R,) int64 pixels of masks (R, H, W) bool."""
+    # Summed as int32, which no image overflows: the kernel for int64 is several times slower.
+    return masks.sum((1, 2), dtype=torch.int32).long()
 
 
-def _segments(id_map: Tensor, kept: list[int], scores: Tensor, labels: Tensor) -> Segments:
+def _keep_fractions(labels: Tensor, num_thing_classes: int, rules: MergingRules) -> Tensor:
+    """(R,) float64 the least fraction of each mask that must be left."""
+    fractions = [rules.thing_keep_fraction, rules.stuff_keep_fraction]
+    # As a number of the host, in double precision: 0.6 of 5 pixels are 3.
+    things, stuff = (torch.full_like(labels, f, dtype=torch.float64) for f in fractions)
+    return torch.where(labels < num_thing_classes, things, stuff)
+
+
+def _keeps_enough(area: Tensor, remaining: Tensor, fraction: Tensor) -> Tensor:
+    """Whether what remains of a mask's area is a segment: not empty, and a fair part; a bool."""
+    return (remaining > 0) & (remaining >= fraction * area)
+
+
+def _segments(
+    owner: Tensor,
+    candidates: Tensor,
+    kept: Sequence[Tensor],
+    areas: Sequence[Tensor],
+    scores: Tensor,
+    labels: Tensor,
+) -> Segments:
+    """
+    Number the kept segments; the only function here that brings them to the host, all at once.
+
+    Args:
+        owner: (H, W) int32, 0 or 1 + the place of a pixel's segment in ``candidates``.
+        candidates: (R',) int64 in [0, R).
+        kept: R' bools.
+        areas: R' numbers of pixels.
+        scores: (R,).
+        labels: (R,) int64.
+    """
+    if not kept:
+        return Segments(id_map=owner, labels=[], scores=[], areas=[], candidates=[])
+    columns = [torch.stack(list(kept)), torch.stack(list(areas)), candidates]
+    columns += [scores[candidates], labels[candidates]]
+    table = torch.stack([column.double() for column in columns], dim=1)  # exact for all of them
+    number = F.pad(columns[0].cumsum(0), (1, 0)).int()
+    rows = [row for row in table.tolist() if row[0]]
     return Segments(
-        id_map=id_map,
-        labels=labels[kept].tolist(),
-        scores=scores[kept].tolist(),
-        candidates=kept,
+        id_map=number[owner],
+        labels=[int(label) for *_, label in rows],
+        scores=[score for *_, score, _ in rows],
+        areas=[int(area) for _, area, *_ in rows],
+        candidates=[int(candidate) for _, _, candidate, *_ in rows],
     )

@@ -68,6 +68,16 @@ def all_masks(batch_size: int) -> MaskQueries:
     return MaskQueries([torch.arange(5)] * batch_size, [torch.arange(STUFF)] * batch_size)
 
 
+def predict(decoder, tokens, places, num_layers=None):
+    """Class predictions, and N x (Q + T, h, w) maps of all queries."""
+    classes = decoder.predict_classes(tokens, places, num_layers)
+    batch_size, num_queries = places.query.shape[:2]
+    wanted = MaskQueries(
+        [torch.arange(num_queries)] * batch_size, [torch.arange(STUFF)] * batch_size
+    )
+    return classes, decoder.predict_masks(tokens, classes, wanted, num_layers)
+
+
 def everything(batch_size: int, num_queries: int) -> list[torch.Tensor]:
     return [torch.arange(num_queries)] * batch_size
 
@@ -134,25 +144,47 @@ def test_only_the_wanted_masks_are_made(any_decoder):
 def test_inference_gives_the_last_used_layer(any_decoder, num_layers):
     tokens, places = memory(1), locate(torch.randn(1, 5, DIM))
     every = any_decoder(tokens, places, all_masks(1))
-    last = any_decoder.predict(tokens, places, num_layers)
+    last, maps = predict(any_decoder, tokens, places, num_layers)
     index = (num_layers or 0) - 1
     expected = torch.cat([every.thing_maps[index][0], every.stuff_maps[index][0]])
-    torch.testing.assert_close(last.maps[0], expected)
+    torch.testing.assert_close(maps[0], expected)
     torch.testing.assert_close(last.stuff_logits, every.stuff_logits[index])
-    assert last.activation is every.activation
+    assert any_decoder.activation is every.activation
+
+
+@pytest.mark.parametrize("num_layers", [1, None])
+def test_inference_makes_only_the_wanted_masks(any_decoder, num_layers):
+    tokens, places = memory(2), locate(torch.randn(2, 5, DIM))
+    classes, every = predict(any_decoder, tokens, places, num_layers)
+    none = torch.tensor([], dtype=torch.int64)
+    wanted = MaskQueries(things=[torch.tensor([1, 4]), none], stuff=[torch.tensor([1]), none])
+    some = any_decoder.predict_masks(tokens, classes, wanted, num_layers)
+    torch.testing.assert_close(some[0], every[0][[1, 4, 6]])
+    assert some[1].shape == (0, 8, 6)
+
+
+def test_masks_stay_below_their_bound(any_decoder):
+    _, maps = predict(any_decoder, memory(2), locate(10 * torch.randn(2, 5, DIM)))
+    values = any_decoder.activation(1000 * torch.stack(maps))
+    assert values.max() <= any_decoder.greatest_mask_value
+    assert values.min() >= 0
+    bounded = isinstance(any_decoder, JointMaskDecoder)
+    assert (values.max() <= 1) == bounded, "a mask of the released decoder has no bound"
 
 
 def test_every_layer_of_the_joint_decoder_classifies_things(decoder):
     tokens, places = memory(1), locate(torch.randn(1, 5, DIM))
     every = decoder(tokens, places, all_masks(1))
     assert len(every.thing_logits) == len(every.thing_maps) == LAYERS
-    assert torch.equal(decoder.predict(tokens, places).thing_logits, every.thing_logits[-1])
+    last = decoder.predict_classes(tokens, places)
+    assert torch.equal(last.thing_logits, every.thing_logits[-1])
 
 
 def test_things_of_the_decoupled_decoder_are_classified_by_the_location_decoder(decoupled):
     tokens, places = memory(1), locate(torch.randn(1, 5, DIM))
     assert decoupled(tokens, places, all_masks(1)).thing_logits == []
-    assert torch.equal(decoupled.predict(tokens, places).thing_logits, places.logits[-1])
+    last = decoupled.predict_classes(tokens, places)
+    assert torch.equal(last.thing_logits, places.logits[-1])
 
 
 def test_the_tails_masks_come_after_those_of_all_layers(decoupled):
@@ -179,8 +211,8 @@ def test_the_position_of_a_stuff_query_accumulates(decoupled):
 
 def test_coarser_levels_than_a_decoders_are_left_out(any_decoder):
     tokens, places = memory(1, [*SHAPES, (1, 1)]), locate(torch.randn(1, 5, DIM))
-    expected = any_decoder.predict(tokens.finest(len(SHAPES)), places)
-    torch.testing.assert_close(any_decoder.predict(tokens, places).maps, expected.maps)
+    _, expected = predict(any_decoder, tokens.finest(len(SHAPES)), places)
+    torch.testing.assert_close(predict(any_decoder, tokens, places)[1], expected)
 
 
 def test_earlier_layers_compute_no_masks_at_inference(any_decoder, monkeypatch):
@@ -189,7 +221,7 @@ def test_earlier_layers_compute_no_masks_at_inference(any_decoder, monkeypatch):
     monkeypatch.setattr(
         AttentionMaps, "_maps", lambda self, *args: calls.append(self) or make_maps(self, *args)
     )
-    any_decoder.predict(memory(1), locate(torch.randn(1, 5, DIM)))
+    predict(any_decoder, memory(1), locate(torch.randn(1, 5, DIM)))
     if isinstance(any_decoder, JointMaskDecoder):
         assert calls == [any_decoder.layers[-1].cross_attn]
     else:
@@ -198,10 +230,10 @@ def test_earlier_layers_compute_no_masks_at_inference(any_decoder, monkeypatch):
 
 def test_thing_queries_are_a_set(any_decoder):
     tokens, query, order = memory(2), torch.randn(2, 5, DIM), torch.randperm(5)
-    a = any_decoder.predict(tokens, locate(query))
-    b = any_decoder.predict(tokens, locate(query[:, order]))
-    torch.testing.assert_close(b.maps[1][:5], a.maps[1][order])
-    torch.testing.assert_close(b.maps[1][5:], a.maps[1][5:])
+    _, a = predict(any_decoder, tokens, locate(query))
+    _, b = predict(any_decoder, tokens, locate(query[:, order]))
+    torch.testing.assert_close(b[1][:5], a[1][order])
+    torch.testing.assert_close(b[1][5:], a[1][5:])
 
 
 def test_padding_changes_nothing(any_decoder):
@@ -219,8 +251,8 @@ def test_padding_changes_nothing(any_decoder):
         start, own_start = start + height * width, own_start + h * w
     together = Memory(padded, mask, shapes, [small, shapes])
     query = torch.randn(2, 5, DIM)
-    a = any_decoder.predict(own, locate(query[:1]))
-    b = any_decoder.predict(together, locate(query))
-    assert [m.shape for m in b.maps] == [(7, 4, 5), (7, 8, 6)]
-    torch.testing.assert_close(b.maps[0], a.maps[0], atol=1e-5, rtol=1e-5)
+    a, a_maps = predict(any_decoder, own, locate(query[:1]))
+    b, b_maps = predict(any_decoder, together, locate(query))
+    assert [m.shape for m in b_maps] == [(7, 4, 5), (7, 8, 6)]
+    torch.testing.assert_close(b_maps[0], a_maps[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(b.stuff_logits[:1], a.stuff_logits, atol=1e-5, rtol=1e-5)

@@ -51,8 +51,9 @@ def run(model, image) -> dict:
     return found
 
 
-def everything(num_things: int, num_stuff: int) -> MaskQueries:
-    return MaskQueries([torch.arange(num_things)], [torch.arange(num_stuff)])
+def everything(num_things: int, num_stuff: int, batch_size: int = 1) -> MaskQueries:
+    things, stuff = torch.arange(num_things), torch.arange(num_stuff)
+    return MaskQueries([things] * batch_size, [stuff] * batch_size)
 
 
 class TestSmallModel:
@@ -197,12 +198,13 @@ class TestPaddedBatch:
         features = case["transformer/enc_layer_1"].transpose(0, 1)[:, :num_positions]
         memory = Memory(features, None, shapes, [shapes, shapes])
         places = Locations(case["args/query"], case["location/all_cls_scores"], torch.zeros(0))
-        prediction = small_model().mask_decoder.predict(memory, places)
+        decoder, wanted = small_model().mask_decoder, everything(20, 53, 2)
+        maps_of = decoder.predict_masks(memory, decoder.predict_classes(memory, places), wanted)
         for image in (0, 1):
             if f"infer/{image}/topk_query_index" not in case:
                 continue
             queries = case[f"infer/{image}/topk_query_index"]
-            things, stuff = prediction.maps[image][queries], prediction.maps[image][20:]
+            things, stuff = maps_of[image][queries], maps_of[image][20:]
             for maps, group in ((things, "things"), (stuff, "stuff")):
                 expected = case[f"infer/{image}/{group}/mask_tail"][0]
                 assert difference(maps.flatten(1), expected) < TOLERANCE
@@ -241,10 +243,12 @@ class TestFullSize:
         for name, value in compared.items():
             if name in case:
                 assert difference(value, case[name]) < TOLERANCE, name
-        prediction = model.mask_decoder.predict(found["memory"], locations)
+        decoder, memory = model.mask_decoder, found["memory"]
+        classes = decoder.predict_classes(memory, locations)
+        (maps,) = decoder.predict_masks(memory, classes, everything(300, 53))
         pairs = locations.logits[-1, 0].sigmoid().flatten().topk(100).indices
         assert torch.equal(pairs % 80, case["merge/labels"])
-        things, stuff = prediction.maps[0][pairs // 80], prediction.maps[0][300:]
+        things, stuff = maps[pairs // 80], maps[300:]
         assert difference(things.flatten(1)[None], case["things/mask_tail"]) < TOLERANCE
         assert difference(stuff.flatten(1)[None], case["stuff/mask_tail"]) < TOLERANCE
         height, width = case["panoptic"].shape[:2]

@@ -5,8 +5,8 @@ import torch
 from detectron2.data import MetadataCatalog
 from release_cases import arrays, difference, official_panoptic, small_model
 
-from psf.modeling.mask_decoder import MaskPredictions
-from psf.modeling.postprocessing import best_thing_pairs, resize_maps, segment_scores
+from psf.modeling.panoptic_segformer import ImagePrediction
+from psf.modeling.postprocessing import SoftMasks, best_thing_pairs, segment_scores
 
 
 @pytest.fixture(params=["crafted_r50", "crafted_pvt_swin", "random_0"])
@@ -30,10 +30,10 @@ def model(case, monkeypatch):
 @pytest.fixture
 def output(case, model):
     maps = torch.cat([case["in/thing_masks"], case["in/stuff_masks"]])
-    prediction = MaskPredictions(
-        case["in/cls_logits"][None], case["in/stuff_logits"][None], [maps], torch.relu
-    )
-    return model.postprocess(prediction, 0, tuple(case["in/ori_shape"].tolist()))
+    scores = case["in/cls_logits"].sigmoid(), case["in/stuff_logits"].sigmoid()
+    candidates = model.inference_options.find_candidates(*scores)
+    prediction = ImagePrediction(*scores, candidates, torch.arange(len(maps)), maps, torch.relu)
+    return model.postprocess(prediction, tuple(case["in/ori_shape"].tolist()))
 
 
 def test_thresholds_of_overlap_are_those_of_the_config(case, model):
@@ -52,7 +52,7 @@ def test_scores_of_all_candidates(case, model):
     )
     assert torch.equal(candidates.labels[:100], case["mid/topk_labels"])
     maps = torch.cat([case["in/thing_masks"], case["in/stuff_masks"]])[candidates.query]
-    masks = resize_maps(maps, case["in/ori_shape"].tolist())
+    masks = SoftMasks(maps, torch.relu, tuple(case["in/ori_shape"].tolist()))
     scores = segment_scores(candidates.class_scores, masks, model.inference_options.rules)
     assert difference(scores.sort(descending=True).values, case["mid/sorted_scores"]) < 1e-6
 
