@@ -75,6 +75,7 @@ class TrainStep(SimpleTrainer):
         self.amp = amp
         self.device_type = device_type
         self.clip_norm = clip_norm
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.grad_scaler = torch.amp.GradScaler(device_type, enabled=amp and not has_bfloat16)
 
     def run_step(self) -> None:
@@ -91,7 +92,7 @@ class TrainStep(SimpleTrainer):
         self._write_metrics(losses, data_time)
         if self.clip_norm is not None:
             self.grad_scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm, foreach=True)
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm, foreach=True)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
