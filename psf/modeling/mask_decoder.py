@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from psf.layers.transformer import ClassHead, FeedForward, init_linear_weights
+from psf.layers.transformer import (
+    ClassHead,
+    FeedForward,
+    attention,
+    init_linear_weights,
+    self_attention,
+)
 from psf.modeling.location_decoder import Locations
 from psf.modeling.mask_head import HeadWeights, Levels, mask_maps
 from psf.modeling.pixel_encoder import Memory, Shape
@@ -137,7 +143,7 @@ class MaskAttention(AttentionMaps):
         k = self._split_heads(self.k_proj(memory.features))  # (N, M, S, D)
         v = self._split_heads(self.v_proj(memory.features))
         visible = None if memory.padding_mask is None else ~memory.padding_mask[:, None, None]
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        attended = attention(q, k, v, visible)
         maps = [] if mask_queries is None else self._maps(q, k, memory, mask_queries)
         return self.out_proj(attended.transpose(1, 2).flatten(2)), maps
 
@@ -198,7 +204,7 @@ class MaskDecoderLayer(nn.Module):
             Refined queries (N, Q, C), and N x (R, h, w) maps.
         """
         if self.self_attn is not None:
-            attended = self.self_attn(query, query, query, need_weights=False)[0]
+            attended = self_attention(self.self_attn, query, query)
             query = self.norm3(query + attended)
         attended, maps = self.cross_attn(query, memory, mask_queries)
         query = self.norm1(query + attended)
