@@ -95,6 +95,7 @@ class Criterion:
         predictions: DeepPredictions,
         targets: Sequence[Targets],
         assignments: list[list[Assignment]],
+        num_segments: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """
         Args:
@@ -102,6 +103,8 @@ class Criterion:
             predictions: of the mask decoder, with the masks of :func:`mask_queries`.
             targets: one an image.
             assignments: of :meth:`assign`.
+            num_segments: () the :func:`normaliser` of a larger batch that the images are a part of;
+                None: of these images.
 
         Returns:
             Weighted losses, summing to the training loss. ``loss_<what>`` is the last layer's,
@@ -115,7 +118,12 @@ class Criterion:
             **self._class_losses(predictions, targets, matched),
             **self._mask_losses(locations, predictions, targets, matched),
         }
-        num_segments = _num_segments(matched, targets)
+        if num_segments is None:
+            num_segments = normaliser(
+                sum(len(assignment.query) for assignment in matched),
+                sum(len(target.stuff_labels) for target in targets),
+                locations.logits.device,
+            )
         return {
             key if layer == len(values) - 1 else f"{key}_{layer}": value / num_segments
             for key, values in sums.items()
@@ -305,16 +313,19 @@ def mask_queries(assignments: Sequence[Assignment], targets: Sequence[Targets]) 
     )
 
 
-def _num_segments(assignments: Sequence[Assignment], targets: Sequence[Targets]) -> Tensor:
-    """Things and stuff segments of all processes, at least 1 each, divided by the processes."""
-    counts = torch.tensor(
-        [
-            sum(len(assignment.query) for assignment in assignments),
-            sum(len(target.stuff_labels) for target in targets),
-        ],
-        dtype=torch.float32,
-        device=targets[0].thing_labels.device,
-    )
+def normaliser(num_things: int, num_stuff: int, device: torch.device) -> Tensor:
+    """
+    What the sums of losses are divided by.
+
+    Args:
+        num_things: matched things of this process.
+        num_stuff: stuff segments of this process.
+        device: of the result.
+
+    Returns:
+        (): the segments of all processes, at least 1 of each kind, divided by the processes.
+    """
+    counts = torch.tensor([num_things, num_stuff], dtype=torch.float32, device=device)
     if not (dist.is_available() and dist.is_initialized()):
         return counts.clamp(min=1).sum()
     dist.all_reduce(counts)
