@@ -76,9 +76,9 @@ def _git(*arguments: str) -> str:
     ).stdout.strip()
 
 
-def write_result(name: str, content: Mapping[str, Any]) -> None:
-    """Write ``results/<name>.json`` and show it."""
-    RESULTS.mkdir(exist_ok=True)
+def write_result(name: str, content: Mapping[str, Any], folder: Path = RESULTS) -> None:
+    """Write ``<name>.json`` into a folder, ``results/`` by default, and show it."""
+    folder.mkdir(exist_ok=True)
     text = json.dumps(content, indent=1)
-    (RESULTS / f"{name}.json").write_text(text + "\n")
+    (folder / f"{name}.json").write_text(text + "\n")
     print(text)

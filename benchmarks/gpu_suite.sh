@@ -6,7 +6,7 @@
 #   benchmarks/gpu_suite.sh test       the tests that need a GPU
 #   benchmarks/gpu_suite.sh sanitize   compute-sanitizer on every kernel
 #   benchmarks/gpu_suite.sh variants   the ways to add up the value gradient, against each other
-#   benchmarks/gpu_suite.sh bench      operator and whole model against their peers
+#   benchmarks/gpu_suite.sh bench      operator, whole model and training against their peers
 #   benchmarks/gpu_suite.sh all        all of these, going on after a failure; the default
 #
 # Logs and results go to $OUT, else to benchmarks/results/. PYTHON names the interpreter. Packages
@@ -67,6 +67,7 @@ bench() {
     logged bench "$PYTHON" benchmarks/ms_deform_attn.py --device cuda --output "$OUT"
     logged bench-model "$PYTHON" benchmarks/model.py --device cuda --size 800 1333 --rounds 11 \
         --output "$OUT"
+    logged train "$PYTHON" benchmarks/train.py --device cuda --steps 5 --rounds 3 --output "$OUT"
 }
 
 step() {

@@ -54,6 +54,9 @@ def add_psf_config(cfg: CN) -> None:
     cfg.MODEL.PSF.MASK_DECODER.MATCHING.L1_WEIGHT = 5.0
     cfg.MODEL.PSF.MASK_DECODER.MATCHING.GIOU_WEIGHT = 2.0
     cfg.MODEL.PSF.MASK_DECODER.MATCHING.DICE_WEIGHT = 2.0
+    # Random points at which masks are compared in that matching (Mask2Former, section 3.3: 12544);
+    # 0: everywhere.
+    cfg.MODEL.PSF.MASK_DECODER.MATCHING.NUM_POINTS = 0
 
     # Losses: focal, L1, GIoU as Deformable DETR; Dice as the official code.
     cfg.MODEL.PSF.CLASS_WEIGHT = 2.0
@@ -66,6 +69,11 @@ def add_psf_config(cfg: CN) -> None:
     # lambda_things and lambda_stuff (paper, equation 1), on top of the weighting by counts.
     cfg.MODEL.PSF.THINGS_WEIGHT = 1.0
     cfg.MODEL.PSF.STUFF_WEIGHT = 1.0
+
+    # Parts whose layers compute their activations again in the backward pass, instead of storing
+    # them: "backbone" (Detectron2's ResNets), "pixel_encoder", "location_decoder", "mask_decoder".
+    # Same losses and gradients for less memory and more time (docs/training_performance.md).
+    cfg.MODEL.PSF.CHECKPOINT = []
 
     cfg.MODEL.PSF.TEST = CN()
     # Which outputs to compute.
@@ -147,3 +155,9 @@ def add_psf_config(cfg: CN) -> None:
     # learning rate is scaled with the images, and iterations and steps against them; 0: never.
     # Unlike Detectron2's REFERENCE_WORLD_SIZE it leaves the batch size to you.
     cfg.SOLVER.REFERENCE_BATCH_SIZE = 0
+    # Cut every batch of IMS_PER_BATCH images into so many parts, one after the other through the
+    # model, and add up their gradients: the memory of a part, the gradient of the batch.
+    cfg.SOLVER.ACCUMULATE_STEPS = 1
+    # Compile the layers with torch.compile when training starts: some minutes, then faster. Needs
+    # a C++ compiler on a CPU, Triton on a GPU.
+    cfg.SOLVER.COMPILE = False

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import os
+import shutil
 import time
 import weakref
 from collections import OrderedDict
@@ -21,6 +22,7 @@ from detectron2.data import (
 )
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, create_ddp_model
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
@@ -35,6 +37,9 @@ from psf.evaluation.pictures import (
     write_curves,
 )
 from psf.finetuning import ClassCheckpointer
+from psf.modeling.location_decoder import LocationDecoderLayer
+from psf.modeling.mask_decoder import MaskDecoderLayer
+from psf.modeling.pixel_encoder import EncoderLayer
 from psf.solver import (
     build_optimizer,
     check_reference_world_size,
@@ -64,6 +69,7 @@ class TrainStep(SimpleTrainer):
         *,
         amp: bool,
         clip_norm: float | None,
+        accumulate_steps: int = 1,
     ) -> None:
         """
         Args:
@@ -72,6 +78,9 @@ class TrainStep(SimpleTrainer):
             optimizer: of the model's parameters.
             amp: use mixed precision.
             clip_norm: largest norm of the whole gradient; None: no clipping.
+            accumulate_steps: parts that every batch is cut into. With more than one the model
+                (inside ``DistributedDataParallel``, too) has ``count_segments`` and takes its
+                result.
         """
         super().__init__(model, data_loader, optimizer)
         device_type = next(model.parameters()).device.type
@@ -80,6 +89,8 @@ class TrainStep(SimpleTrainer):
         self.amp = amp
         self.device_type = device_type
         self.clip_norm = clip_norm
+        self.accumulate_steps = accumulate_steps
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.grad_scaler = torch.amp.GradScaler(device_type, enabled=amp and not has_bfloat16)
 
     def run_step(self) -> None:
@@ -87,26 +98,61 @@ class TrainStep(SimpleTrainer):
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
-        with torch.autocast(self.device_type, self.amp_dtype, enabled=self.amp):
-            losses = self.model(data)
-        self._check_finite(losses)
         self.optimizer.zero_grad()
-        self.grad_scaler.scale(sum(losses.values())).backward()
+        losses = self._backward(data) if self.accumulate_steps == 1 else self._accumulate(data)
         self.after_backward()
         self._write_metrics(losses, data_time)
+        self._step()
+
+    def _backward(self, data: Any, **options: Any) -> dict[str, Tensor]:
+        """Add the gradient of a batch, or a part of one, and return its losses on the host."""
+        with torch.autocast(self.device_type, self.amp_dtype, enabled=self.amp):
+            losses: dict[str, Tensor] = self.model(data, **options)
+        values = torch.stack(list(losses.values()))
+        on_host = dict(zip(losses, values.detach().cpu(), strict=True))  # the only transfer
+        self._check_finite(on_host)
+        self.grad_scaler.scale(values.sum()).backward()
+        return on_host
+
+    def _accumulate(self, data: list[Any]) -> dict[str, Tensor]:
+        """As :meth:`_backward`, in parts: the sums are divided by the segments of the batch."""
+        if len(data) % self.accumulate_steps:
+            raise ValueError(
+                f"SOLVER.ACCUMULATE_STEPS is {self.accumulate_steps}, but the batch of a process "
+                f"has {len(data)} images (SOLVER.IMS_PER_BATCH over the processes): make it a "
+                "multiple"
+            )
+        distributed = isinstance(self.model, nn.parallel.DistributedDataParallel)
+        module: Any = self.model.module if distributed else self.model
+        num_segments = module.count_segments(data)
+        size = len(data) // self.accumulate_steps
+        total: dict[str, Tensor] = {}
+        for start in range(0, len(data), size):
+            last = start + size == len(data)
+            # Gradients are averaged over processes once, with the last part.
+            waits = contextlib.nullcontext() if last or not distributed else self.model.no_sync()
+            with waits:
+                losses = self._backward(data[start : start + size], num_segments=num_segments)
+            total = {name: total.get(name, 0) + loss for name, loss in losses.items()}
+        return total
+
+    def _step(self) -> None:
+        """Clip the gradient and change the weights."""
+        fused = self.optimizer.defaults.get("fused", False)
         if self.clip_norm is not None:
             self.grad_scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm, foreach=True)
+            if fused and not self.grad_scaler.is_enabled():
+                # The kernel divides by this as it reads the gradient: no pass of its own.
+                gradients = [p.grad for p in self.parameters if p.grad is not None]
+                norm = nn.utils.get_total_norm(gradients, foreach=True)
+                self.optimizer.grad_scale = (norm / self.clip_norm).clamp(min=1)
+            else:
+                nn.utils.clip_grad_norm_(self.parameters, self.clip_norm, foreach=True)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
     def _check_finite(self, losses: dict[str, Tensor]) -> None:
-        values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
-        bad = [
-            f"{name} = {value}"
-            for name, value in zip(losses, values, strict=True)
-            if not math.isfinite(value)
-        ]
+        bad = [f"{name} = {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
         if bad:
             raise FloatingPointError(
                 f"The loss is not finite at iteration {self.iter}: {', '.join(bad)}. The last "
@@ -120,6 +166,30 @@ class TrainStep(SimpleTrainer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def compile_layers(model: nn.Module) -> None:
+    """
+    Let torch.compile translate the layers of a model when they first run.
+
+    Layers of one kind share their code, and sizes that change become variables of it, so that the
+    number of translations does not grow with the sizes of images; torch stops at eight of one
+    function and goes on without. What surrounds the layers (matching, losses) stays as it is.
+
+    Raises:
+        RuntimeError: on a CPU without a C++ compiler.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if on_cpu and shutil.which(compiler) is None:
+        raise RuntimeError(
+            f"SOLVER.COMPILE needs a C++ compiler, but there is no '{compiler}'. Install one, let "
+            "the environment variable CXX name it, or set SOLVER.COMPILE to False."
+        )
+    kinds = (BottleneckBlock, BasicBlock, EncoderLayer, LocationDecoderLayer, MaskDecoderLayer)
+    for module in model.modules():
+        if isinstance(module, kinds):
+            module.compile()
 
 
 class PicturesHook(HookBase):
@@ -144,6 +214,8 @@ class Trainer(DefaultTrainer):
         cfg = scale_to_batch_size(cfg)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
+        if cfg.SOLVER.COMPILE:
+            compile_layers(model)
         data_loader = self.build_train_loader(cfg)
         on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
         model = create_ddp_model(
@@ -157,6 +229,7 @@ class Trainer(DefaultTrainer):
             optimizer,
             amp=cfg.SOLVER.AMP.ENABLED,
             clip_norm=full_model_clip_norm(cfg),
+            accumulate_steps=cfg.SOLVER.ACCUMULATE_STEPS,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = ClassCheckpointer(

@@ -10,7 +10,7 @@ from torch import nn
 
 from psf.data import register_panoptic
 from psf.solver import build_optimizer
-from psf.trainer import Trainer, TrainStep, summary
+from psf.trainer import Trainer, TrainStep, compile_layers, summary
 
 
 class Losses(nn.Module):
@@ -61,6 +61,103 @@ def test_mixed_precision_runs_on_this_device(tiny_cfg):
     assert step.amp_dtype == torch.bfloat16
     assert not torch.equal(before, next(model.parameters()))
     assert "loss_thing_mask" in written
+
+
+def step_on(cfg, model, data, **options):
+    """One step; the gradients before clipping and the losses written."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    step = TrainStep(model, [data], optimizer, **{"amp": False, "clip_norm": None, **options})
+    step.iter, written = 0, {}
+    step._write_metrics = lambda losses, data_time: written.update(losses)
+    step.run_step()
+    return {name: p.grad for name, p in model.named_parameters()}, written
+
+
+@pytest.mark.parametrize("name", ["joint", "decoupled"])
+def test_accumulated_gradients_are_those_of_the_batch(tiny_cfg, name):
+    """Images of several sizes with 3, 0, 9 (more than queries) and 1 segments, in 1, 2, 4 parts."""
+    tiny_cfg.MODEL.PSF.MASK_DECODER.NAME = name
+    # Double precision, as ReLUs and normalisations of few cells blow up single rounding errors.
+    model = build_model(tiny_cfg).double().train()
+    torch.manual_seed(0)
+    for key, parameter in model.named_parameters():
+        # Offsets start as whole pixels, where the slope of bilinear sampling jumps.
+        if "sampling_offsets.bias" in key:
+            parameter.data += 0.1 + 0.3 * torch.rand_like(parameter)
+    classes = [[0, 1, 3], [], [0, 1, 2, 0, 1, 2, 0, 1, 2], [4]]
+    sizes = [(64, 96), (96, 64), (64, 96), (80, 80)]
+    shapes = zip(sizes, classes, strict=True)
+    data = [make_input(*size, c, seed=i) for i, (size, c) in enumerate(shapes)]
+    expected, losses = step_on(tiny_cfg, model, data)
+    whole = torch.cat([g.flatten() for g in expected.values() if g is not None]).norm()
+    for parts in (2, 4):
+        found, found_losses = step_on(tiny_cfg, model, data, accumulate_steps=parts)
+        for key, loss in losses.items():
+            torch.testing.assert_close(found_losses[key], loss, atol=1e-5, rtol=1e-5)
+        for key, grad in expected.items():
+            if grad is not None:
+                assert (found[key] - grad).norm() < 1e-5 * whole + 1e-4 * grad.norm(), key
+
+
+def test_a_batch_that_cannot_be_cut_is_refused(tiny_cfg):
+    data = [make_input(64, 64, [0])] * 3
+    with pytest.raises(ValueError, match=r"ACCUMULATE_STEPS is 2, but the batch .* has 3 images"):
+        step_on(tiny_cfg, build_model(tiny_cfg).train(), data, accumulate_steps=2)
+
+
+def test_clipping_within_the_fused_step_is_clipping(tiny_cfg):
+    """The fused optimizer divides the gradient; a model stepped with torch's clipping agrees."""
+    torch.manual_seed(0)
+    gradients = [torch.randn(5, 7), torch.randn(3)]
+    results = []
+    for fused in (True, False):
+        parameters = [nn.Parameter(torch.ones(5, 7)), nn.Parameter(torch.ones(3))]
+        model = nn.ParameterList(parameters)
+        optimizer = torch.optim.AdamW(parameters, lr=0.1, eps=0.1, fused=fused)
+        step = TrainStep(model, [None], optimizer, amp=False, clip_norm=0.5)
+        for scale in (1.0, 1e-3):  # clipped, then not
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = scale * gradient
+            step._step()
+        results.append([p.detach().clone() for p in parameters])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_compiled_layers_give_the_same_losses_for_any_size(tiny_cfg, monkeypatch):
+    model = build_model(tiny_cfg).train()
+    sizes = [(64, 96), (96, 64), (128, 96), (80, 144)]
+    batches = [[make_input(*size, [0, 3], seed=i)] for i, size in enumerate(sizes)]
+    expected = [step_on(tiny_cfg, model, batch) for batch in batches]
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    compile_ = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_(self, backend=backend))
+    torch._dynamo.reset()
+    compile_layers(model)
+    for batch, (grads, losses) in zip(batches, expected, strict=True):
+        found, found_losses = step_on(tiny_cfg, model, batch)
+        for key, loss in losses.items():
+            torch.testing.assert_close(found_losses[key], loss, atol=1e-5, rtol=1e-5)
+        for key, grad in grads.items():
+            if grad is not None:
+                torch.testing.assert_close(found[key], grad, atol=1e-5, rtol=1e-3)
+    number = len(compilations)
+    assert number > 0
+    for batch in batches:
+        step_on(tiny_cfg, model, batch)
+    assert len(compilations) == number, "sizes seen before need no further translation"
+    torch._dynamo.reset()
+
+
+def test_compiling_without_a_compiler_says_what_to_do(tiny_cfg, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RuntimeError, match=r"no 'no-such-compiler'.*SOLVER.COMPILE to False"):
+        compile_layers(build_model(tiny_cfg))
 
 
 def losses_of(cfg, iterations):

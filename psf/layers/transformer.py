@@ -8,6 +8,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Attention scores (over images, heads, queries and keys) up to which a CPU in half precision is
+# faster with them written out than with the kernel that never does: forward and backward of 4
+# images with 65 queries and 336 keys take 0.9 ms instead of 3.3.
+FEW_SCORES = 1 << 20
 
 
 def sine_position_encoding(
@@ -50,6 +56,44 @@ def sine_position_encoding(
     y = encode(height, valid[:, 0])[:, :, None].expand(-1, -1, width, -1)
     x = encode(width, valid[:, 1])[:, None].expand(-1, height, -1, -1)
     return torch.cat([y, x], dim=-1)
+
+
+def writes_scores(query: Tensor, num_keys: int, num_heads: int) -> bool:
+    """Whether attention of queries (N, Q, C) to so many keys is faster with its scores written."""
+    num_scores = query.shape[0] * num_heads * query.shape[1] * num_keys
+    half = torch.is_autocast_enabled("cpu") or query.dtype in (torch.bfloat16, torch.float16)
+    return query.device.type == "cpu" and half and num_scores <= FEW_SCORES
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    """
+    Scaled dot-product attention, with the kernel that suits its size.
+
+    Args:
+        q: (N, M, Q, D).
+        k: (N, M, S, D).
+        v: (N, M, S, D).
+        visible: (N, 1, 1, S) bool, False where nothing attends to; None: everything is seen.
+
+    Returns:
+        (N, M, Q, D).
+    """
+    if not writes_scores(q[:, 0], k.shape[2], q.shape[1]):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -math.inf)
+    return scores.softmax(-1).to(v.dtype) @ v  # under autocast the softmax is float32
+
+
+def self_attention(module: nn.MultiheadAttention, query: Tensor, value: Tensor) -> Tensor:
+    """Attention of queries (N, Q, C) to themselves, with the kernel that suits its size."""
+    # The module writes its scores where it is to return weights.
+    written = writes_scores(query, query.shape[1], module.num_heads)
+    attended: Tensor = module(
+        query, query, value, need_weights=written, average_attn_weights=False
+    )[0]
+    return attended
 
 
 class FeedForward(nn.Sequential):

@@ -14,16 +14,16 @@ from torch import distributed as dist
 
 from psf.layers.boxes import cxcywh_to_xyxy, generalized_box_iou
 from psf.modeling.location_decoder import Locations
-from psf.modeling.losses import dice_loss, sigmoid_focal_loss
+from psf.modeling.losses import shrink_masks, sigmoid_focal_loss, upsampled_dice_loss
 from psf.modeling.mask_decoder import DeepPredictions, MaskQueries
 from psf.modeling.matcher import (
     Assignment,
     MaskMatchingWeights,
+    MaskPairs,
     MatchingWeights,
     match_masks,
     match_things,
 )
-from psf.modeling.postprocessing import resize_maps
 
 
 class Targets(NamedTuple):
@@ -81,17 +81,13 @@ class Criterion:
             layers x N assignments. The mask decoder computes masks for the queries of the last
             layer's only.
         """
-        images = [
-            match_things(
-                locations.logits[:, i],
-                locations.boxes[:, i],
-                target.thing_labels,
-                target.thing_boxes,
-                self.matching_weights,
-            )
-            for i, target in enumerate(targets)
-        ]
-        return [list(layer) for layer in zip(*images, strict=True)]
+        return match_things(
+            locations.logits,
+            locations.boxes,
+            [target.thing_labels for target in targets],
+            [target.thing_boxes for target in targets],
+            self.matching_weights,
+        )
 
     def __call__(
         self,
@@ -99,6 +95,7 @@ class Criterion:
         predictions: DeepPredictions,
         targets: Sequence[Targets],
         assignments: list[list[Assignment]],
+        num_segments: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """
         Args:
@@ -106,6 +103,8 @@ class Criterion:
             predictions: of the mask decoder, with the masks of :func:`mask_queries`.
             targets: one an image.
             assignments: of :meth:`assign`.
+            num_segments: () the :func:`normaliser` of a larger batch that the images are a part of;
+                None: of these images.
 
         Returns:
             Weighted losses, summing to the training loss. ``loss_<what>`` is the last layer's,
@@ -119,7 +118,12 @@ class Criterion:
             **self._class_losses(predictions, targets, matched),
             **self._mask_losses(locations, predictions, targets, matched),
         }
-        num_segments = _num_segments(matched, targets)
+        if num_segments is None:
+            num_segments = normaliser(
+                sum(len(assignment.query) for assignment in matched),
+                sum(len(target.stuff_labels) for target in targets),
+                locations.logits.device,
+            )
         return {
             key if layer == len(values) - 1 else f"{key}_{layer}": value / num_segments
             for key, values in sums.items()
@@ -135,18 +139,13 @@ class Criterion:
         """Detection losses of Deformable DETR, one a layer: sums, not yet normalised."""
         weights = self.loss_weights
         logits = locations.logits.float()
+        pairs = _pairs_of_layers(assignments, targets)
         class_targets = torch.zeros_like(logits)
-        matched, gt_boxes = [], []
-        for layer, layer_assignments in enumerate(assignments):
-            for image, (target, assignment) in enumerate(
-                zip(targets, layer_assignments, strict=True)
-            ):
-                labels = target.thing_labels[assignment.segment]
-                class_targets[layer, image, assignment.query, labels] = 1
-                matched.append(locations.boxes[layer, image, assignment.query])
-                gt_boxes.append(target.thing_boxes[assignment.segment])
-        boxes = torch.cat(matched).float().unflatten(0, (len(assignments), -1))  # (layers, n, 4)
-        expected = torch.cat(gt_boxes).unflatten(0, (len(assignments), -1))
+        class_targets.flatten(0, 1)[pairs.row, pairs.query, pairs.label] = 1
+        # (layers, n, 4): as many pairs in every layer.
+        boxes = locations.boxes.flatten(0, 1)[pairs.row, pairs.query].float()
+        boxes = boxes.unflatten(0, (len(assignments), -1))
+        expected = pairs.box.unflatten(0, (len(assignments), -1))
         giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(expected))
         focal = sigmoid_focal_loss(logits, class_targets).sum((1, 2, 3))  # (layers,)
         distance = (boxes - expected).abs().sum((1, 2))
@@ -169,8 +168,8 @@ class Criterion:
         if predictions.thing_logits:
             logits = torch.stack(predictions.thing_logits).float()  # (layers, N, Q, K)
             classes = torch.zeros_like(logits[0])
-            for image, (target, assignment) in enumerate(zip(targets, assignments, strict=True)):
-                classes[image, assignment.query, target.thing_labels[assignment.segment]] = 1
+            pairs = _pairs_of_layers([assignments], targets)
+            classes[pairs.row, pairs.query, pairs.label] = 1
             focal = sigmoid_focal_loss(logits, classes.expand_as(logits)).sum((1, 2, 3))
             losses["loss_thing_class"] = (
                 weights.things_weight * weights.class_weight * focal
@@ -178,8 +177,8 @@ class Criterion:
         if predictions.stuff_logits:
             logits = torch.stack(predictions.stuff_logits).float()  # (layers, N, T)
             classes = torch.zeros_like(logits[0])
-            for image, target in enumerate(targets):
-                classes[image, target.stuff_labels] = 1
+            present = [target.stuff_labels for target in targets]
+            classes[_image_of_each(present), torch.cat(present)] = 1
             # Unlike the official code: also for images without things.
             focal = sigmoid_focal_loss(logits, classes.expand_as(logits)).sum((1, 2))
             losses["loss_stuff_class"] = (
@@ -195,13 +194,15 @@ class Criterion:
         assignments: Sequence[Assignment],
     ) -> dict[str, Sequence[Tensor]]:
         """Of every layer of the mask decoder that makes masks: sums, not yet normalised."""
-        shapes = [maps.shape[-2:] for maps in predictions.thing_maps[-1]]
         segments = self._mask_segments(locations, predictions, targets, assignments)
+        sizes = [
+            [self.mask_loss_scale * side for side in maps.shape[-2:]]
+            for maps in predictions.thing_maps[-1]
+        ]
         things, stuff = [], []
-        for target, index, shape in zip(targets, segments, shapes, strict=True):
-            size = [self.mask_loss_scale * side for side in shape]
-            things.append(resize_maps(target.thing_masks[index].float(), size))
-            stuff.append(resize_maps(target.stuff_masks.float(), size))
+        for target, index, size in zip(targets, segments, sizes, strict=True):
+            things.append(shrink_masks(target.thing_masks[index], size))
+            stuff.append(shrink_masks(target.stuff_masks, size))
         weights = self.loss_weights
         return {
             "loss_thing_mask": [
@@ -224,21 +225,54 @@ class Criterion:
         """N x (R_things,) int64: the thing whose mask each matched query should predict."""
         if self.mask_matching is None:
             return [assignment.segment for assignment in assignments]
-        segments = []
-        for image, (target, assignment) in enumerate(zip(targets, assignments, strict=True)):
-            masks = predictions.activation(predictions.thing_maps[-1][image])
-            query, segment = assignment
-            again = match_masks(
-                locations.logits[-1, image, query],
-                locations.boxes[-1, image, query],
-                masks,
-                target.thing_labels[segment],
-                target.thing_boxes[segment],
-                resize_maps(target.thing_masks[segment].float(), masks.shape[-2:]),
-                self.mask_matching,
+        images = []
+        for i, (target, (query, segment)) in enumerate(zip(targets, assignments, strict=True)):
+            masks = predictions.activation(predictions.thing_maps[-1][i])
+            images.append(
+                MaskPairs(
+                    logits=locations.logits[-1, i, query],
+                    boxes=locations.boxes[-1, i, query],
+                    masks=masks,
+                    labels=target.thing_labels[segment],
+                    gt_boxes=target.thing_boxes[segment],
+                    gt_masks=shrink_masks(target.thing_masks[segment], masks.shape[-2:]),
+                )
             )
-            segments.append(segment[again.segment])
-        return segments
+        again = match_masks(images, self.mask_matching)
+        return [
+            first.segment[second.segment] for first, second in zip(assignments, again, strict=True)
+        ]
+
+
+class _Pairs(NamedTuple):
+    """Matched pairs of all layers and images, layers first."""
+
+    row: Tensor  # (n,) int64, layer * N + image
+    query: Tensor  # (n,) int64
+    label: Tensor  # (n,) int64 in [0, K)
+    box: Tensor  # (n, 4) cxcywh of the ground truth
+
+
+def _pairs_of_layers(layers: Sequence[Sequence[Assignment]], targets: Sequence[Targets]) -> _Pairs:
+    flat = [assignment for layer in layers for assignment in layer]
+    counts = [len(target.thing_labels) for target in targets]
+    row = _image_of_each([assignment.query for assignment in flat])
+    query, segment = (torch.cat(index) for index in zip(*flat, strict=True))
+    # Things of all images follow each other.
+    starts = torch.tensor([sum(counts[:i]) for i in range(len(counts))], device=row.device)
+    thing = segment + starts[row % len(targets)]
+    return _Pairs(
+        row=row,
+        query=query,
+        label=torch.cat([target.thing_labels for target in targets])[thing],
+        box=torch.cat([target.thing_boxes for target in targets])[thing],
+    )
+
+
+def _image_of_each(items: Sequence[Tensor]) -> Tensor:
+    """The place in the list of every element of N x (n,) tensors, (sum n,) int64."""
+    index = [i for i, item in enumerate(items) for _ in range(len(item))]
+    return torch.tensor(index, dtype=torch.int64, device=items[0].device)
 
 
 def _dice_losses(
@@ -257,13 +291,11 @@ def _dice_losses(
     for image, target in enumerate(targets):
         groups.setdefault(target.shape[-2:], []).append(image)
     losses = []
-    for size, images in groups.items():  # all layers and all images of one size at once
-        own = torch.stack([torch.cat([layer[i] for i in images]) for layer in maps])
+    for images in groups.values():  # all layers and all images of one size at once
+        own = torch.stack([torch.cat([layer[i] for i in images]) for layer in maps]).float()
         target = torch.cat([targets[i] for i in images])  # (R, H, W), R of all these images
         # Maps are upsampled, then activated: the slope of logits places edges within a cell.
-        masks = activation(resize_maps(own.flatten(0, 1).float(), size))
-        dice = dice_loss(masks, target.repeat(len(maps), 1, 1))  # (layers * R,)
-        losses.append(dice.view(len(maps), len(target)).sum(1))
+        losses.append(upsampled_dice_loss(own, target, activation).sum(1))
     return list(torch.stack(losses).sum(0))
 
 
@@ -281,16 +313,19 @@ def mask_queries(assignments: Sequence[Assignment], targets: Sequence[Targets]) 
     )
 
 
-def _num_segments(assignments: Sequence[Assignment], targets: Sequence[Targets]) -> Tensor:
-    """Things and stuff segments of all processes, at least 1 each, divided by the processes."""
-    counts = torch.tensor(
-        [
-            sum(len(assignment.query) for assignment in assignments),
-            sum(len(target.stuff_labels) for target in targets),
-        ],
-        dtype=torch.float32,
-        device=targets[0].thing_labels.device,
-    )
+def normaliser(num_things: int, num_stuff: int, device: torch.device) -> Tensor:
+    """
+    What the sums of losses are divided by.
+
+    Args:
+        num_things: matched things of this process.
+        num_stuff: stuff segments of this process.
+        device: of the result.
+
+    Returns:
+        (): the segments of all processes, at least 1 of each kind, divided by the processes.
+    """
+    counts = torch.tensor([num_things, num_stuff], dtype=torch.float32, device=device)
     if not (dist.is_available() and dist.is_initialized()):
         return counts.clamp(min=1).sum()
     dist.all_reduce(counts)

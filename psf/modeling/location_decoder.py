@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from psf.layers.ms_deform_attn import MSDeformAttn
-from psf.layers.transformer import BoxHead, ClassHead, FeedForward, inverse_sigmoid
+from psf.layers.transformer import (
+    BoxHead,
+    ClassHead,
+    FeedForward,
+    inverse_sigmoid,
+    self_attention,
+)
 from psf.modeling.pixel_encoder import Memory
 
 
@@ -64,7 +70,7 @@ class LocationDecoderLayer(nn.Module):
             (N, Q, C).
         """
         q = query + position
-        attended = self.self_attn(q, q, query, need_weights=False)[0]
+        attended = self_attention(self.self_attn, q, query)
         query = self.norm1(query + self.dropout(attended))
         attended = self.cross_attn(
             query + position,

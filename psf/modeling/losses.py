@@ -3,13 +3,24 @@
 Shapes: Q predictions, G ground-truth segments of one image, K classes; ... is any shape.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from psf.modeling.postprocessing import resize_maps
 
 # RetinaNet's constants, kept by Deformable DETR and the paper (section 3.6).
 FOCAL_ALPHA = 0.25
 FOCAL_GAMMA = 2.0
+
+DICE_EPS = 1e-6  # added to each squared sum, against empty masks (official code)
+
+# Pixels of upsampled masks that exist at a time in the Dice loss: 16 MiB in float32.
+CHUNK_SIZE = 1 << 22
 
 
 def sigmoid_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -30,14 +41,14 @@ def sigmoid_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return alpha * miss**FOCAL_GAMMA * cross_entropy
 
 
-def dice_loss(masks: Tensor, targets: Tensor, eps: float = 1e-6) -> Tensor:
+def dice_loss(masks: Tensor, targets: Tensor, eps: float = DICE_EPS) -> Tensor:
     """
     Dice loss with squared denominators (V-Net), the paper's L_seg.
 
     Args:
         masks: (G, H, W) soft masks, >= 0.
         targets: (G, H, W) in [0, 1].
-        eps: added to each squared sum, against empty masks (official code).
+        eps: added to each squared sum, against empty masks.
 
     Returns:
         (G,): 1 - 2 sum(m t) / (sum(m^2) + sum(t^2)).
@@ -47,18 +58,98 @@ def dice_loss(masks: Tensor, targets: Tensor, eps: float = 1e-6) -> Tensor:
     return 1 - overlap / (masks.square().sum(1) + eps + targets.square().sum(1) + eps)
 
 
+def upsampled_dice_loss(
+    maps: Tensor, targets: Tensor, activation: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """
+    Dice loss of maps that are upsampled bilinearly and then activated.
+
+    Same as :func:`dice_loss` of the upsampled masks, but the backward pass computes these again, a
+    few at a time, so that nothing of their size is stored. Differentiable once, by the maps.
+
+    Args:
+        maps: (layers, G, h, w), which share the targets.
+        targets: (G, H, W) in [0, 1].
+        activation: element by element, of the upsampled maps; differentiable.
+
+    Returns:
+        (layers, G).
+    """
+    loss: Tensor = _UpsampledDiceLoss.apply(maps, targets, activation)
+    return loss
+
+
+class _UpsampledDiceLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, maps: Tensor, targets: Tensor, activation: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        overlap, norms = (maps.new_empty(maps.shape[:2]) for _ in range(2))
+        for rows in _chunks(maps, targets):
+            masks = activation(_upsample(maps[:, rows], targets))  # (layers, r, H, W)
+            own, target = masks.flatten(2).transpose(0, 1), targets[rows].flatten(1)
+            # Products and norms rather than sums of products: nothing else of their size.
+            overlap[:, rows] = 2 * torch.bmm(own, target[..., None])[..., 0].T
+            squares = [torch.linalg.vector_norm(x, dim=-1).square() for x in (own, target)]
+            norms[:, rows] = squares[0].T + DICE_EPS + squares[1] + DICE_EPS
+        ctx.save_for_backward(maps, targets, overlap, norms)
+        ctx.activation = activation
+        return 1 - overlap / norms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        maps, targets, overlap, norms = ctx.saved_tensors
+        by_target = -2 * grad / norms
+        by_mask = 2 * grad * overlap / norms.square()
+        grad_maps = torch.empty_like(maps)
+        for rows in _chunks(maps, targets):
+            upsampled = _upsample(maps[:, rows], targets)
+            with torch.enable_grad():
+                upsampled.requires_grad_()
+                masks = ctx.activation(upsampled)
+            grad_masks = masks.detach() * by_mask[:, rows, None, None]
+            grad_masks.addcmul_(targets[rows], by_target[:, rows, None, None])
+            (grad_upsampled,) = torch.autograd.grad(masks, upsampled, grad_masks)
+            size = maps[:, rows].flatten(0, 1)[:, None].shape
+            grad_maps[:, rows] = torch.ops.aten.upsample_bilinear2d_backward(
+                grad_upsampled.flatten(0, 1)[:, None], targets.shape[-2:], size, False
+            ).view_as(grad_maps[:, rows])
+        return grad_maps, None, None
+
+
+def _upsample(maps: Tensor, targets: Tensor) -> Tensor:
+    """(layers, r, h, w) to the targets' size (layers, r, H, W)."""
+    return resize_maps(maps.flatten(0, 1), targets.shape[-2:]).unflatten(0, maps.shape[:2])
+
+
+def _chunks(maps: Tensor, targets: Tensor) -> Iterator[slice]:
+    """Runs through the G segments, so many at a time that their upsampled masks are few enough."""
+    num_segments, height, width = targets.shape
+    step = max(1, CHUNK_SIZE // max(1, len(maps) * height * width))
+    for start in range(0, num_segments, step):
+        yield slice(start, min(start + step, num_segments))
+
+
+def shrink_masks(masks: Tensor, size: Sequence[int]) -> Tensor:
+    """(G, H, W) bool to (G, *size) in [0, 1], bilinear; a few at a time, as floats are large."""
+    step = max(1, CHUNK_SIZE // max(1, masks.shape[-2] * masks.shape[-1]))
+    return torch.cat([resize_maps(part.float(), size) for part in masks.split(step)])
+
+
 def focal_cost(logits: Tensor, labels: Tensor) -> Tensor:
     """
     The change of the focal loss if a prediction were assigned to a segment (Deformable DETR).
 
     Args:
         logits: (..., Q, K).
-        labels: (G,) int64 in [0, K).
+        labels: (G,) int64 in [0, K), or (N, G) where the logits are (..., N, Q, K).
 
     Returns:
         (..., Q, G).
     """
-    chosen = logits[..., labels]
+    index = labels[..., None, :].expand(*logits.shape[:-1], labels.shape[-1])
+    chosen = logits.gather(-1, index)
     ones = torch.ones_like(chosen)
     return sigmoid_focal_loss(chosen, ones) - sigmoid_focal_loss(chosen, 1 - ones)
 

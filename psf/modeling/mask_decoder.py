@@ -7,15 +7,23 @@ Shapes: N images, Q thing queries, T stuff queries (one a stuff class), K thing 
 S positions, M heads, C = M * D channels, R queries of one image whose masks are wanted.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from psf.layers.transformer import ClassHead, FeedForward, init_linear_weights
+from psf.layers.transformer import (
+    ClassHead,
+    FeedForward,
+    attention,
+    init_linear_weights,
+    self_attention,
+)
 from psf.modeling.location_decoder import Locations
+from psf.modeling.mask_head import HeadWeights, Levels, mask_maps
 from psf.modeling.pixel_encoder import Memory, Shape
 
 # The official code's value in its mask decoders (1e-5 elsewhere).
@@ -97,47 +105,33 @@ class AttentionMaps(nn.Module):
         self, q: Tensor, k: Tensor, memory: Memory, mask_queries: Sequence[Tensor]
     ) -> list[Tensor]:
         """N x (R, h, w) from queries (N, M, Q, D) and keys (N, M, S, D)."""
+        weights = self._head_weights()
         maps: list[Tensor] = [q.new_empty(0)] * len(mask_queries)
         for members in _images_of_one_size(memory):
+            wanted = [mask_queries[i] for i in members]
             # Filled up to the most queries of an image, with query 0.
-            size = max(len(mask_queries[i]) for i in members)
-            index = torch.stack(
-                [F.pad(mask_queries[i], (0, size - len(mask_queries[i]))) for i in members]
-            )
-            index = index[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[-1])
+            index = pad_sequence(wanted, batch_first=True)[:, None, :, None]
             together = len(members) == len(q)  # as nearly always: nothing to copy
-            queries = (q if together else q[members]).gather(2, index)  # (n, M, R, D)
+            queries = (q if together else q[members]).gather(
+                2, index.expand(-1, q.shape[1], -1, q.shape[-1])
+            )  # (n, M, R, D)
             keys = k if together else k[members]
-            fused = self._fuse(queries, keys, memory, members[0])
-            for image, own in zip(members, fused, strict=True):
-                maps[image] = own[: len(mask_queries[image])]
+            levels = Levels(tuple(memory.spatial_shapes), tuple(memory.valid_shapes[members[0]]))
+            fused = mask_maps(queries, keys, levels, weights)
+            own = _without_filling(fused, [len(i) for i in wanted])
+            for image, image_maps in zip(members, own, strict=True):
+                maps[image] = image_maps
         return maps
 
-    def _fuse(self, q: Tensor, k: Tensor, memory: Memory, image: int) -> Tensor:
-        """Maps (n, R, h, w) from queries (n, M, R, D), keys (n, M, S, D); sizes as ``image``'s."""
-        logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (n, M, R, S)
-        target = memory.valid_shapes[image][0]
-        weights = self.mask_proj.weight.split(self.num_heads, dim=1)  # L x (1, M)
-        fused: Tensor = self.mask_proj.bias
-        # A linear map commutes with bilinear upsampling, so each level is reduced to one channel
-        # before it is upsampled: M times less memory than upsampling the heads.
-        for level, (projection, weight) in enumerate(zip(self.level_projs, weights, strict=True)):
-            level_logits = self._level_logits(logits, memory, image, level)  # (n, R, h_l, w_l, M)
-            score = F.linear(projection(level_logits).relu(), weight)  # (n, R, h_l, w_l, 1)
-            score = score.flatten(0, 1).permute(0, 3, 1, 2)  # queries as the batch, may be empty
-            if score.shape[-2:] != target:
-                score = F.interpolate(score, size=target, mode="bilinear", align_corners=False)
-            fused = fused + score[:, 0]
-        return fused.unflatten(0, (q.shape[0], q.shape[2]))
-
-    @staticmethod
-    def _level_logits(logits: Tensor, memory: Memory, image: int, level: int) -> Tensor:
-        """The valid part (n, R, h_l, w_l, M) of one level of attention logits (n, M, R, S)."""
-        height, width = memory.spatial_shapes[level]
-        start = sum(h * w for h, w in memory.spatial_shapes[:level])
-        h, w = memory.valid_shapes[image][level]
-        maps = logits[..., start : start + height * width].unflatten(-1, (height, width))
-        return maps[..., :h, :w].permute(0, 2, 3, 4, 1)
+    def _head_weights(self) -> HeadWeights:
+        layers = cast(Iterable[nn.Linear], self.level_projs)
+        weights, biases = zip(*((layer.weight, layer.bias) for layer in layers), strict=True)
+        return HeadWeights(
+            projection=torch.stack(weights),
+            bias=torch.stack(biases),
+            weight=self.mask_proj.weight.view(-1, self.num_heads),
+            mask_bias=self.mask_proj.bias,
+        )
 
 
 class MaskAttention(AttentionMaps):
@@ -165,7 +159,7 @@ class MaskAttention(AttentionMaps):
         k = self._split_heads(self.k_proj(memory.features))  # (N, M, S, D)
         v = self._split_heads(self.v_proj(memory.features))
         visible = None if memory.padding_mask is None else ~memory.padding_mask[:, None, None]
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        attended = attention(q, k, v, visible)
         maps = [] if mask_queries is None else self._maps(q, k, memory, mask_queries)
         return self.out_proj(attended.transpose(1, 2).flatten(2)), maps
 
@@ -229,8 +223,7 @@ class MaskDecoderLayer(nn.Module):
         """(N, Q, C) to (N, Q, C): the queries after they have seen each other, if they do."""
         if self.self_attn is None:
             return query
-        attended = self.self_attn(query, query, query, need_weights=False)[0]
-        return self.norm3(query + attended)
+        return self.norm3(query + self_attention(self.self_attn, query, query))
 
     def cross_attended(
         self, query: Tensor, memory: Memory, mask_queries: Sequence[Tensor] | None
@@ -599,6 +592,15 @@ def _images_of_one_size(memory: Memory) -> list[list[int]]:
     for image, shapes in enumerate(memory.valid_shapes):
         groups.setdefault(tuple(shapes), []).append(image)
     return list(groups.values())
+
+
+def _without_filling(maps: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
+    """n x (R_i, h, w): the first ``counts[i]`` of the maps (n, R, h, w) of every image."""
+    if all(count == maps.shape[1] for count in counts):
+        return maps.unbind()
+    # One gather for all images: its gradient is one kernel, that of slices one for each.
+    rows = torch.cat([torch.arange(count) + i * maps.shape[1] for i, count in enumerate(counts)])
+    return maps.flatten(0, 1).index_select(0, rows.to(maps.device)).split(list(counts))
 
 
 def _chosen(query: Tensor, index: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

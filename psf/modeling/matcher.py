@@ -1,13 +1,16 @@
 """Bipartite matching between thing queries and ground-truth things (paper, section 3.5).
 
-Shapes: Q queries and G ground-truth things of one image, K thing classes.
+Shapes: N images, Q queries and G ground-truth things of one image, K thing classes.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from psf.layers.boxes import cxcywh_to_xyxy, generalized_box_iou
 from psf.modeling.losses import dice_cost, focal_cost
@@ -33,6 +36,7 @@ class MaskMatchingWeights(NamedTuple):
 
     detection: MatchingWeights
     dice_weight: float
+    num_points: int = 0  # random points at which masks are compared; 0: everywhere
 
 
 def match(cost: Tensor) -> Assignment:
@@ -53,51 +57,112 @@ def match(cost: Tensor) -> Assignment:
 
 @torch.no_grad()
 def match_things(
-    logits: Tensor, boxes: Tensor, labels: Tensor, gt_boxes: Tensor, weights: MatchingWeights
-) -> list[Assignment]:
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Sequence[Tensor],
+    gt_boxes: Sequence[Tensor],
+    weights: MatchingWeights,
+) -> list[list[Assignment]]:
     """
-    Match the predictions of one image by class, L1 distance and generalised IoU of boxes.
+    Match predictions by class, L1 distance and generalised IoU of boxes.
 
     Args:
-        logits: (layers, Q, K).
-        boxes: (layers, Q, 4) cxcywh in [0, 1].
-        labels: (G,) int64 in [0, K).
-        gt_boxes: (G, 4) cxcywh in [0, 1].
+        logits: (layers, N, Q, K).
+        boxes: (layers, N, Q, 4) cxcywh in [0, 1].
+        labels: N x (G,) int64 in [0, K).
+        gt_boxes: N x (G, 4) cxcywh in [0, 1].
         weights: of the three terms.
 
     Returns:
-        One assignment a layer.
+        layers x N assignments.
     """
-    # One transfer for all layers, then the assignment problems are solved on the CPU.
-    layers = detection_cost(logits, boxes, labels, gt_boxes, weights).cpu()
-    return [Assignment(*(index.to(logits.device) for index in match(layer))) for layer in layers]
+    # Filled up to the most things of an image; the filling's costs are left aside.
+    padded_labels = pad_sequence(list(labels), batch_first=True)  # (N, G)
+    padded_boxes = pad_sequence(list(gt_boxes), batch_first=True)  # (N, G, 4)
+    cost = detection_cost(logits, boxes, padded_labels, padded_boxes, weights)
+    return _match_all(
+        cost.flatten(2), [(logits.shape[2], len(image)) for image in labels], cost.shape[2:]
+    )
+
+
+class MaskPairs(NamedTuple):
+    """The predictions and the things of one image whose masks are to be compared."""
+
+    logits: Tensor  # (Q, K)
+    boxes: Tensor  # (Q, 4) cxcywh in [0, 1]
+    masks: Tensor  # (Q, H, W) soft masks, >= 0
+    labels: Tensor  # (G,) int64 in [0, K)
+    gt_boxes: Tensor  # (G, 4) cxcywh in [0, 1]
+    gt_masks: Tensor  # (G, H, W) in [0, 1]
 
 
 @torch.no_grad()
-def match_masks(
-    logits: Tensor,
-    boxes: Tensor,
-    masks: Tensor,
-    labels: Tensor,
-    gt_boxes: Tensor,
-    gt_masks: Tensor,
-    weights: MaskMatchingWeights,
-) -> Assignment:
+def match_masks(images: Sequence[MaskPairs], weights: MaskMatchingWeights) -> list[Assignment]:
     """
-    Match predictions of one image by masks, too.
+    Match predictions by masks, too.
 
     Args:
-        logits: (Q, K).
-        boxes: (Q, 4) cxcywh in [0, 1].
-        masks: (Q, H, W) soft masks, >= 0.
-        labels: (G,) int64 in [0, K).
-        gt_boxes: (G, 4) cxcywh in [0, 1].
-        gt_masks: (G, H, W) in [0, 1].
-        weights: of the four terms.
+        images: what is compared in each.
+        weights: of the terms, and how many points of the masks are looked at.
+
+    Returns:
+        One assignment an image.
     """
-    cost = detection_cost(logits, boxes, labels, gt_boxes, weights.detection)
-    cost = cost + weights.dice_weight * dice_cost(masks.float(), gt_masks)
-    return Assignment(*(index.to(logits.device) for index in match(cost)))
+    costs = []
+    for image in images:
+        cost = detection_cost(
+            image.logits, image.boxes, image.labels, image.gt_boxes, weights.detection
+        )
+        masks, gt_masks = image.masks.float(), image.gt_masks
+        if weights.num_points:
+            masks, gt_masks = _at_random_points(masks, gt_masks, weights.num_points)
+        costs.append(cost + weights.dice_weight * dice_cost(masks, gt_masks))
+    sizes = [(cost.shape[0], cost.shape[1]) for cost in costs]
+    # As one row each, filled up, for one transfer.
+    rows = pad_sequence([cost.flatten() for cost in costs], batch_first=True)
+    return _match_all(rows[None], sizes)[0]
+
+
+def _at_random_points(masks: Tensor, gt_masks: Tensor, num_points: int) -> tuple[Tensor, Tensor]:
+    """Both (..., H, W) at the same random points, (..., num_points, 1), as in Mask2Former."""
+    points = torch.rand(1, num_points, 1, 2, device=masks.device) * 2 - 1  # the image is [-1, 1]
+    first, second = (
+        F.grid_sample(
+            x[:, None], points.expand(len(x), -1, -1, -1).to(x.dtype), align_corners=False
+        )[:, 0]
+        for x in (masks, gt_masks)
+    )
+    return first, second
+
+
+def _match_all(
+    costs: Tensor, sizes: Sequence[tuple[int, int]], padded: Sequence[int] | None = None
+) -> list[list[Assignment]]:
+    """
+    Solve all assignment problems of a batch on the CPU, with one transfer there and one back.
+
+    Args:
+        costs: (layers, N, P), in every row of P numbers a matrix.
+        sizes: N x (Q, G) of the matrices.
+        padded: (Q', G') that the rows are matrices of, of which the first Q and G count; None:
+            the first Q * G numbers are the matrix.
+
+    Returns:
+        layers x N assignments, on the device of the costs.
+    """
+    host = costs.cpu()
+    found = []
+    for layer in host:
+        for row, (num_queries, num_segments) in zip(layer, sizes, strict=True):
+            if padded is None:
+                matrix = row[: num_queries * num_segments].view(num_queries, num_segments)
+            else:
+                matrix = row.view(*padded)[:num_queries, :num_segments]
+            found.append(match(matrix))
+    pairs = torch.cat([torch.stack(assignment) for assignment in found], dim=1)  # (2, all)
+    split = pairs.to(costs.device).split([len(assignment.query) for assignment in found], dim=1)
+    assignments = [Assignment(*pair.unbind()) for pair in split]
+    return [assignments[i : i + len(sizes)] for i in range(0, len(assignments), len(sizes))]
 
 
 def detection_cost(
@@ -109,15 +174,15 @@ def detection_cost(
     Args:
         logits: (..., Q, K).
         boxes: (..., Q, 4) cxcywh in [0, 1].
-        labels: (G,) int64 in [0, K).
-        gt_boxes: (G, 4) cxcywh in [0, 1].
+        labels: (G,) int64 in [0, K), or (N, G) where the logits are (..., N, Q, K).
+        gt_boxes: (G, 4) cxcywh in [0, 1], or (N, G, 4).
         weights: of the three terms.
 
     Returns:
         (..., Q, G).
     """
-    boxes = boxes.float()
+    boxes, gt_boxes = boxes.float()[..., :, None, :], gt_boxes[..., None, :, :]
     cost = weights.class_weight * focal_cost(logits.float(), labels)
-    cost = cost + weights.l1_weight * (boxes[..., :, None, :] - gt_boxes).abs().sum(-1)
-    giou = generalized_box_iou(cxcywh_to_xyxy(boxes)[..., :, None, :], cxcywh_to_xyxy(gt_boxes))
+    cost = cost + weights.l1_weight * (boxes - gt_boxes).abs().sum(-1)
+    giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(gt_boxes))
     return cost - weights.giou_weight * giou

@@ -22,13 +22,14 @@ from torch.nn import functional as F
 from psf.data.class_map import ClassMap
 from psf.data.coco_panoptic import register_listed
 from psf.layers.boxes import masks_to_boxes, xyxy_to_cxcywh
-from psf.modeling.criterion import Criterion, LossWeights, Targets, mask_queries
+from psf.modeling.criterion import Criterion, LossWeights, Targets, mask_queries, normaliser
 from psf.modeling.location_decoder import LocationDecoder
 from psf.modeling.mask_decoder import (
     ClassPredictions,
     DecoupledMaskDecoder,
     JointMaskDecoder,
     MaskDecoder,
+    MaskDecoderLayer,
     MaskQueries,
 )
 from psf.modeling.matcher import MaskMatchingWeights, MatchingWeights
@@ -45,6 +46,7 @@ from psf.modeling.postprocessing import (
     resize_maps,
     segment_scores,
 )
+from psf.modeling.recomputation import backbone_layers, recompute
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +184,7 @@ class PanopticSegFormer(nn.Module):
             **deformable,
         )
         design = _mask_design(psf, common)
+        _recompute_parts(psf.CHECKPOINT, backbone, pixel_encoder, location_decoder, design.decoder)
         return {
             "backbone": backbone,
             "input_proj": input_proj,
@@ -213,13 +216,17 @@ class PanopticSegFormer(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
-    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+    def forward(
+        self, batched_inputs: list[dict[str, Any]], num_segments: Tensor | None = None
+    ) -> Any:
         """
         Args:
             batched_inputs: one dict an image: ``image`` (3, h, w) of pixel values 0..255 in
                 ``INPUT.FORMAT``; in training ``instances`` with ``gt_classes`` (things 0..K-1,
                 stuff K..K+T-1), ``gt_boxes`` and ``gt_masks``; at inference optionally ``height``
                 and ``width``, the size of the output. Sizes may differ.
+            num_segments: () what the losses in training are divided by, for a part of a batch:
+                :meth:`count_segments` of the whole. None: that of ``batched_inputs``.
 
         Returns:
             In training the dict of weighted losses. At inference one dict an image, by Detectron2's
@@ -242,7 +249,7 @@ class PanopticSegFormer(nn.Module):
         assignments = self.criterion.assign(locations, targets)
         wanted = mask_queries(assignments[-1], targets)
         predictions = self.mask_decoder(memory, locations, wanted)
-        return self.criterion(locations, predictions, targets, assignments)
+        return self.criterion(locations, predictions, targets, assignments, num_segments)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         """Autocast as the options ask; where they ask for float32, what the caller has set up."""
@@ -250,6 +257,18 @@ class PanopticSegFormer(nn.Module):
         if dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype)
+
+    def count_segments(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
+        """() what the losses of a batch are divided by: its segments, averaged over processes."""
+        num_thing_classes = len(self.class_map.thing_ids)
+        num_queries = self.location_decoder.query_embed.num_embeddings
+        num_things = num_stuff = 0
+        for x in batched_inputs:
+            labels = x["instances"].gt_classes
+            things = int((labels < num_thing_classes).sum())
+            num_things += min(num_queries, things)  # as many as get a query
+            num_stuff += len(labels) - things
+        return normaliser(num_things, num_stuff, self.device)
 
     def preprocess_images(self, batched_inputs: list[dict[str, Any]]) -> list[Tensor]:
         """Normalised images, N x (3, h, w), on the model's device."""
@@ -513,6 +532,28 @@ class PanopticSegFormer(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
 
+def _recompute_parts(
+    names: list[str],
+    backbone: Backbone,
+    pixel_encoder: PixelEncoder,
+    location_decoder: LocationDecoder,
+    mask_decoder: MaskDecoder,
+) -> None:
+    parts: dict[str, Callable[[], list[nn.Module]]] = {
+        "backbone": lambda: backbone_layers(backbone),
+        "pixel_encoder": lambda: list(pixel_encoder.layers),
+        "location_decoder": lambda: list(location_decoder.layers),
+        "mask_decoder": lambda: [
+            layer for layer in mask_decoder.modules() if isinstance(layer, MaskDecoderLayer)
+        ],
+    }
+    unknown = sorted(set(names) - parts.keys())
+    if unknown:
+        raise ValueError(f"MODEL.PSF.CHECKPOINT has {unknown}; known parts: {sorted(parts)}")
+    for name in names:
+        recompute(parts[name]())
+
+
 class MaskDesign(NamedTuple):
     """A mask decoder, and how its masks are matched in training and scored at inference."""
 
@@ -562,6 +603,7 @@ def _decoupled_design(psf: CfgNode, common: dict[str, Any]) -> MaskDesign:
         mask_matching=MaskMatchingWeights(
             MatchingWeights(matching.CLASS_WEIGHT, matching.L1_WEIGHT, matching.GIOU_WEIGHT),
             matching.DICE_WEIGHT,
+            matching.NUM_POINTS,
         ),
         find_candidates=partial(best_thing_pairs, num_pairs=psf.TEST.THING_PAIRS),
         area_offset=1,

@@ -1,8 +1,18 @@
 import math
 
+import pytest
 import torch
+from torch.nn import functional as F
 
-from psf.modeling.losses import dice_cost, dice_loss, focal_cost, sigmoid_focal_loss
+from psf.modeling import losses
+from psf.modeling.losses import (
+    dice_cost,
+    dice_loss,
+    focal_cost,
+    shrink_masks,
+    sigmoid_focal_loss,
+    upsampled_dice_loss,
+)
 
 
 def test_nothing_to_lose():
@@ -65,3 +75,48 @@ def test_dice_cost_is_the_dice_loss_of_every_pair():
 def test_dice_cost_of_nothing():
     assert dice_cost(torch.zeros(0, 4, 5), torch.zeros(0, 4, 5)).shape == (0, 0)
     assert dice_cost(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)).item() == 1
+
+
+ACTIVATIONS = {"sigmoid": torch.sigmoid, "relu": torch.relu, "none": lambda maps: maps}
+
+
+@pytest.mark.parametrize("chunk", [losses.CHUNK_SIZE, 200])  # all at once, one segment
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("layers", "num_segments"), [(2, 0), (1, 1), (3, 5)])
+def test_upsampled_dice_loss_is_the_dice_loss_of_upsampled_masks(
+    monkeypatch, layers, num_segments, activation, chunk
+):
+    monkeypatch.setattr(losses, "CHUNK_SIZE", chunk)
+    torch.manual_seed(0)
+    activate = ACTIVATIONS[activation]
+    maps = torch.randn(layers, num_segments, 4, 5, dtype=torch.float64, requires_grad=True)
+    targets = torch.rand(num_segments, 8, 9, dtype=torch.float64)
+    found = upsampled_dice_loss(maps, targets, activate)
+    masks = F.interpolate(maps, size=(8, 9), mode="bilinear") if num_segments else None
+    expected = maps.sum((2, 3))
+    if masks is not None:
+        expected = torch.stack([dice_loss(activate(layer), targets) for layer in masks])
+    torch.testing.assert_close(found, expected)
+    weights = torch.rand_like(found)
+    (grad,), (expected_grad,) = (
+        torch.autograd.grad((loss * weights).sum(), maps) for loss in (found, expected)
+    )
+    torch.testing.assert_close(grad, expected_grad)
+
+
+def test_upsampled_dice_loss_stores_nothing_of_the_masks_size():
+    maps, targets = torch.randn(3, 2, 4, 4, requires_grad=True), torch.rand(2, 64, 64)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        upsampled_dice_loss(maps, targets, torch.sigmoid)
+    assert sum(x.numel() for x in saved if x is not targets) <= maps.numel() + targets.numel() + 12
+    assert max(x.numel() for x in saved) == targets.numel()
+
+
+@pytest.mark.parametrize("chunk", [losses.CHUNK_SIZE, 1])
+def test_shrunk_masks(monkeypatch, chunk):
+    monkeypatch.setattr(losses, "CHUNK_SIZE", chunk)
+    masks = torch.rand(3, 6, 8) > 0.5
+    expected = F.interpolate(masks[None].float(), size=(3, 4), mode="bilinear")[0]
+    torch.testing.assert_close(shrink_masks(masks, (3, 4)), expected)
+    assert shrink_masks(masks[:0], (3, 4)).shape == (0, 3, 4)

@@ -2,10 +2,15 @@ import itertools
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from psf.modeling.losses import dice_cost
 from psf.modeling.matcher import (
     MaskMatchingWeights,
+    MaskPairs,
     MatchingWeights,
+    _at_random_points,
+    detection_cost,
     match,
     match_masks,
     match_things,
@@ -46,46 +51,89 @@ def test_things_are_matched_by_class_and_place():
     """Query 0 has the right box and class of thing 1, query 2 those of thing 0, query 1 nothing."""
     boxes = torch.tensor([[0.7, 0.7, 0.2, 0.2], [0.5, 0.5, 1.0, 1.0], [0.2, 0.2, 0.1, 0.1]])
     logits = torch.tensor([[-4.0, 4.0], [-4.0, -4.0], [4.0, -4.0]])
-    (assignment,) = match_things(
-        logits[None], boxes[None], torch.tensor([0, 1]), boxes[[2, 0]], WEIGHTS
+    ((assignment,),) = match_things(
+        logits[None, None], boxes[None, None], [torch.tensor([0, 1])], [boxes[[2, 0]]], WEIGHTS
     )
     assert assignment.query.tolist() == [0, 2]
     assert assignment.segment.tolist() == [1, 0]
 
 
-def test_every_layer_is_matched_on_its_own():
-    logits, boxes = torch.randn(3, 6, 2), torch.rand(3, 6, 4)
-    labels, gt_boxes = torch.tensor([0, 1, 1]), torch.rand(3, 4)
+def test_every_layer_and_image_is_matched_on_its_own():
+    """Images have 3, 0 and 7 things, more than there are queries; the result is that of each."""
+    counts = [3, 0, 7]
+    logits, boxes = torch.randn(2, 3, 6, 4), torch.rand(2, 3, 6, 4)
+    labels = [torch.randint(0, 4, (count,)) for count in counts]
+    gt_boxes = [torch.rand(count, 4) for count in counts]
     together = match_things(logits, boxes, labels, gt_boxes, WEIGHTS)
-    for layer in range(3):
-        (alone,) = match_things(
-            logits[layer : layer + 1], boxes[layer : layer + 1], labels, gt_boxes, WEIGHTS
-        )
-        assert torch.equal(alone.query, together[layer].query)
-        assert torch.equal(alone.segment, together[layer].segment)
+    for layer in range(2):
+        for i, count in enumerate(counts):
+            cost = detection_cost(
+                logits[layer, i], boxes[layer, i], labels[i], gt_boxes[i], WEIGHTS
+            )
+            alone = match(cost)
+            assert len(alone.query) == min(6, count)
+            assert torch.equal(alone.query, together[layer][i].query)
+            assert torch.equal(alone.segment, together[layer][i].segment)
+
+
+def test_costs_of_a_batch_are_those_of_its_images():
+    logits, boxes = torch.randn(2, 3, 6, 4), torch.rand(2, 3, 6, 4)
+    labels, gt_boxes = torch.randint(0, 4, (3, 5)), torch.rand(3, 5, 4)
+    together = detection_cost(logits, boxes, labels, gt_boxes, WEIGHTS)
+    for i in range(3):
+        alone = detection_cost(logits[:, i], boxes[:, i], labels[i], gt_boxes[i], WEIGHTS)
+        assert torch.equal(together[:, i], alone)
 
 
 MASK_WEIGHTS = MaskMatchingWeights(MatchingWeights(4, 5, 2), dice_weight=2)
 
 
-def test_masks_decide_between_equal_boxes_and_classes():
-    logits, boxes = torch.zeros(2, 3), torch.tensor([[0.5, 0.5, 0.4, 0.4]] * 2)
-    gt_masks = torch.zeros(2, 4, 4)
-    gt_masks[0, :2], gt_masks[1, 2:] = 1, 1
-    labels = torch.tensor([1, 1])
-    for order in ([0, 1], [1, 0]):
-        found = match_masks(logits, boxes, gt_masks[order], labels, boxes, gt_masks, MASK_WEIGHTS)
-        assert found.segment.tolist() == order
+def halves() -> torch.Tensor:
+    """Two masks, of the upper and the lower half."""
+    masks = torch.zeros(2, 4, 4)
+    masks[0, :2], masks[1, 2:] = 1, 1
+    return masks
+
+
+def pairs(masks: torch.Tensor, gt_masks: torch.Tensor) -> MaskPairs:
+    """Predictions that differ in nothing but their masks."""
+    boxes = torch.full((len(masks), 4), 0.5)
+    logits, labels = torch.zeros(len(masks), 3), torch.ones(len(masks), dtype=torch.int64)
+    return MaskPairs(logits, boxes, masks, labels, boxes, gt_masks)
+
+
+@pytest.mark.parametrize("num_points", [0, 50])
+def test_masks_decide_between_equal_boxes_and_classes(num_points):
+    weights = MASK_WEIGHTS._replace(num_points=num_points)
+    orders = [[0, 1], [1, 0]]
+    images = [pairs(halves()[order], halves()) for order in orders]
+    found = match_masks(images, weights)
+    assert [assignment.segment.tolist() for assignment in found] == orders
+
+
+def test_images_of_different_numbers_are_matched_by_masks_as_alone():
+    torch.manual_seed(0)
+    images = [pairs(torch.rand(n, 5, 6), torch.rand(n, 5, 6)) for n in (4, 0, 1, 7)]
+    together = match_masks(images, MASK_WEIGHTS)
+    for image, found in zip(images, together, strict=True):
+        (alone,) = match_masks([image], MASK_WEIGHTS)
+        assert torch.equal(alone.segment, found.segment)
+        cost = MASK_WEIGHTS.dice_weight * dice_cost(image.masks, image.gt_masks)
+        assert torch.equal(match(cost).segment, found.segment)
+
+
+def test_points_estimate_the_mask_cost():
+    """With random points everywhere the Dice cost of smooth masks is met within a few percent."""
+    torch.manual_seed(0)
+    low = torch.rand(6, 1, 4, 4)
+    masks = F.interpolate(low, size=(32, 32), mode="bilinear")[:, 0]
+    seen = _at_random_points(masks, masks.flip(0), 4000)
+    assert seen[0].shape == (6, 4000, 1)
+    exact = dice_cost(masks, masks.flip(0))
+    torch.testing.assert_close(dice_cost(*seen), exact, atol=0.02, rtol=0)
 
 
 def test_no_masks():
-    found = match_masks(
-        torch.zeros(0, 3),
-        torch.zeros(0, 4),
-        torch.zeros(0, 4, 4),
-        torch.zeros(0, dtype=torch.int64),
-        torch.zeros(0, 4),
-        torch.zeros(0, 4, 4),
-        MASK_WEIGHTS,
-    )
+    nothing = torch.zeros(0, 4, 4)
+    (found,) = match_masks([pairs(nothing, nothing)], MASK_WEIGHTS)
     assert found.query.tolist() == found.segment.tolist() == []
