@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import MetadataCatalog
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, ResNet, build_backbone
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from psf.data.class_map import ClassMap
 from psf.data.coco_panoptic import register_listed
@@ -46,7 +47,7 @@ from psf.modeling.postprocessing import (
     resize_maps,
     segment_scores,
 )
-from psf.modeling.recomputation import backbone_layers, recompute
+from psf.modeling.recomputation import recompute
 
 logger = logging.getLogger(__name__)
 
@@ -540,7 +541,7 @@ def _recompute_parts(
     mask_decoder: MaskDecoder,
 ) -> None:
     parts: dict[str, Callable[[], list[nn.Module]]] = {
-        "backbone": lambda: backbone_layers(backbone),
+        "backbone": lambda: _backbone_layers(backbone),
         "pixel_encoder": lambda: list(pixel_encoder.layers),
         "location_decoder": lambda: list(location_decoder.layers),
         "mask_decoder": lambda: [
@@ -552,6 +553,27 @@ def _recompute_parts(
         raise ValueError(f"MODEL.PSF.CHECKPOINT has {unknown}; known parts: {sorted(parts)}")
     for name in names:
         recompute(parts[name]())
+
+
+def _backbone_layers(backbone: Backbone) -> list[nn.Module]:
+    """
+    The residual blocks of one of Detectron2's ResNets.
+
+    Raises:
+        ValueError: the backbone is another, which has a key of its own, or counts statistics, which
+            a second run would count twice.
+    """
+    if not isinstance(backbone, ResNet):
+        raise ValueError(
+            f"MODEL.PSF.CHECKPOINT names the backbone, but {type(backbone).__name__} is not one of "
+            "Detectron2's ResNets. Use MODEL.SWIN.USE_CHECKPOINT or MODEL.TIMM.USE_CHECKPOINT."
+        )
+    if any(isinstance(module, _BatchNorm) for module in backbone.modules()):
+        raise ValueError(
+            "MODEL.PSF.CHECKPOINT names the backbone, whose batch normalisations would count every "
+            "image twice. Set MODEL.RESNETS.NORM to FrozenBN or GN, or leave the backbone out."
+        )
+    return [block for stage in backbone.stages for block in stage]
 
 
 class MaskDesign(NamedTuple):

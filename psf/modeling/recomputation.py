@@ -5,9 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from detectron2.modeling import Backbone, ResNet
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 
@@ -22,27 +20,6 @@ def recompute(layers: Iterable[nn.Module]) -> None:
     for layer in layers:
         if any(parameter.requires_grad for parameter in layer.parameters()):
             layer.forward = partial(_run, layer.forward)
-
-
-def backbone_layers(backbone: Backbone) -> list[nn.Module]:
-    """
-    The residual blocks of one of Detectron2's ResNets.
-
-    Raises:
-        ValueError: the backbone is another, which has a key of its own, or counts statistics, which
-            a second run would count twice.
-    """
-    if not isinstance(backbone, ResNet):
-        raise ValueError(
-            f"MODEL.PSF.CHECKPOINT names the backbone, but {type(backbone).__name__} is not one of "
-            "Detectron2's ResNets. Use MODEL.SWIN.USE_CHECKPOINT or MODEL.TIMM.USE_CHECKPOINT."
-        )
-    if any(isinstance(module, _BatchNorm) for module in backbone.modules()):
-        raise ValueError(
-            "MODEL.PSF.CHECKPOINT names the backbone, whose batch normalisations would count every "
-            "image twice. Set MODEL.RESNETS.NORM to FrozenBN or GN, or leave the backbone out."
-        )
-    return [block for stage in backbone.stages for block in stage]
 
 
 def _run(forward: Callable[..., Any], *args: Any) -> Any:
