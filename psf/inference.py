@@ -5,20 +5,16 @@ here its weights are put into the form that is fastest to compute with. It canno
 afterwards.
 """
 
-from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from psf.layers.linear import is_linear, multiply_by_convolutions, replace
 from psf.layers.transformer import FeedForward
 from psf.modeling.panoptic_segformer import PanopticSegFormer
-
-# Layers with fewer channels spend their time elsewhere.
-LEAST_CHANNELS = 64
 
 # Hidden values of a feed-forward network that are computed together on a CPU: 8 MB of float32 stay
 # in its caches, and the C library keeps such blocks instead of fetching new pages for every layer.
@@ -60,12 +56,12 @@ def optimize_for_inference(model: PanopticSegFormer) -> PanopticSegFormer:
     precision = model.inference_options.precision
     if precision != torch.float32:
         for module in model.modules():
-            if _is_linear(module) or isinstance(module, nn.Conv2d):
+            if is_linear(module) or isinstance(module, nn.Conv2d):
                 module.to(precision)
     if model.device.type == "cpu":
-        _replace(model, lambda m: isinstance(m, FeedForward), ChunkedFeedForward)
-        if precision == torch.float32 and torch.backends.mkldnn.is_available():
-            _replace(model, _is_linear, ConvolutionalLinear)
+        replace(model, lambda m: isinstance(m, FeedForward), ChunkedFeedForward)
+        if precision == torch.float32:
+            multiply_by_convolutions(model)
     return model.to(memory_format=torch.channels_last)
 
 
@@ -84,27 +80,6 @@ def fold_frozen_batch_norms(backbone: nn.Module) -> None:
         module.norm = None
 
 
-class ConvolutionalLinear(nn.Module):
-    """
-    A linear layer on a CPU that runs as a convolution over one pixel.
-
-    PyTorch gives float32 convolutions to oneDNN but products to MKL, which leaves the AVX-512 of
-    processors that are not Intel's unused and takes twice as long there.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) to (..., C')."""
-        if x.numel() == 0:
-            return F.linear(x, self.weight, self.bias)
-        pixels = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, C, 1, rows)
-        out = F.conv2d(pixels, self.weight[:, :, None, None], self.bias)
-        return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
-
-
 class ChunkedFeedForward(nn.Module):
     """A feed-forward network that computes a part of its tokens at a time."""
 
@@ -120,25 +95,3 @@ class ChunkedFeedForward(nn.Module):
             return self.layers(x)
         parts = x.flatten(0, -2).split(self.rows)
         return torch.cat([self.layers(part) for part in parts]).view(x.shape)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Whether it is a linear layer and nothing else, large enough to matter."""
-    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-        return False
-    return min(module.in_features, module.out_features) >= LEAST_CHANNELS
-
-
-def _replace(
-    model: nn.Module, is_meant: Callable[[nn.Module], bool], build: Callable[..., nn.Module]
-) -> None:
-    """Put ``build(module)`` in the place of every module that is meant."""
-    for parent, name, module in list(_children(model)):
-        if is_meant(module):
-            setattr(parent, name, build(module))
-
-
-def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            yield parent, name, child

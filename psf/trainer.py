@@ -1,12 +1,10 @@
 """Training and evaluation with Detectron2's engine, on a CPU as on GPUs."""
 
 import contextlib
-import ctypes
 import logging
 import math
 import os
 import shutil
-import sys
 import time
 import weakref
 from collections import OrderedDict
@@ -39,6 +37,8 @@ from psf.evaluation.pictures import (
     write_curves,
 )
 from psf.finetuning import ClassCheckpointer
+from psf.layers.host_memory import keep_freed_memory
+from psf.layers.linear import multiply_by_convolutions
 from psf.modeling.location_decoder import LocationDecoderLayer
 from psf.modeling.mask_decoder import MaskDecoderLayer
 from psf.modeling.pixel_encoder import EncoderLayer
@@ -194,20 +194,6 @@ def compile_layers(model: nn.Module) -> None:
             module.compile()
 
 
-def keep_freed_memory() -> None:
-    """
-    Have the C library keep freed memory for the next allocation (glibc; elsewhere nothing changes).
-
-    By default it returns what an iteration frees to the system, which hands it out again, zeroed
-    page by page, in the next one: thousands of page faults an iteration for small images.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**25)  # the most that glibc takes
-
-
 class PicturesHook(HookBase):
     """After training: a contact sheet of predictions and the curves, in ``OUTPUT_DIR``."""
 
@@ -236,6 +222,8 @@ class Trainer(DefaultTrainer):
         on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
         if on_cpu:
             keep_freed_memory()
+            if not cfg.SOLVER.COMPILE:  # the compiler has its own ways
+                multiply_by_convolutions(model)
         model = create_ddp_model(
             model,
             broadcast_buffers=False,

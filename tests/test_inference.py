@@ -13,11 +13,12 @@ import psf
 from psf import inference
 from psf.inference import (
     ChunkedFeedForward,
-    ConvolutionalLinear,
     fast_preset,
     fold_frozen_batch_norms,
     optimize_for_inference,
 )
+from psf.layers import linear as linear_layers
+from psf.layers.linear import ConvolutionalLinear
 from psf.layers.transformer import FeedForward
 
 
@@ -31,16 +32,6 @@ def build(cfg, **keys):
 @torch.no_grad()
 def predict(model, *inputs):
     return model(list(inputs))
-
-
-@pytest.mark.parametrize("shape", [(0, 3), (5, 3), (2, 1, 3), (2, 0, 3)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_linear_layer_as_a_convolution(shape, bias):
-    torch.manual_seed(0)
-    linear, x = nn.Linear(3, 4, bias=bias), torch.randn(shape)
-    torch.testing.assert_close(ConvolutionalLinear(linear)(x), linear(x))
-    columns = torch.randn(3, 6).t()  # not contiguous
-    torch.testing.assert_close(ConvolutionalLinear(linear)(columns), linear(columns))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7, 40])
@@ -78,7 +69,8 @@ def test_normalisations_that_see_their_input_stay():
 @pytest.mark.parametrize("name", ["joint", "decoupled"])
 @pytest.mark.parametrize("norm", ["FrozenBN", "GN"])
 def test_an_optimised_model_predicts_the_same(tiny_cfg, name, norm, monkeypatch):
-    monkeypatch.setattr(inference, "LEAST_CHANNELS", 8)
+    monkeypatch.setattr(linear_layers, "LEAST_CHANNELS", 8)
+    monkeypatch.setattr(linear_layers, "LEAST_ROWS", 1)
     monkeypatch.setattr(inference, "HIDDEN_VALUES", 256)
     tiny_cfg.MODEL.PSF.MASK_DECODER.NAME = name
     tiny_cfg.MODEL.RESNETS.NORM = norm
@@ -97,7 +89,8 @@ def test_an_optimised_model_predicts_the_same(tiny_cfg, name, norm, monkeypatch)
 
 
 def test_lower_precision_keeps_its_weights_in_it(tiny_cfg, monkeypatch):
-    monkeypatch.setattr(inference, "LEAST_CHANNELS", 8)
+    monkeypatch.setattr(linear_layers, "LEAST_CHANNELS", 8)
+    monkeypatch.setattr(linear_layers, "LEAST_ROWS", 1)
     image = make_input(40, 60, [])
     expected = predict(build(tiny_cfg, SEMANTIC_ON=True), image)[0]["sem_seg"]
     model = optimize_for_inference(build(tiny_cfg, PRECISION="bfloat16"))
