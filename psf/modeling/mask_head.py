@@ -147,7 +147,7 @@ class _MaskMaps(torch.autograd.Function):
                 grad_projection[level] += own_weight[:, None] * (
                     passed @ logits.transpose(1, 2)
                 ).sum(0)
-                weighted = (projection[level] * own_weight[:, None]).T  # (M, M), in the order in
+                weighted = (projection[level] * own_weight[:, None]).T  # (M, M): rows of the logits
                 grad_logits = torch.bmm(weighted.expand(n, -1, -1), passed)
                 grad_logits = grad_logits.view(n * num_heads, r, -1)
                 grad_q[:, :, rows] += (grad_logits @ keys[level]).view_as(own)
