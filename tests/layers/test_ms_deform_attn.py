@@ -660,6 +660,20 @@ def test_fused_kernel_is_as_accurate_as_the_reference(coordinates, dtype):
         assert error <= 2 * bound + floor * exact_value.norm()
 
 
+@needs_extension
+def test_fused_single_precision_is_as_exact_as_its_inputs():
+    """Offsets of hundreds of pixels take no digits from where in a pixel a sample lies."""
+    value, shapes, *rest = fused_inputs([(3, 2000), (40, 50)], queries=50, channels=32, points=4)
+    reference, offsets, logits = (t.float() for t in rest)
+    sizes = torch.tensor(shapes, dtype=torch.float32, device=offsets.device).flip(-1)[:, None]
+    offsets = (torch.rand_like(offsets) - reference[:, :, None, :, None]) * sizes  # anywhere
+    out = ms_deform_attn_fused(value.float(), shapes, reference, offsets, logits)
+    exact = ms_deform_attn_fused_reference(
+        value.float().double(), shapes, *(t.double() for t in (reference, offsets, logits))
+    )
+    assert (out.double() - exact).norm() <= 3e-7 * exact.norm()
+
+
 @both_fused_paths
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
 def test_fused_points_that_are_nowhere(op, bad):

@@ -461,11 +461,17 @@ PSF_INLINE void prepare_samples(
         if (!call.in_pixels) {
           offset = offset * look_up<A, kLanes>(call.origins.unit + origin, level, axis, fits);
         }
-        offset = offset + look_up<A, kLanes>(call.origins.part + origin, level, axis, fits);
-        const I near = (offset > nothing - far) & (offset < far);
+        const F part = look_up<A, kLanes>(call.origins.part + origin, level, axis, fits);
+        const F sum = offset + part;
+        const I near = (sum > nothing - far) & (sum < far);  // not for NaN
         offset = select<A, kLanes>(near, offset, nothing);
-        const I low = floor_index<A, kLanes>(offset);
-        fraction[axis] = offset - to_value<A, kLanes>(low);
+        // Whole pixels go before the parts are added, which a large offset would round away.
+        const I offset_low = floor_index<A, kLanes>(offset);
+        const F parts = select<A, kLanes>(
+            near, (offset - to_value<A, kLanes>(offset_low)) + part, nothing);
+        const I carry = floor_index<A, kLanes>(parts);
+        fraction[axis] = parts - to_value<A, kLanes>(carry);
+        const I low = offset_low + carry;
         pixel[axis] = low +
             look_up<typename IndexOf<A>::Type, kLanes>(
                           call.origins.whole + origin, level, axis, fits);
@@ -532,8 +538,9 @@ PSF_INLINE void prepare_samples(
   }
 }
 
-template <bool kBackward, typename V, typename O, typename A, int kArraySize>
-PSF_INLINE void prepare(
+// The same, of whichever operator, for the backward pass.
+template <typename V, typename O, typename A, int kArraySize>
+PSF_INLINE void prepare_backward(
     const Call<V, O, A>& call,
     int64_t query,
     int64_t m,
@@ -541,9 +548,9 @@ PSF_INLINE void prepare(
     int64_t end,
     Samples<A, kArraySize>& samples) {
   if (call.origins.part) {
-    prepare_samples<kBackward, true>(call, query, m, begin, end, samples);
+    prepare_samples<true, true>(call, query, m, begin, end, samples);
   } else {
-    prepare_samples<kBackward, false>(call, query, m, begin, end, samples);
+    prepare_samples<true, false>(call, query, m, begin, end, samples);
   }
 }
 
@@ -683,7 +690,7 @@ PSF_INLINE void for_blocks(int64_t channels, const F& block) {
   }
 }
 
-template <int kLanes, int kArraySize, typename V, typename O, typename A>
+template <int kLanes, int kArraySize, bool kFused, typename V, typename O, typename A>
 void forward_queries(
     const Call<V, O, A>& call,
     const Head<V, A>& head,
@@ -699,10 +706,10 @@ void forward_queries(
   const V* value = head.value;
   const int64_t m = head.head;
   const int64_t first = head.image * call.sizes.queries;
-  prepare<false>(call, first + q_begin, m, 0, count, buffers[q_begin % 2]);
+  prepare_samples<false, kFused>(call, first + q_begin, m, 0, count, buffers[q_begin % 2]);
   for (int64_t q = q_begin; q < q_end; ++q) {
     if (q + 1 < q_end) {
-      prepare<false>(call, first + q + 1, m, 0, count, buffers[(q + 1) % 2]);
+      prepare_samples<false, kFused>(call, first + q + 1, m, 0, count, buffers[(q + 1) % 2]);
       // The rows themselves are not fetched: out-of-order processors hide what reading them from the
       // second cache takes, and as many fetches as reads cost 10 % here. The backward pass, which
       // also writes, gains from them.
@@ -902,10 +909,10 @@ void backward_queries(
   A* grad_value = head.grad_value;
   const int64_t m = head.head;
   const int64_t first = head.image * sizes.queries;
-  prepare<true>(call, first, m, begin, end, buffers[0]);
+  prepare_backward(call, first, m, begin, end, buffers[0]);
   for (int64_t q = 0; q < sizes.queries; ++q) {
     if (q + 1 < sizes.queries) {
-      prepare<true>(call, first + q + 1, m, begin, end, buffers[(q + 1) % 2]);
+      prepare_backward(call, first + q + 1, m, begin, end, buffers[(q + 1) % 2]);
       prefetch_rows(buffers[(q + 1) % 2], value, sizes.channels, call.samples);
       if (grad_value) {
         prefetch_rows(buffers[(q + 1) % 2], grad_value, sizes.channels, call.samples);
@@ -972,7 +979,12 @@ void forward(
     int64_t q_end,
     char* scratch) {
   with_constants(call, [&](auto lanes, auto array_size) {
-    forward_queries<lanes(), array_size()>(call, head, q_begin, q_end, scratch);
+    // Not one function for both operators: each leaves the other too few registers.
+    if (call.origins.part) {
+      forward_queries<lanes(), array_size(), true>(call, head, q_begin, q_end, scratch);
+    } else {
+      forward_queries<lanes(), array_size(), false>(call, head, q_begin, q_end, scratch);
+    }
   });
 }
 
