@@ -175,20 +175,8 @@ def merge_mask_wise(
     order = scores.argsort(descending=True, stable=True)
     order = order[scores[order] >= rules.score_threshold]
     fractions = _keep_fractions(labels[order], num_thing_classes, rules)
-    owner = torch.zeros(masks.size, dtype=torch.int32, device=scores.device)  # place in the order
-    kept: list[Tensor] = []
-    areas: list[Tensor] = []
-    for part in masks.chunks(order):
-        foreground = part > MASK_THRESHOLD
-        for mask, area in zip(foreground, _areas(foreground), strict=True):
-            free = mask & (owner == 0)
-            remaining = _areas(free[None])[0]
-            keep = _keeps_enough(area, remaining, fractions[len(kept)])
-            kept.append(keep)
-            areas.append(remaining)
-            # A condition of the host would wait for the device.
-            owner = torch.where(free & keep, len(kept), owner)
-    return _segments(owner, order, kept, areas, scores, labels)
+    taken = _take_pixels(masks, order, fractions, lambda mask, owner, _: mask & (owner == 0))
+    return _segments(taken, order, scores, labels)
 
 
 def merge_pixel_wise(
@@ -213,19 +201,48 @@ def merge_pixel_wise(
             number += 1
             winner = torch.where(value > highest, number, winner)
             highest = torch.maximum(highest, value)
-    owner = torch.zeros_like(winner)
+    taken = _take_pixels(
+        masks, candidates, fractions, lambda mask, _, number: mask & (winner == number)
+    )
+    return _segments(taken, candidates, scores, labels)
+
+
+class _Taken(NamedTuple):
+    """Which of R' segments have been kept, and their pixels."""
+
+    owner: Tensor  # (H, W) int32, 0 or the number 1..R' of the segment that has the pixel
+    kept: list[Tensor]  # R' bools
+    areas: list[Tensor]  # R' numbers of pixels, of what each segment asked for
+
+
+def _take_pixels(
+    masks: SoftMasks,
+    order: Tensor,
+    fractions: Tensor,
+    claim: Callable[[Tensor, Tensor, int], Tensor],
+) -> _Taken:
+    """
+    Let segments take pixels one after the other, each if it keeps enough of its mask.
+
+    Args:
+        masks: R of them.
+        order: (R',) int64 in [0, R).
+        fractions: (R',) of :func:`_keep_fractions`.
+        claim: from a mask (H, W) bool, the owners so far and the segment's number, the pixels
+            (H, W) bool that it may have.
+    """
+    owner = torch.zeros(masks.size, dtype=torch.int32, device=order.device)
     kept: list[Tensor] = []
     areas: list[Tensor] = []
-    for part in masks.chunks(candidates):
+    for part in masks.chunks(order):
         foreground = part > MASK_THRESHOLD
         for mask, area in zip(foreground, _areas(foreground), strict=True):
-            won = mask & (winner == len(kept) + 1)
-            remaining = _areas(won[None])[0]
-            keep = _keeps_enough(area, remaining, fractions[len(kept)])
-            kept.append(keep)
-            areas.append(remaining)
-            owner = torch.where(won & keep, len(kept), owner)
-    return _segments(owner, candidates, kept, areas, scores, labels)
+            claimed = claim(mask, owner, len(kept) + 1)
+            areas.append(_areas(claimed[None])[0])
+            kept.append(_keeps_enough(area, areas[-1], fractions[len(kept)]))
+            # A condition of the host would wait for the device.
+            owner = torch.where(claimed & kept[-1], len(kept), owner)
+    return _Taken(owner, kept, areas)
 
 
 def _areas(masks: Tensor) -> Tensor:
@@ -247,34 +264,25 @@ def _keeps_enough(area: Tensor, remaining: Tensor, fraction: Tensor) -> Tensor:
     return (remaining > 0) & (remaining >= fraction * area)
 
 
-def _segments(
-    owner: Tensor,
-    candidates: Tensor,
-    kept: Sequence[Tensor],
-    areas: Sequence[Tensor],
-    scores: Tensor,
-    labels: Tensor,
-) -> Segments:
+def _segments(taken: _Taken, candidates: Tensor, scores: Tensor, labels: Tensor) -> Segments:
     """
     Number the kept segments; the only function here that brings them to the host, all at once.
 
     Args:
-        owner: (H, W) int32, 0 or 1 + the place of a pixel's segment in ``candidates``.
-        candidates: (R',) int64 in [0, R).
-        kept: R' bools.
-        areas: R' numbers of pixels.
+        taken: of :func:`_take_pixels`.
+        candidates: (R',) int64 in [0, R), the order that they took their pixels in.
         scores: (R,).
         labels: (R,) int64.
     """
-    if not kept:
-        return Segments(id_map=owner, labels=[], scores=[], areas=[], candidates=[])
-    columns = [torch.stack(list(kept)), torch.stack(list(areas)), candidates]
+    if not taken.kept:
+        return Segments(id_map=taken.owner, labels=[], scores=[], areas=[], candidates=[])
+    columns = [torch.stack(taken.kept), torch.stack(taken.areas), candidates]
     columns += [scores[candidates], labels[candidates]]
     table = torch.stack([column.double() for column in columns], dim=1)  # exact for all of them
     number = F.pad(columns[0].cumsum(0), (1, 0)).int()
     rows = [row for row in table.tolist() if row[0]]
     return Segments(
-        id_map=number[owner],
+        id_map=number[taken.owner],
         labels=[int(label) for *_, label in rows],
         scores=[score for *_, score, _ in rows],
         areas=[int(area) for _, area, *_ in rows],
