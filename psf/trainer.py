@@ -1,6 +1,7 @@
 """Training and evaluation with Detectron2's engine, on a CPU as on GPUs."""
 
 import contextlib
+import gc
 import logging
 import math
 import os
@@ -249,6 +250,15 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
+
+    def train(self) -> Any:
+        """Run the training; what exists now lasts as long as it, so no collection looks at it."""
+        gc.collect()
+        gc.freeze()
+        try:
+            return super().train()
+        finally:
+            gc.unfreeze()
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, then the pictures: they need the last evaluation in metrics.json."""

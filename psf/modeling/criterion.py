@@ -125,9 +125,9 @@ class Criterion:
                 locations.logits.device,
             )
         return {
-            key if layer == len(values) - 1 else f"{key}_{layer}": value / num_segments
+            key if layer == len(values) - 1 else f"{key}_{layer}": value
             for key, values in sums.items()
-            for layer, value in enumerate(values)
+            for layer, value in enumerate((values / num_segments).unbind())
         }
 
     def _location_losses(
@@ -135,8 +135,8 @@ class Criterion:
         locations: Locations,
         targets: Sequence[Targets],
         assignments: list[list[Assignment]],
-    ) -> dict[str, Sequence[Tensor]]:
-        """Detection losses of Deformable DETR, one a layer: sums, not yet normalised."""
+    ) -> dict[str, Tensor]:
+        """Detection losses of Deformable DETR, (layers,): sums, not yet normalised."""
         weights = self.loss_weights
         logits = locations.logits.float()
         pairs = _pairs_of_layers(assignments, targets)
@@ -151,9 +151,9 @@ class Criterion:
         distance = (boxes - expected).abs().sum((1, 2))
         scale = weights.things_weight
         return {
-            "loss_class": (scale * weights.class_weight * focal).unbind(),
-            "loss_bbox": (scale * weights.l1_weight * distance).unbind(),
-            "loss_giou": (scale * weights.giou_weight * (1 - giou).sum(1)).unbind(),
+            "loss_class": scale * weights.class_weight * focal,
+            "loss_bbox": scale * weights.l1_weight * distance,
+            "loss_giou": scale * weights.giou_weight * (1 - giou).sum(1),
         }
 
     def _class_losses(
@@ -161,19 +161,17 @@ class Criterion:
         predictions: DeepPredictions,
         targets: Sequence[Targets],
         assignments: Sequence[Assignment],
-    ) -> dict[str, Sequence[Tensor]]:
-        """Of every layer of the mask decoder that classifies: sums, not yet normalised."""
+    ) -> dict[str, Tensor]:
+        """Of every layer of the mask decoder that classifies, (layers,): as above."""
         weights = self.loss_weights
-        losses: dict[str, Sequence[Tensor]] = {"loss_thing_class": [], "loss_stuff_class": []}
+        losses: dict[str, Tensor] = {}
         if predictions.thing_logits:
             logits = torch.stack(predictions.thing_logits).float()  # (layers, N, Q, K)
             classes = torch.zeros_like(logits[0])
             pairs = _pairs_of_layers([assignments], targets)
             classes[pairs.row, pairs.query, pairs.label] = 1
             focal = sigmoid_focal_loss(logits, classes.expand_as(logits)).sum((1, 2, 3))
-            losses["loss_thing_class"] = (
-                weights.things_weight * weights.class_weight * focal
-            ).unbind()
+            losses["loss_thing_class"] = weights.things_weight * weights.class_weight * focal
         if predictions.stuff_logits:
             logits = torch.stack(predictions.stuff_logits).float()  # (layers, N, T)
             classes = torch.zeros_like(logits[0])
@@ -181,9 +179,7 @@ class Criterion:
             classes[_image_of_each(present), torch.cat(present)] = 1
             # Unlike the official code: also for images without things.
             focal = sigmoid_focal_loss(logits, classes.expand_as(logits)).sum((1, 2))
-            losses["loss_stuff_class"] = (
-                weights.stuff_weight * weights.stuff_class_weight * focal
-            ).unbind()
+            losses["loss_stuff_class"] = weights.stuff_weight * weights.stuff_class_weight * focal
         return losses
 
     def _mask_losses(
@@ -192,8 +188,8 @@ class Criterion:
         predictions: DeepPredictions,
         targets: Sequence[Targets],
         assignments: Sequence[Assignment],
-    ) -> dict[str, Sequence[Tensor]]:
-        """Of every layer of the mask decoder that makes masks: sums, not yet normalised."""
+    ) -> dict[str, Tensor]:
+        """Of every layer of the mask decoder that makes masks, (layers,): as above."""
         segments = self._mask_segments(locations, predictions, targets, assignments)
         sizes = [
             [self.mask_loss_scale * side for side in maps.shape[-2:]]
@@ -204,15 +200,11 @@ class Criterion:
             things.append(shrink_masks(target.thing_masks[index], size))
             stuff.append(shrink_masks(target.stuff_masks, size))
         weights = self.loss_weights
+        thing_dice = _dice_losses(predictions.thing_maps, predictions.activation, things)
+        stuff_dice = _dice_losses(predictions.stuff_maps, predictions.activation, stuff)
         return {
-            "loss_thing_mask": [
-                weights.things_weight * weights.mask_weight * dice
-                for dice in _dice_losses(predictions.thing_maps, predictions.activation, things)
-            ],
-            "loss_stuff_mask": [
-                weights.stuff_weight * weights.mask_weight * dice
-                for dice in _dice_losses(predictions.stuff_maps, predictions.activation, stuff)
-            ],
+            "loss_thing_mask": weights.things_weight * weights.mask_weight * thing_dice,
+            "loss_stuff_mask": weights.stuff_weight * weights.mask_weight * stuff_dice,
         }
 
     def _mask_segments(
@@ -277,7 +269,7 @@ def _image_of_each(items: Sequence[Tensor]) -> Tensor:
 
 def _dice_losses(
     maps: list[list[Tensor]], activation: Callable[[Tensor], Tensor], targets: list[Tensor]
-) -> list[Tensor]:
+) -> Tensor:
     """
     Args:
         maps: layers x N x (R, h, w).
@@ -285,7 +277,7 @@ def _dice_losses(
         targets: N x (R, H, W) in [0, 1].
 
     Returns:
-        One sum a layer.
+        (layers,), the sum of each.
     """
     groups: dict[torch.Size, list[int]] = {}
     for image, target in enumerate(targets):
@@ -296,7 +288,7 @@ def _dice_losses(
         target = torch.cat([targets[i] for i in images])  # (R, H, W), R of all these images
         # Maps are upsampled, then activated: the slope of logits places edges within a cell.
         losses.append(upsampled_dice_loss(own, target, activation).sum(1))
-    return list(torch.stack(losses).sum(0))
+    return torch.stack(losses).sum(0)
 
 
 def mask_queries(assignments: Sequence[Assignment], targets: Sequence[Targets]) -> MaskQueries:

@@ -274,7 +274,13 @@ class PanopticSegFormer(nn.Module):
     def preprocess_images(self, batched_inputs: list[dict[str, Any]]) -> list[Tensor]:
         """Normalised images, N x (3, h, w), on the model's device."""
         images = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
-        return [(image - self.pixel_mean) / self.pixel_std for image in images]
+        # Converted on their own: a CPU subtracts floats from bytes one by one.
+        return [
+            image.to(torch.promote_types(image.dtype, self.pixel_mean.dtype))
+            .sub(self.pixel_mean)
+            .div_(self.pixel_std)
+            for image in images
+        ]
 
     def extract_maps(self, images: list[Tensor]) -> tuple[list[Tensor], list[list[Shape]]]:
         """

@@ -136,7 +136,7 @@ class EncoderLayer(nn.Module):
         """
         Args:
             tokens: (N, S, C).
-            position: (N, S, C), added to the queries only.
+            position: (N or 1, S, C), added to the queries only.
             reference_points: (N, S, L, 2) each token's own place (x, y), in units of the padded
                 maps.
             spatial_shapes: (H_l, W_l) of each level.
@@ -233,10 +233,15 @@ class PixelEncoder(nn.Module):
         return memory._replace(features=tokens)
 
     def _positions(self, memory: Memory) -> Tensor:
-        """(N, S, C) sine encoding of the place plus the learned embedding of the level."""
+        """(N or 1, S, C) sine encoding of the place plus the learned embedding of the level."""
         positions = []
+        alike = (
+            memory.valid_shapes_tensor is None and len(set(map(tuple, memory.valid_shapes))) == 1
+        )
         for level, shape in enumerate(memory.spatial_shapes):
             valid = memory.valid_sizes(level)
+            if alike:  # so are the places
+                valid = valid[:1]
             sine = sine_position_encoding(shape, valid, self.dim, device=valid.device)
             positions.append(sine.flatten(1, 2) + self.level_embed[level])
         return torch.cat(positions, dim=1).to(memory.features.dtype)

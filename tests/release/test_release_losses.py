@@ -218,7 +218,9 @@ class TestOptimizerStep:
             expected = official_step(name, weight, gradient)
             change = (expected - weight).double().norm().item()
             assert change == pytest.approx(recorded["step_delta_norms"][name], rel=1e-6)
-            assert difference(after[ours(name)], expected) < STEP_TOLERANCE, name
+            error = (after[ours(name)].detach() - expected).abs()
+            allowed = STEP_TOLERANCE * expected.abs().max() + undecided(name, weight, gradient)
+            assert (error <= allowed).all(), name
 
     def test_the_recorded_arrays_are_the_weights_before_the_step(self, step):
         """When this fails, they have been recorded anew: compare with them instead."""
@@ -238,6 +240,19 @@ def official_step(name, weight, gradient):
     rate = 1.4e-5 if slow else 1.4e-4
     torch.optim.AdamW([parameter], lr=rate, weight_decay=1e-4, foreach=False).step()
     return parameter.detach()
+
+
+def undecided(name, weight, gradient):
+    """
+    How far apart the weights end, whose gradients differ by what float32 leaves of their sums.
+
+    AdamW's first step has the size of the learning rate whatever the gradient's is, so that the
+    sign of a gradient near zero decides: the smallest of these differ from processor to processor.
+    For gradients above that, this is next to nothing.
+    """
+    rounding = 4 * torch.finfo(gradient.dtype).eps * gradient.abs().max()
+    up, down = (official_step(name, weight, gradient + x) for x in (rounding, -rounding))
+    return (up - down).abs()
 
 
 def rounding_of_one(weight):
