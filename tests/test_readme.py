@@ -1,5 +1,7 @@
 """What the README shows must run as it stands there."""
 
+import ast
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -30,7 +32,8 @@ def trained(shapes_cfg, tmp_path, monkeypatch):
 
 
 def test_predict_in_a_script(trained):
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict = {}
     exec(compile(block, "README.md", "exec"), names)
     assert names["panoptic_seg"].shape == (90, 120)
@@ -38,20 +41,51 @@ def test_predict_in_a_script(trained):
 
 
 def test_draw_on_images(trained):
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     command = re.search(r"python demo/demo\.py (.*?)```", text, re.DOTALL).group(1)
     demo.main(command.replace("\\\n", " ").split())
     assert cv2.imread(str(trained / "drawn" / "photo.jpg")).shape[2] == 3
 
 
+PAGES = [page for folder in (".", "docs", "datasets") for page in (ROOT / folder).glob("*.md")]
+
+
 def test_every_file_that_the_docs_link_is_there():
-    for page in ROOT.glob("*.md"):
-        text = page.read_text()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
         for link in re.findall(r"\]\(([^)#:]+)[)#]", text) + re.findall(r'src="([^":]+)"', text):
             assert (page.parent / link).exists(), f"{page.name} links {link}"
 
 
-def test_every_config_that_the_docs_name_is_there():
-    for page in ROOT.glob("*.md"):
-        for config in re.findall(r"configs/[\w/]+\.yaml", page.read_text()):
-            assert (ROOT / config).is_file(), f"{page.name} names {config}"
+def test_every_heading_that_the_docs_link_is_there():
+    linked = 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for link, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text):
+            target = page.parent / link if link else page
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
+            assert anchor in anchors, f"{page.name} links {link}#{anchor}"
+            linked += 1
+    assert linked > 0
+
+
+def test_every_import_that_the_docs_show_works():
+    found = set()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for code in re.findall(r"```python\n(.*?)```|python -c \"(.*?)\"", text, re.DOTALL):
+            for node in ast.walk(ast.parse("".join(code))):
+                if isinstance(node, ast.ImportFrom):
+                    module = importlib.import_module(str(node.module))
+                    for name in node.names:
+                        assert hasattr(module, name.name), f"{page.name}: {ast.unparse(node)}"
+                        found.add(name.name)
+    assert {"register_panoptic", "has_extension", "ms_deform_attn_fused"} <= found
+
+
+def test_every_file_that_the_docs_name_is_there():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for path in re.findall(r"\b(?:benchmarks|configs|demo|tools|tests)/[\w/-]+\.\w+", text):
+            assert (ROOT / path).is_file(), f"{page.name} names {path}"

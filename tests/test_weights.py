@@ -158,8 +158,23 @@ def test_a_file_with_something_unknown(model, tmp_path):
         Checkpointer(model).load(str(tmp_path / "unknown.pth"))
 
 
+def test_a_kill_leaves_the_tag_of_the_last_whole_file(model, tmp_path, monkeypatch):
+    checkpointer = Checkpointer(model, str(tmp_path))
+    checkpointer.save("first")
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "first.pth")
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpointer.save("second")
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "first.pth")
+
+
 def test_an_address_that_cannot_be_reached(model, tmp_path, monkeypatch):
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    monkeypatch.setenv("no_proxy", "*")  # a proxy would answer for it
     with pytest.raises(OSError, match=r"MODEL\.WEIGHTS: 'http://localhost:1/a\.pth' cannot be f"):
         Checkpointer(model).load("http://localhost:1/a.pth")
 

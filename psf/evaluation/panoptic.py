@@ -285,7 +285,8 @@ class PanopticEvaluator(DatasetEvaluator):
             (f"{prefix}pq.txt", table),
             (f"{prefix}panoptic_results.json", rows_json),
         ):
-            with PathManager.open(os.path.join(self._output_dir, name), "w") as file:
+            path = os.path.join(self._output_dir, name)
+            with PathManager.open(path, "w", encoding="utf-8") as file:
                 file.write(text + "\n")
         write_quality_bars(rows, os.path.join(self._output_dir, f"{prefix}pq.png"), title=title)
 
@@ -294,7 +295,7 @@ class PanopticEvaluator(DatasetEvaluator):
     ) -> None:
         """Write the JSON of a submission (cocodataset.org/#format-results)."""
         path = os.path.join(str(self._output_dir), f"{PREDICTIONS}.json")
-        with PathManager.open(path, "w") as file:
+        with PathManager.open(path, "w", encoding="utf-8") as file:
             file.write('{"annotations": [')
             file.writelines(
                 f"{',' if i else ''}\n{annotation}" for i, annotation in enumerate(annotations)

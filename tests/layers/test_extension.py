@@ -70,7 +70,7 @@ def run(package: Path, **variables: str) -> list[str]:
         cwd=package.parent,  # python -c looks there first
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,  # importing torch takes seconds, or minutes from a slow disk
         check=False,
     )
     assert result.returncode == 0, result.stderr

@@ -24,12 +24,13 @@ CRITERION = Criterion(
 
 
 def targets(things: list[int], stuff: list[int], size=(16, 24)) -> Targets:
+    generator = torch.Generator().manual_seed(10 * len(things) + len(stuff))
     return Targets(
         thing_labels=torch.tensor(things, dtype=torch.int64),
-        thing_boxes=torch.rand(len(things), 4) / 2 + 0.1,
-        thing_masks=torch.rand(len(things), *size) > 0.5,
+        thing_boxes=torch.rand(len(things), 4, generator=generator) / 2 + 0.1,
+        thing_masks=torch.rand(len(things), *size, generator=generator) > 0.5,
         stuff_labels=torch.tensor(stuff, dtype=torch.int64),
-        stuff_masks=torch.rand(len(stuff), *size) > 0.5,
+        stuff_masks=torch.rand(len(stuff), *size, generator=generator) > 0.5,
     )
 
 
