@@ -127,7 +127,10 @@ def test_clipping_within_the_fused_step_is_clipping(tiny_cfg):
 
 @pytest.mark.parametrize("name", ["joint", "decoupled"])
 def test_compiled_layers_serve_all_sizes_and_numbers_of_masks(tiny_cfg, name, monkeypatch):
-    """Each layer is one graph; two sizes of images show what varies, and no third is compiled."""
+    """
+    Each layer is one graph, and three images show all that varies: two sizes, and one thing query
+    (an image without things), for which torch has programs of their own as for all sizes of 1.
+    """
     tiny_cfg.MODEL.PSF.MASK_DECODER.NAME = name
     tiny_cfg.MODEL.BACKBONE.NAME = "build_basic_resnet_backbone"
     tiny_cfg.MODEL.RESNETS.DEPTH = 18
@@ -161,7 +164,8 @@ def test_compiled_layers_serve_all_sizes_and_numbers_of_masks(tiny_cfg, name, mo
         numbers.append(len(graphs))
     torch._dynamo.reset()
     assert numbers[0] > 0
-    assert numbers[1:] == numbers[1:2] * 4
+    assert numbers[2:] == numbers[2:3] * 3
+    assert numbers[2] <= numbers[1] + 1
 
 
 def test_compiling_without_a_compiler_says_what_to_do(tiny_cfg, monkeypatch):
