@@ -1,6 +1,7 @@
 """Two processes on a CPU, with the step of the trainer, get the gradient of one."""
 
-import pytest
+import itertools
+
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.engine import create_ddp_model
@@ -12,6 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from psf.trainer import TrainStep
 
+DESIGNS = ["joint", "decoupled"]
 PARTS = ["backbone", "pixel_encoder", "location_decoder", "mask_decoder"]
 # Keys of MODEL.PSF.CHECKPOINT, parts of a process's batch.
 WAYS = {
@@ -30,7 +32,8 @@ def batch():
     return [make_input(*size, c, seed=i) for i, (size, c) in enumerate(shapes)]
 
 
-def build(cfg, checkpoint):
+def build(cfg, design, checkpoint):
+    cfg.MODEL.PSF.MASK_DECODER.NAME = design
     cfg.MODEL.PSF.CHECKPOINT = checkpoint
     torch.manual_seed(0)
     # Double precision, as ReLUs and normalisations of few cells blow up single rounding errors.
@@ -64,9 +67,9 @@ def work(rank, cfg, metadata, folder):
     MetadataCatalog.get(metadata.pop("name")).set(**metadata)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found = {}
-    for way, (checkpoint, parts) in WAYS.items():
-        # As the trainer wraps it.
-        model = create_ddp_model(build(cfg, checkpoint), broadcast_buffers=False, device_ids=None)
+    for design, (way, (checkpoint, parts)) in itertools.product(DESIGNS, WAYS.items()):
+        model = build(cfg, design, checkpoint)
+        model = create_ddp_model(model, broadcast_buffers=False, device_ids=None)  # as the trainer
         buckets = []
 
         def count(group, bucket, buckets=buckets):
@@ -75,25 +78,23 @@ def work(rank, cfg, metadata, folder):
 
         model.register_comm_hook(None, count)
         data = batch()[2 * rank : 2 * rank + 2]
-        found[way] = gradients(model, data, parts), sorted(buckets)
+        found[design, way] = gradients(model, data, parts), sorted(buckets)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["joint", "decoupled"])
-def test_the_gradient_of_two_processes_is_that_of_one(tiny_cfg, name, tmp_path):
+def test_the_gradient_of_two_processes_is_that_of_one(tiny_cfg, tmp_path):
     """However the batches are cut and whatever is computed twice; averaged once a step."""
-    tiny_cfg.MODEL.PSF.MASK_DECODER.NAME = name
-    expected = gradients(build(tiny_cfg, []), batch(), 1)
-    norm = torch.cat([g.flatten() for g in expected.values()]).norm()
+    expected = {name: gradients(build(tiny_cfg, name, []), batch(), 1) for name in DESIGNS}
     metadata = MetadataCatalog.get(tiny_cfg.DATASETS.TRAIN[0]).as_dict()
     multiprocessing.spawn(work, (tiny_cfg, metadata, str(tmp_path)), nprocs=2)
     for rank in range(2):
-        ways = torch.load(tmp_path / f"{rank}.pt")
-        assert ways.keys() == WAYS.keys()
-        for way, (found, buckets) in ways.items():
-            assert found.keys() == expected.keys()
-            for key, grad in expected.items():
+        cases = torch.load(tmp_path / f"{rank}.pt")
+        assert len(cases) == len(DESIGNS) * len(WAYS)
+        for (design, way), (found, buckets) in cases.items():
+            assert found.keys() == expected[design].keys()
+            norm = torch.cat([g.flatten() for g in expected[design].values()]).norm()
+            for key, grad in expected[design].items():
                 error = (found[key] - grad).norm()
-                assert error < 1e-6 * norm + 1e-5 * grad.norm(), (rank, way, key)
+                assert error < 1e-6 * norm + 1e-5 * grad.norm(), (rank, design, way, key)
             assert buckets == list(range(len(buckets))), "every bucket was sent once"
