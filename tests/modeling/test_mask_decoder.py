@@ -231,6 +231,18 @@ def test_earlier_layers_compute_no_masks_at_inference(any_decoder, monkeypatch):
         assert calls == [any_decoder.things.tail, any_decoder.stuff.tail]
 
 
+@pytest.mark.parametrize("num_layers", [1, None])
+def test_no_attention_projects_its_keys_twice_at_inference(any_decoder, monkeypatch, num_layers):
+    """The masks of the last used layer are made of what its attention has projected."""
+    calls = []
+    project = AttentionMaps.project
+    monkeypatch.setattr(
+        AttentionMaps, "project", lambda self, *args: calls.append(self) or project(self, *args)
+    )
+    predict(any_decoder, memory(1), locate(torch.randn(1, 5, DIM)), num_layers)
+    assert len(calls) == len(set(calls)) > 0
+
+
 def test_thing_queries_are_a_set(any_decoder):
     tokens, query, order = memory(2), torch.randn(2, 5, DIM), torch.randperm(5)
     _, a = predict(any_decoder, tokens, locate(query))
