@@ -26,6 +26,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from psf import add_psf_config
+from psf.inference import optimize_for_inference
 from psf.trainer import CONTACT_SHEET, CURVES, Trainer, summary, write_pictures
 from psf.weights import Checkpointer
 
@@ -90,6 +91,7 @@ def main(args: argparse.Namespace) -> OrderedDict[str, Any] | None:
         model = Trainer.build_model(cfg)
         checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        optimize_for_inference(model)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
             write_pictures(cfg, model)

@@ -158,6 +158,7 @@ def add_psf_config(cfg: CN) -> None:
     # Cut every batch of IMS_PER_BATCH images into so many parts, one after the other through the
     # model, and add up their gradients: the memory of a part, the gradient of the batch.
     cfg.SOLVER.ACCUMULATE_STEPS = 1
-    # Compile the layers with torch.compile when training starts: some minutes, then faster. Needs
-    # a C++ compiler on a CPU, Triton on a GPU.
+    # Compile the layers with torch.compile when training starts, which takes a minute or more; what
+    # it changes is measured in docs/training_performance.md. Needs a C++ compiler on a CPU, Triton
+    # on a GPU.
     cfg.SOLVER.COMPILE = False

@@ -55,6 +55,10 @@ logger = logging.getLogger(__name__)
 CONTACT_SHEET = "contact_sheet.png"
 CURVES = "curves.png"
 
+# Of one function, for all that differs between the layers that share it: the blocks of a ResNet
+# alone are of eight kinds, each for fixed and for changing sizes; torch's own limit is eight.
+MOST_TRANSLATIONS = 64
+
 
 class TrainStep(SimpleTrainer):
     """
@@ -173,11 +177,12 @@ class TrainStep(SimpleTrainer):
 
 def compile_layers(model: nn.Module) -> None:
     """
-    Let torch.compile translate the layers of a model when they first run.
+    Let torch.compile translate the layers of a model when they first run in training.
 
-    Layers of one kind share their code, and sizes that change become variables of it, so that the
-    number of translations does not grow with the sizes of images; torch stops at eight of one
-    function and goes on without. What surrounds the layers (matching, losses) stays as it is.
+    Layers of one kind share their code, and sizes that change become variables of it: the number
+    of translations depends on the architecture, not on images. What surrounds the layers stays as
+    it is (matching, losses, evaluation), and so do masks, whose number is different in every image
+    and which are made in parts to bound the memory.
 
     Raises:
         RuntimeError: on a CPU without a C++ compiler.
@@ -189,10 +194,26 @@ def compile_layers(model: nn.Module) -> None:
             f"SOLVER.COMPILE needs a C++ compiler, but there is no '{compiler}'. Install one, let "
             "the environment variable CXX name it, or set SOLVER.COMPILE to False."
         )
-    kinds = (BottleneckBlock, BasicBlock, EncoderLayer, LocationDecoderLayer, MaskDecoderLayer)
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, MOST_TRANSLATIONS)
+    kinds = (BottleneckBlock, BasicBlock, EncoderLayer, LocationDecoderLayer)
     for module in model.modules():
         if isinstance(module, kinds):
-            module.compile()
+            _compile_in_training(module, "forward")
+        elif isinstance(module, MaskDecoderLayer):
+            _compile_in_training(module, "self_attended")
+            _compile_in_training(module, "refine")
+
+
+def _compile_in_training(module: nn.Module, method: str) -> None:
+    """Evaluation would need translations of its own, for little time spent there."""
+    plain = getattr(module, method)
+    compiled = torch.compile(plain)
+
+    def choose(*args: Any) -> Any:
+        return compiled(*args) if module.training else plain(*args)
+
+    setattr(module, method, choose)
 
 
 class PicturesHook(HookBase):

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+
+from psf.inference import ChunkedFeedForward
+from psf.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -127,6 +131,27 @@ def test_two_cpu_processes_with_torchrun(shapes_root, tmp_path, monkeypatch):
     assert result.returncode == 0, result.stdout[-3000:]
     assert "World size: 2" in result.stdout
     assert (tmp_path / "model_final.pth").is_file()
+
+
+def test_evaluation_of_a_checkpoint(shapes_cfg, tmp_path, monkeypatch):
+    """``--eval-only`` makes the model faster, and repeats the numbers of the plain one."""
+    shapes_cfg.MODEL.PSF.TEST.SEMANTIC_ON = True  # a random model has a PQ of 0, but some accuracy
+    torch.manual_seed(0)
+    model = build_model(shapes_cfg)
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    expected = Trainer.test(shapes_cfg, model)
+    assert expected["sem_seg"]["pACC"] > 0
+    (tmp_path / "shapes.yaml").write_text(shapes_cfg.dump())
+    evaluated = []
+    test = Trainer.test
+    monkeypatch.setattr(Trainer, "test", lambda cfg, m: evaluated.append(m) or test(cfg, m))
+    weights = ["MODEL.WEIGHTS", str(tmp_path / "model.pth")]
+    args = ["--config-file", str(tmp_path / "shapes.yaml"), "--eval-only", *weights]
+    results = train_net.main(train_net.default_argument_parser().parse_args(args))
+    (model,) = evaluated
+    assert any(isinstance(module, ChunkedFeedForward) for module in model.modules())
+    for kind, numbers in expected.items():
+        assert results[kind] == pytest.approx(numbers, abs=0.1, nan_ok=True), kind
 
 
 COCO_SAMPLE = ROOT.parent / "shared" / "data" / "coco_sample"

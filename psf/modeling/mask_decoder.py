@@ -50,13 +50,20 @@ class DeepPredictions(NamedTuple):
     activation: Callable[[Tensor], Tensor]  # turns maps, once resized, into soft masks >= 0
 
 
+class Projections(NamedTuple):
+    """The projected queries and positions whose products are the attention logits."""
+
+    q: Tensor  # (N, M, queries, D)
+    k: Tensor  # (N, M, S, D)
+
+
 class ClassPredictions(NamedTuple):
     """What a mask decoder predicts at inference before it makes masks, and from what."""
 
     thing_logits: Tensor  # (N, Q, K)
     stuff_logits: Tensor  # (N, T), each stuff query for its own class
-    thing_query: Tensor  # (N, Q, C) for predict_masks
-    stuff_query: Tensor  # (N, T, C)
+    projections: Projections  # for predict_masks, of the attention that makes the last masks
+    thing_query: Tensor | None  # (N, Q, C) where things have layers of their own to go through
 
 
 class AttentionMaps(nn.Module):
@@ -82,29 +89,30 @@ class AttentionMaps(nn.Module):
         self.mask_proj = nn.Linear(num_heads * num_levels, 1)
         init_linear_weights(self)
 
-    def masks(self, query: Tensor, memory: Memory, mask_queries: Sequence[Tensor]) -> list[Tensor]:
+    def project(self, query: Tensor, features: Tensor) -> Projections:
+        """Queries (N, Q, C) and features (N, S, C), every head's apart."""
+        return Projections(
+            self._split_heads(self.q_proj(query)), self._split_heads(self.k_proj(features))
+        )
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def maps(
+        self, projections: Projections, memory: Memory, mask_queries: Sequence[Tensor]
+    ) -> list[Tensor]:
         """
-        Only the maps: no queries attend to anything.
+        Make masks.
 
         Args:
-            query: (N, Q, C).
-            memory: the encoder's tokens.
+            projections: of :meth:`project`.
+            memory: the encoder's tokens, which were projected.
             mask_queries: N x (R,) int64 indices of the queries whose masks are wanted.
 
         Returns:
             N x (R, h, w), before any activation.
         """
-        q = self._split_heads(self.q_proj(query))  # (N, M, Q, D)
-        k = self._split_heads(self.k_proj(memory.features))  # (N, M, S, D)
-        return self._maps(q, k, memory, mask_queries)
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-    def _maps(
-        self, q: Tensor, k: Tensor, memory: Memory, mask_queries: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """N x (R, h, w) from queries (N, M, Q, D) and keys (N, M, S, D)."""
+        q, k = projections
         weights = self._head_weights()
         maps: list[Tensor] = [q.new_empty(0)] * len(mask_queries)
         for members in _images_of_one_size(memory):
@@ -134,6 +142,13 @@ class AttentionMaps(nn.Module):
         )
 
 
+class Attended(NamedTuple):
+    """Queries after an attention, and what masks can be made of."""
+
+    query: Tensor  # (N, Q, C)
+    projections: Projections
+
+
 class MaskAttention(AttentionMaps):
     """Multi-head cross-attention that can also turn its attention logits into masks."""
 
@@ -141,27 +156,18 @@ class MaskAttention(AttentionMaps):
     v_proj: nn.Linear
     out_proj: nn.Linear
 
-    def forward(
-        self, query: Tensor, memory: Memory, mask_queries: Sequence[Tensor] | None
-    ) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, query: Tensor, features: Tensor, padding_mask: Tensor | None) -> Attended:
         """
         Args:
             query: (N, Q, C).
-            memory: the encoder's tokens, keys and values.
-            mask_queries: N x (R,) int64 indices of the queries whose masks are wanted; None: no
-                masks.
-
-        Returns:
-            Attended queries (N, Q, C), and N x (R, h, w) maps, before any activation (empty
-            without ``mask_queries``).
+            features: (N, S, C), keys and values.
+            padding_mask: (N, S) bool, True where nothing attends to; None: nowhere.
         """
-        q = self._split_heads(self.q_proj(query))  # (N, M, Q, D)
-        k = self._split_heads(self.k_proj(memory.features))  # (N, M, S, D)
-        v = self._split_heads(self.v_proj(memory.features))
-        visible = None if memory.padding_mask is None else ~memory.padding_mask[:, None, None]
-        attended = attention(q, k, v, visible)
-        maps = [] if mask_queries is None else self._maps(q, k, memory, mask_queries)
-        return self.out_proj(attended.transpose(1, 2).flatten(2)), maps
+        q, k = self.project(query, features)
+        v = self._split_heads(self.v_proj(features))
+        visible = None if padding_mask is None else ~padding_mask[:, None, None]
+        attended = attention(q, k, v, visible).transpose(1, 2).flatten(2)
+        return Attended(self.out_proj(attended), Projections(q, k))
 
 
 class MaskTail(AttentionMaps):
@@ -170,8 +176,16 @@ class MaskTail(AttentionMaps):
     def forward(
         self, query: Tensor, memory: Memory, mask_queries: Sequence[Tensor]
     ) -> list[Tensor]:
-        """As :class:`MaskAttention`, without attended queries."""
-        return self.masks(query, memory, mask_queries)
+        """
+        Args:
+            query: (N, Q, C).
+            memory: the encoder's tokens.
+            mask_queries: N x (R,) int64 indices of the queries whose masks are wanted.
+
+        Returns:
+            N x (R, h, w), before any activation.
+        """
+        return self.maps(self.project(query, memory.features), memory, mask_queries)
 
 
 class MaskDecoderLayer(nn.Module):
@@ -229,9 +243,26 @@ class MaskDecoderLayer(nn.Module):
         self, query: Tensor, memory: Memory, mask_queries: Sequence[Tensor] | None
     ) -> tuple[Tensor, list[Tensor]]:
         """The rest of :meth:`forward`; masks are made of the queries that come in here."""
-        attended, maps = self.cross_attn(query, memory, mask_queries)
+        refined, projections = self.refine(query, memory.features, memory.padding_mask)
+        if mask_queries is None:
+            return refined, []
+        return refined, self.cross_attn.maps(projections, memory, mask_queries)
+
+    def refine(self, query: Tensor, features: Tensor, padding_mask: Tensor | None) -> Attended:
+        """
+        What :meth:`cross_attended` does before masks: all sizes are those of its tensors.
+
+        Args:
+            query: (N, Q, C), self-attended.
+            features: (N, S, C) of the memory.
+            padding_mask: (N, S) bool or None, likewise.
+
+        Returns:
+            Refined queries, and projections of those that came in.
+        """
+        attended, projections = self.cross_attn(query, features, padding_mask)
         query = self.norm1(query + attended)
-        return self.norm2(query + self.ffn(query)), maps
+        return Attended(self.norm2(query + self.ffn(query)), projections)
 
 
 class JointMaskDecoder(nn.Module):
@@ -332,12 +363,13 @@ class JointMaskDecoder(nn.Module):
         num_things, last = locations.query.shape[1], self._last(num_layers)
         for layer in self.layers[:last]:
             query, _ = layer(query, memory, None)
-        refined, _ = self.layers[last](query, memory, None)
+        layer = cast(MaskDecoderLayer, self.layers[last])
+        query, projections = layer.refine(query, memory.features, memory.padding_mask)
         return ClassPredictions(
-            thing_logits=self.thing_heads[last](refined[:, :num_things]),
-            stuff_logits=self.stuff_heads[last](refined[:, num_things:]).squeeze(-1),
-            thing_query=query[:, :num_things],
-            stuff_query=query[:, num_things:],
+            thing_logits=self.thing_heads[last](query[:, :num_things]),
+            stuff_logits=self.stuff_heads[last](query[:, num_things:]).squeeze(-1),
+            projections=projections,
+            thing_query=None,
         )
 
     def predict_masks(
@@ -360,11 +392,11 @@ class JointMaskDecoder(nn.Module):
             N x (R_things + R_stuff, h, w) maps of the last used layer at the finest level,
             unpadded, for :attr:`activation`.
         """
-        num_things = predictions.thing_query.shape[1]
+        num_things = predictions.thing_logits.shape[1]
         pairs = zip(wanted.things, wanted.stuff, strict=True)
         layer = cast(MaskDecoderLayer, self.layers[self._last(num_layers)])
-        return layer.cross_attn.masks(
-            torch.cat([predictions.thing_query, predictions.stuff_query], dim=1),
+        return layer.cross_attn.maps(
+            predictions.projections,
             memory.finest(self.num_levels),
             [torch.cat([things, num_things + stuff]) for things, stuff in pairs],
         )
@@ -548,14 +580,16 @@ class DecoupledMaskDecoder(nn.Module):
         *earlier, last = cast(Sequence[MaskDecoderLayer], self.stuff.layers[:num_layers])
         for layer in earlier:
             query, _ = layer(query + position, memory, None)
-        into_attention = last.self_attended(query + position)
-        query, _ = last.cross_attended(into_attention, memory, None)
-        with_tail = self.stuff.mask_attention(num_layers) is self.stuff.tail
+        query, projections = last.refine(
+            last.self_attended(query + position), memory.features, memory.padding_mask
+        )
+        if self.stuff.mask_attention(num_layers) is self.stuff.tail:
+            projections = self.stuff.tail.project(query + position, memory.features)
         return ClassPredictions(
             thing_logits=locations.logits[-1],
             stuff_logits=self.stuff_heads[len(earlier)](query).squeeze(-1),
+            projections=projections,
             thing_query=locations.query,
-            stuff_query=query + position if with_tail else into_attention,
         )
 
     def predict_masks(
@@ -567,12 +601,13 @@ class DecoupledMaskDecoder(nn.Module):
     ) -> list[Tensor]:
         """As :meth:`JointMaskDecoder.predict_masks`; only wanted things go through their layers."""
         memory = memory.finest(self.num_levels)
-        query, index = _chosen(predictions.thing_query, wanted.things)
+        thing_query = cast(Tensor, predictions.thing_query)
+        query, index = _chosen(thing_query, wanted.things)
         things = self.things(
             query, 0.0, memory, index, deep_supervision=False, num_layers=num_layers
         )
-        stuff = self.stuff.mask_attention(num_layers).masks(
-            predictions.stuff_query, memory, wanted.stuff
+        stuff = self.stuff.mask_attention(num_layers).maps(
+            predictions.projections, memory, wanted.stuff
         )
         maps = zip(things.maps[-1], stuff, strict=True)
         return [torch.cat([t, s.relu()]) for t, s in maps]

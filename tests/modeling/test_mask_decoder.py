@@ -78,14 +78,17 @@ def predict(decoder, tokens, places, num_layers=None):
     return classes, decoder.predict_masks(tokens, classes, wanted, num_layers)
 
 
-def everything(batch_size: int, num_queries: int) -> list[torch.Tensor]:
-    return [torch.arange(num_queries)] * batch_size
+def attend(attention, query, tokens):
+    """Attended queries (N, Q, C), and N x (Q, h, w) maps of all of them."""
+    attended, projections = attention(query, tokens.features, tokens.padding_mask)
+    wanted = [torch.arange(query.shape[1])] * len(query)
+    return attended, attention.maps(projections, tokens, wanted)
 
 
 @pytest.mark.parametrize("num_queries", [0, 1, 5])
 def test_output_shapes(attention, num_queries):
     query = torch.randn(2, num_queries, DIM)
-    out, masks = attention(query, memory(2), everything(2, num_queries))
+    out, masks = attend(attention, query, memory(2))
     assert out.shape == (2, num_queries, DIM)
     assert [m.shape for m in masks] == [(num_queries, 8, 6)] * 2
 
@@ -105,7 +108,7 @@ def test_masks_equal_the_papers_order_of_operations(attention):
         heads = projection(level.permute(1, 2, 0)).relu().transpose(1, 2).reshape(5, HEADS, h, w)
         maps.append(F.interpolate(heads, size=SHAPES[0], mode="bilinear"))
     fused = attention.mask_proj(torch.cat(maps, 1).permute(0, 2, 3, 1))[..., 0]
-    masks = attention(query, tokens, everything(1, 5))[1][0]
+    masks = attend(attention, query, tokens)[1][0]
     torch.testing.assert_close(masks, fused)
 
 
@@ -121,7 +124,7 @@ def test_attention_is_ordinary_attention(attention):
     )
     weights = (q @ k.transpose(-2, -1) / (DIM // HEADS) ** 0.5).softmax(-1)
     expected = attention.out_proj((weights @ v).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(attention(query, tokens, None)[0], expected)
+    torch.testing.assert_close(attend(attention, query, tokens)[0], expected)
 
 
 def test_only_the_wanted_masks_are_made(any_decoder):
@@ -217,15 +220,27 @@ def test_coarser_levels_than_a_decoders_are_left_out(any_decoder):
 
 def test_earlier_layers_compute_no_masks_at_inference(any_decoder, monkeypatch):
     calls = []
-    make_maps = AttentionMaps._maps
+    make_maps = AttentionMaps.maps
     monkeypatch.setattr(
-        AttentionMaps, "_maps", lambda self, *args: calls.append(self) or make_maps(self, *args)
+        AttentionMaps, "maps", lambda self, *args: calls.append(self) or make_maps(self, *args)
     )
     predict(any_decoder, memory(1), locate(torch.randn(1, 5, DIM)))
     if isinstance(any_decoder, JointMaskDecoder):
         assert calls == [any_decoder.layers[-1].cross_attn]
     else:
         assert calls == [any_decoder.things.tail, any_decoder.stuff.tail]
+
+
+@pytest.mark.parametrize("num_layers", [1, None])
+def test_no_attention_projects_its_keys_twice_at_inference(any_decoder, monkeypatch, num_layers):
+    """The masks of the last used layer are made of what its attention has projected."""
+    calls = []
+    project = AttentionMaps.project
+    monkeypatch.setattr(
+        AttentionMaps, "project", lambda self, *args: calls.append(self) or project(self, *args)
+    )
+    predict(any_decoder, memory(1), locate(torch.randn(1, 5, DIM)), num_layers)
+    assert len(calls) == len(set(calls)) > 0
 
 
 def test_thing_queries_are_a_set(any_decoder):

@@ -114,13 +114,3 @@ def test_chunks_bound_what_exists_at_a_time(monkeypatch):
     q, k, weights = arguments(5)
     mask_maps(q, k, WHOLE, weights)
     assert sizes == [2] * 6 + [1] * 3
-
-
-def test_compiles():
-    q, k, weights = arguments(dtype=torch.float32)
-    compiled = torch.compile(mask_maps, backend="aot_eager", fullgraph=True)
-    found, grads = outputs_and_gradients(compiled, q, k, PART, weights)
-    expected, expected_grads = outputs_and_gradients(mask_maps, q, k, PART, weights)
-    torch.testing.assert_close(found, expected)
-    for a, b in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(a, b)
