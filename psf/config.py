@@ -6,6 +6,16 @@ from detectron2.config import CfgNode as CN
 
 def add_psf_config(cfg: CN) -> None:
     """Add the keys of Panoptic SegFormer, with the paper's values, to a Detectron2 config."""
+    _add_model(cfg)
+    _add_mask_decoder(cfg)
+    _add_losses(cfg)
+    _add_test(cfg)
+    _add_data(cfg)
+    _add_backbones(cfg)
+    _add_solver(cfg)
+
+
+def _add_model(cfg: CN) -> None:
     # Detectron2's default is "cuda" everywhere; here it is the device that the machine has.
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     cfg.MODEL.META_ARCHITECTURE = "PanopticSegFormer"
@@ -39,6 +49,13 @@ def add_psf_config(cfg: CN) -> None:
     cfg.MODEL.PSF.LOCATION_DECODER = CN()
     cfg.MODEL.PSF.LOCATION_DECODER.DEC_LAYERS = 6  # paper, section 4.2
 
+    # Parts whose layers compute their activations again in the backward pass, instead of storing
+    # them: "backbone" (Detectron2's ResNets), "pixel_encoder", "location_decoder", "mask_decoder".
+    # Same losses and gradients for less memory and more time (docs/training_performance.md).
+    cfg.MODEL.PSF.CHECKPOINT = []
+
+
+def _add_mask_decoder(cfg: CN) -> None:
     cfg.MODEL.PSF.MASK_DECODER = CN()
     # "joint": thing and stuff queries go through the same layers (the paper's). "decoupled":
     # separate stacks, ReLU masks, thing classes from the location decoder (the official code's).
@@ -58,6 +75,8 @@ def add_psf_config(cfg: CN) -> None:
     # 0: everywhere.
     cfg.MODEL.PSF.MASK_DECODER.MATCHING.NUM_POINTS = 0
 
+
+def _add_losses(cfg: CN) -> None:
     # Losses: focal, L1, GIoU as Deformable DETR; Dice as the official code.
     cfg.MODEL.PSF.CLASS_WEIGHT = 2.0
     cfg.MODEL.PSF.STUFF_CLASS_WEIGHT = 2.0  # official code: 4
@@ -70,11 +89,8 @@ def add_psf_config(cfg: CN) -> None:
     cfg.MODEL.PSF.THINGS_WEIGHT = 1.0
     cfg.MODEL.PSF.STUFF_WEIGHT = 1.0
 
-    # Parts whose layers compute their activations again in the backward pass, instead of storing
-    # them: "backbone" (Detectron2's ResNets), "pixel_encoder", "location_decoder", "mask_decoder".
-    # Same losses and gradients for less memory and more time (docs/training_performance.md).
-    cfg.MODEL.PSF.CHECKPOINT = []
 
+def _add_test(cfg: CN) -> None:
     cfg.MODEL.PSF.TEST = CN()
     # Which outputs to compute.
     cfg.MODEL.PSF.TEST.PANOPTIC_ON = True
@@ -106,6 +122,8 @@ def add_psf_config(cfg: CN) -> None:
     cfg.MODEL.PSF.TEST.THING_KEEP_FRACTION = 0.6
     cfg.MODEL.PSF.TEST.STUFF_KEEP_FRACTION = 0.8
 
+
+def _add_data(cfg: CN) -> None:
     # Data sets to register, each [name, images, PNGs, JSON] or with the instances JSON as a fifth.
     cfg.DATASETS.REGISTER = []
 
@@ -125,6 +143,8 @@ def add_psf_config(cfg: CN) -> None:
     # or "opencv" (the official code, whose weights know no other pixels).
     cfg.INPUT.RESIZE_LIBRARY = "pillow"
 
+
+def _add_backbones(cfg: CN) -> None:
     # Swin (MODEL.BACKBONE.NAME: build_swin_backbone), in Mask2Former's keys; Swin-T's values (Swin
     # paper, section 3.3). DROP_PATH_RATE is the last block's.
     cfg.MODEL.SWIN = CN()
@@ -146,6 +166,8 @@ def add_psf_config(cfg: CN) -> None:
     # Batch normalisations keep their statistics and weights, as in Detectron2's FrozenBN.
     cfg.MODEL.TIMM.FREEZE_BATCH_NORM = True
 
+
+def _add_solver(cfg: CN) -> None:
     # Factors on the learning rate of the backbone, and of the layers that predict where to sample
     # (Deformable DETR, section A.4). AdamW is the only optimizer; Detectron2's other SOLVER keys
     # keep their meaning, and CLIP_GRADIENTS.CLIP_TYPE also takes Mask2Former's "full_model".

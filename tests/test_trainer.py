@@ -1,3 +1,4 @@
+import gc
 import json
 from functools import partial
 from pathlib import Path
@@ -5,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from random_input import make_input
 from torch import nn
@@ -279,3 +281,21 @@ def test_summary_without_pq():
     assert summary({"sem_seg": {"mIoU": 3.0}}) is None
     line = summary({"panoptic_seg": {"PQ": 61.234, "PQ_th": 50.0, "PQ_st": 90.5, "SQ": 1.0}})
     assert line == "PQ 61.23 PQ_th 50.00 PQ_st 90.50"
+
+
+def test_collections_leave_alone_what_was_there_before_training(shapes_cfg):
+    shapes_cfg.DATASETS.TEST = ()
+    shapes_cfg.SOLVER.MAX_ITER = 1
+    frozen = []
+
+    class Stop(HookBase):
+        def after_step(self):
+            frozen.append(gc.get_freeze_count())
+            raise KeyboardInterrupt
+
+    trainer = Trainer(shapes_cfg)
+    trainer.register_hooks([Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert frozen[0] > 0
+    assert gc.get_freeze_count() == 0, "and come back to it, however training ends"

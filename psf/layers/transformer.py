@@ -89,7 +89,7 @@ def attention(
         queries.new_zeros(()), queries, keys.mT, beta=0, alpha=q.shape[-1] ** -0.5
     )
     if visible is not None:
-        scores = scores.view(*q.shape[:3], -1).masked_fill(~visible, -math.inf).flatten(0, 1)
+        scores = scores.unflatten(0, q.shape[:2]).masked_fill(~visible, -math.inf).flatten(0, 1)
     weights = scores.softmax(-1).to(values.dtype)  # under autocast the softmax is float32
     return torch.bmm(F.dropout(weights, dropout), values).view(q.shape)
 

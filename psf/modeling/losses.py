@@ -111,9 +111,10 @@ class _UpsampledDiceLoss(torch.autograd.Function):
             grad_masks = masks.detach() * by_mask[:, rows, None, None]
             grad_masks.addcmul_(targets[rows], by_target[:, rows, None, None])
             (grad_upsampled,) = torch.autograd.grad(masks, upsampled, grad_masks)
-            size = maps[:, rows].flatten(0, 1)[:, None].shape
+            size = maps[:, rows].flatten(0, 1)[None].shape
+            # Maps as channels, not as images: twice as fast on a CPU.
             grad_maps[:, rows] = torch.ops.aten.upsample_bilinear2d_backward(
-                grad_upsampled.flatten(0, 1)[:, None], targets.shape[-2:], size, False
+                grad_upsampled.flatten(0, 1)[None], targets.shape[-2:], size, False
             ).view_as(grad_maps[:, rows])
         return grad_maps, None, None
 

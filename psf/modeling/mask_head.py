@@ -133,8 +133,9 @@ class _MaskMaps(torch.autograd.Function):
             for level, shape in enumerate(levels.valid):
                 grad_score = grad[:, rows].to(q.dtype)
                 if shape != target:
+                    # Maps as channels, not as images: twice as fast on a CPU.
                     grad_score = torch.ops.aten.upsample_bilinear2d_backward(
-                        grad_score.reshape(n * r, 1, *target), target, [n * r, 1, *shape], False
+                        grad_score.reshape(1, n * r, *target), target, [1, n * r, *shape], False
                     )
                 grad_score = grad_score.reshape(n, 1, -1)
                 logits = _logits(own, keys[level])  # (n, M, r * s)

@@ -2,8 +2,17 @@ import math
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
-from psf.layers.transformer import inverse_sigmoid, sine_position_encoding
+from psf.layers import transformer
+from psf.layers.transformer import (
+    attention,
+    inverse_sigmoid,
+    self_attention,
+    sine_position_encoding,
+    writes_scores,
+)
 
 
 def test_one_cell_by_hand():
@@ -38,3 +47,64 @@ def test_inverse_sigmoid_is_the_inverse_inside_and_finite_at_the_ends():
     y = inverse_sigmoid(x)
     assert y.isfinite().all()
     torch.testing.assert_close(y.sigmoid(), x, atol=2e-5, rtol=0)
+
+
+@pytest.fixture(params=[False, True], ids=["kernel", "written"])
+def written(request, monkeypatch):
+    """Whether the scores are written out, whatever their number."""
+    limit = 1 << 60 if request.param else -1
+    monkeypatch.setattr(transformer, "FEW_SCORES", {2: limit, 4: limit, 8: limit})
+    return request.param
+
+
+def heads(num_tokens):
+    return torch.randn(2, 3, num_tokens, 4, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("num_queries", [0, 1, 5])
+def test_attention_is_its_definition(written, num_queries):
+    q, k, v = heads(num_queries), heads(6), heads(6)
+    visible = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])[:, None, None]
+    assert writes_scores(q, k) == written
+    scores = (q @ k.mT / 2).masked_fill(~visible, -math.inf)  # sqrt(4) channels
+    expected, found = scores.softmax(-1) @ v, attention(q, k, v, visible)
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn_like(expected)
+    grads = [torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (found, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_self_attention_is_the_modules(written):
+    module = nn.MultiheadAttention(12, 3, batch_first=True).double()
+    nn.init.normal_(module.in_proj_bias)
+    nn.init.normal_(module.out_proj.bias)
+    query, value = torch.randn(2, 2, 5, 12, dtype=torch.float64, requires_grad=True)
+    expected, found = module(query, query, value)[0], self_attention(module, query, value)
+    torch.testing.assert_close(found, expected)
+    inputs = (query, value, *module.parameters())
+    weight = torch.randn_like(expected)
+    grads = [torch.autograd.grad((x * weight).sum(), inputs) for x in (found, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_self_attention_drops_weights_in_training_only(written, monkeypatch):
+    """With the module's probability, on either way."""
+    dropped = []
+
+    def note(x, p=0.5, training=True, inplace=False):
+        dropped.append(p)
+        return x
+
+    kernel = F.scaled_dot_product_attention
+
+    def note_kernel(*args, dropout_p, **others):
+        dropped.append(dropout_p)
+        return kernel(*args, **others)
+
+    monkeypatch.setattr(F, "dropout", note)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", note_kernel)
+    module = nn.MultiheadAttention(12, 3, dropout=0.25, batch_first=True)
+    query = torch.randn(2, 5, 12)
+    for mode in (True, False):
+        self_attention(module.train(mode), query, query)
+    assert dropped == [0.25, 0.0]
