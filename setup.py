@@ -44,8 +44,9 @@ def compile_args() -> list[str]:
     # The last two let loops with comparisons and square roots vectorise; unlike -ffast-math they
     # keep NaN, infinities and the order of additions.
     args = ["-O3", "-g0", "-Wall", "-fno-math-errno", "-fno-trapping-math"]
-    # Products and sums may be contracted; vectors are passed between inlined functions only.
-    args += ["-ffp-contract=fast", "-Wno-psabi"]
+    # Sums of loops marked so are in no particular order. Products and sums may be contracted;
+    # vectors are passed between inlined functions only.
+    args += ["-fopenmp-simd", "-ffp-contract=fast", "-Wno-psabi"]
     if has_x86_kernels():
         args.append("-DPSF_X86_KERNELS")
     # at::parallel_for is compiled into the extension. Only the compiler gets -fopenmp: without it
@@ -108,11 +109,11 @@ def default_architectures(home: str) -> str:
     return ";".join(names) + "+PTX"  # which newer devices compile for themselves
 
 
-# Files of kernels that are compiled for more than the platform's least processor; which of them
-# runs is decided when it runs.
+# Files of kernels that are compiled for more than the platform's least processor, by the end of
+# their names; which of them runs is decided when it runs.
 ISA_FLAGS = {
-    "ms_deform_attn_cpu_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "ms_deform_attn_cpu_avx512.cpp": [
+    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "_avx512": [
         *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"),
         "-mprefer-vector-width=512",
     ],
@@ -138,12 +139,14 @@ def extension_arguments() -> dict:
 
         def build_extension(self, extension: Extension) -> None:
             if has_x86_kernels():
-                isa_sources = [s for s in extension.sources if Path(s).name in ISA_FLAGS]
-                for source in isa_sources:
-                    extension.sources.remove(source)
-                    flags = [*extension.extra_compile_args["cxx"], *ISA_FLAGS[Path(source).name]]
+                for end, isa_flags in ISA_FLAGS.items():
+                    sources = [s for s in extension.sources if Path(s).stem.endswith(end)]
+                    if not sources:  # psf._image
+                        continue
+                    extension.sources = [s for s in extension.sources if s not in sources]
+                    flags = ["-std=c++17", *extension.extra_compile_args["cxx"], *isa_flags]
                     extension.extra_objects += self.compiler.compile(
-                        [source], output_dir=self.build_temp, extra_postargs=["-std=c++17", *flags]
+                        sources, output_dir=self.build_temp, extra_postargs=flags
                     )
             super().build_extension(extension)
 

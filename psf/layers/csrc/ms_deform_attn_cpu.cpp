@@ -1,4 +1,5 @@
 // Entry of the CPU kernels: prepares the value rows, splits the work, picks the instruction set.
+#include "cpu_capability.h"
 #include "ms_deform_attn_cpu.h"
 #include "ms_deform_attn_inputs.h"
 
@@ -14,7 +15,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <string>
 #include <vector>
@@ -23,77 +23,6 @@ namespace psf {
 namespace {
 
 using at::Tensor;
-
-// ---- instruction sets ------------------------------------------------------------------------
-
-enum class Capability { kBaseline, kAvx2, kAvx512 };
-
-const char* name(Capability capability) {
-  switch (capability) {
-    case Capability::kAvx512:
-      return "avx512";
-    case Capability::kAvx2:
-      return "avx2";
-    default:
-      return "baseline";
-  }
-}
-
-Capability of_processor() {
-#ifdef PSF_X86_KERNELS
-  __builtin_cpu_init();
-  // F16C came before AVX2, and the compiler's list of features lacks it.
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-    return Capability::kAvx512;
-  }
-  if (avx2) {
-    return Capability::kAvx2;
-  }
-#endif
-  return Capability::kBaseline;
-}
-
-// The best set of the processor, or the lower one that PSF_CPU_CAPABILITY names: for tests and
-// benchmarks.
-Capability choose_capability() {
-  const Capability best = of_processor();
-  const char* wanted = std::getenv("PSF_CPU_CAPABILITY");
-  if (wanted == nullptr) {
-    return best;
-  }
-  for (const auto capability : {Capability::kBaseline, Capability::kAvx2, Capability::kAvx512}) {
-    if (wanted == std::string(name(capability)) && capability <= best) {
-      return capability;
-    }
-  }
-  TORCH_CHECK(
-      false, "PSF_CPU_CAPABILITY is '", wanted, "'; this machine runs baseline",
-      best >= Capability::kAvx2 ? ", avx2" : "", best >= Capability::kAvx512 ? ", avx512" : "");
-}
-
-Capability capability() {
-  static const Capability chosen = choose_capability();
-  return chosen;
-}
-
-// Calls f(name) of the chosen set; `template` names cannot be values, hence the macro.
-#ifdef PSF_X86_KERNELS
-#define PSF_CALL_KERNEL(NAME, ...)       \
-  switch (capability()) {                \
-    case Capability::kAvx512:            \
-      avx512::NAME(__VA_ARGS__);         \
-      break;                             \
-    case Capability::kAvx2:              \
-      avx2::NAME(__VA_ARGS__);           \
-      break;                             \
-    default:                             \
-      baseline::NAME(__VA_ARGS__);       \
-  }
-#else
-#define PSF_CALL_KERNEL(NAME, ...) baseline::NAME(__VA_ARGS__);
-#endif
 
 // ---- the call --------------------------------------------------------------------------------
 
@@ -695,10 +624,6 @@ FusedGradients backward_fused_cpu(
       grad_logits.to(attention_logits.scalar_type())};
 }
 
-std::string cpu_capability() {
-  return name(capability());
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(psf, CPU, m) {
@@ -706,10 +631,6 @@ TORCH_LIBRARY_IMPL(psf, CPU, m) {
   m.impl("ms_deform_attn_backward", &backward_cpu);
   m.impl("ms_deform_attn_fused", &forward_fused_cpu);
   m.impl("ms_deform_attn_fused_backward", &backward_fused_cpu);
-}
-
-TORCH_LIBRARY_FRAGMENT(psf, m) {
-  m.def("cpu_capability() -> str", &cpu_capability);
 }
 
 }  // namespace psf

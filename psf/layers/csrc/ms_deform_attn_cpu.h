@@ -4,6 +4,7 @@
 #pragma once
 
 #include "ms_deform_attn.h"
+#include "vector_index.h"
 
 namespace psf {
 
@@ -13,20 +14,6 @@ struct BFloat16 {
 };
 struct Float16 {
   uint16_t bits;
-};
-
-// The index type of vectors that hold A.
-template <typename A>
-struct IndexOf {
-  using Type = int32_t;
-};
-template <>
-struct IndexOf<double> {
-  using Type = int64_t;
-};
-template <>
-struct IndexOf<int64_t> {
-  using Type = int64_t;
 };
 
 // What a sample's place among the L * P of a query and head says about it. All arrays are padded to

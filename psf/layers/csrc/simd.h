@@ -2,7 +2,8 @@
 // the instruction set of the file offers, and plain arrays for other compilers.
 //
 // Included inside the namespace of an instruction set, so that no inline function compiled for one
-// set can be linked in place of another's.
+// set can be linked in place of another's; vector_index.h, <cmath>, <cstring>, <utility> and,
+// where there is AVX2, <immintrin.h> come before.
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -11,6 +12,10 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;  // what every x86-64 and ARM64 processor has
 #endif
+
+// Lanes of a full vector.
+template <typename A>
+constexpr int kFull = kVectorBytes / static_cast<int>(sizeof(A));
 
 #if defined(__GNUC__)
 #define PSF_INLINE inline __attribute__((always_inline))
@@ -318,4 +323,72 @@ PSF_INLINE IndexVector<A, kLanes> floor_index(Vector<A, kLanes> x) {
 #endif
   const IndexVector<A, kLanes> truncated = to_index<A, kLanes>(x);
   return truncated + (x < to_value<A, kLanes>(truncated));  // a mask is -1
+}
+
+template <typename A, int kLanes>
+PSF_INLINE IndexVector<A, kLanes> splat_index(int64_t x) {
+  using Index = typename IndexOf<A>::Type;
+  return splat<Index, kLanes>(static_cast<Index>(x));
+}
+
+// e^x for x <= 0, within 2 units in the last place; about 1e-38 below -87.
+template <int kLanes>
+PSF_INLINE Vector<float, kLanes> exponential(Vector<float, kLanes> x) {
+  using F = Vector<float, kLanes>;
+  const auto constant = [](float value) { return splat<float, kLanes>(value); };
+  // Not max(): a NaN must stay.
+  const F bounded = select<float, kLanes>(x < constant(-87.0f), constant(-87.0f), x);
+  // x = n log 2 + r with |r| <= log(2) / 2; log 2 in two parts, so that n log 2 is exact.
+  const auto n = to_index<float, kLanes>(bounded * constant(1.44269504f) - constant(0.5f));
+  const F whole = to_value<float, kLanes>(n);  // rounded, since truncation is upwards for x <= 0
+  const F r = (bounded - whole * constant(0.693359375f)) + whole * constant(2.12194440e-4f);
+  // Taylor's polynomial of degree 7: the remainder is below 2^-26 for such r.
+  F p = constant(1.0f / 5040) * r + constant(1.0f / 720);
+  p = p * r + constant(1.0f / 120);
+  p = p * r + constant(1.0f / 24);
+  p = p * r + constant(1.0f / 6);
+  p = p * r + constant(0.5f);
+  p = p * r + constant(1.0f);
+  p = p * r + constant(1.0f);
+  uint32_t bits[kLanes];
+  std::memcpy(bits, &n, sizeof(n));
+  for (int i = 0; i < kLanes; ++i) {
+    bits[i] = (bits[i] + 127) << 23;
+  }
+  F power;
+  std::memcpy(&power, bits, sizeof(power));
+  return p * power;
+}
+
+template <int kLanes>
+PSF_INLINE Vector<double, kLanes> exponential(Vector<double, kLanes> x) {
+  for (int i = 0; i < kLanes; ++i) {
+    x[i] = std::exp(x[i]);
+  }
+  return x;
+}
+
+// Lane i of the result is lane i xor kDistance.
+template <typename A, int kLanes, int kDistance, int... kIndices>
+PSF_INLINE Vector<A, kLanes> swap_lanes(
+    Vector<A, kLanes> v, std::integer_sequence<int, kIndices...>) {
+  return shuffle<A, kLanes>(v, v, Indices<(kIndices ^ kDistance)...>{});
+}
+
+// The combination of all lanes, in every lane.
+template <typename A, int kLanes, int kDistance = kLanes / 2, typename F>
+PSF_INLINE Vector<A, kLanes> combine_lanes(Vector<A, kLanes> v, const F& combine) {
+  if constexpr (kDistance == 0) {
+    return v;
+  } else {
+    using Sequence = std::make_integer_sequence<int, kLanes>;
+    return combine_lanes<A, kLanes, kDistance / 2>(
+        combine(v, swap_lanes<A, kLanes, kDistance>(v, Sequence{})), combine);
+  }
+}
+
+template <typename A, int kLanes>
+PSF_INLINE Vector<A, kLanes> sum_of_lanes(Vector<A, kLanes> v) {
+  return combine_lanes<A, kLanes>(
+      v, [](Vector<A, kLanes> a, Vector<A, kLanes> b) PSF_LAMBDA_INLINE { return a + b; });
 }
