@@ -244,7 +244,8 @@ class Trainer(DefaultTrainer):
         on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
         if on_cpu:
             keep_freed_memory()
-            if not cfg.SOLVER.COMPILE:  # the compiler has its own ways
+            # The compiler has its own ways. With AVX2, products are as fast forward, faster backward.
+            if not cfg.SOLVER.COMPILE and torch.backends.cpu.get_cpu_capability() == "AVX512":
                 multiply_by_convolutions(model)
         model = create_ddp_model(
             model,

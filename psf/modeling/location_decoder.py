@@ -9,13 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from psf.layers.blocks import (
+    deformable_attention_block,
+    feed_forward_block,
+    self_attention_block,
+)
 from psf.layers.ms_deform_attn import MSDeformAttn
 from psf.layers.transformer import (
     BoxHead,
     ClassHead,
     FeedForward,
     inverse_sigmoid,
-    self_attention,
 )
 from psf.modeling.pixel_encoder import Memory
 
@@ -69,18 +73,19 @@ class LocationDecoderLayer(nn.Module):
         Returns:
             (N, Q, C).
         """
-        q = query + position
-        attended = self_attention(self.self_attn, q, query)
-        query = self.norm1(query + self.dropout(attended))
-        attended = self.cross_attn(
-            query + position,
+        query = self_attention_block(query, position, self.self_attn, self.dropout, self.norm1)
+        query = deformable_attention_block(
+            query,
+            position,
             reference_points,
             memory.features,
             memory.spatial_shapes,
             memory.padding_mask,
+            self.cross_attn,
+            self.dropout,
+            self.norm2,
         )
-        query = self.norm2(query + self.dropout(attended))
-        return self.norm3(query + self.ffn(query))
+        return feed_forward_block(query, self.ffn, self.norm3)
 
 
 class LocationDecoder(nn.Module):

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from psf.layers.blocks import feed_forward_block, runs_as_one, self_attention_block
+from psf.layers.linear import ConvolutionalLinear
 from psf.layers.transformer import (
     ClassHead,
     FeedForward,
     attention,
     init_linear_weights,
-    self_attention,
 )
 from psf.modeling.location_decoder import Locations
 from psf.modeling.mask_head import HeadWeights, Levels, mask_maps
@@ -92,10 +93,11 @@ class AttentionMaps(nn.Module):
     def project(self, query: Tensor, features: Tensor) -> Projections:
         """Queries (N, Q, C) and features (N, S, C), every head's apart."""
         return Projections(
-            self._split_heads(self.q_proj(query)), self._split_heads(self.k_proj(features))
+            self.split_heads(self.q_proj(query)), self.split_heads(self.k_proj(features))
         )
 
-    def _split_heads(self, x: Tensor) -> Tensor:
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(N, S, C) to (N, M, S, D)."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def maps(
@@ -164,7 +166,7 @@ class MaskAttention(AttentionMaps):
             padding_mask: (N, S) bool, True where nothing attends to; None: nowhere.
         """
         q, k = self.project(query, features)
-        v = self._split_heads(self.v_proj(features))
+        v = self.split_heads(self.v_proj(features))
         visible = None if padding_mask is None else ~padding_mask[:, None, None]
         attended = attention(q, k, v, visible).transpose(1, 2).flatten(2)
         return Attended(self.out_proj(attended), Projections(q, k))
@@ -237,7 +239,7 @@ class MaskDecoderLayer(nn.Module):
         """(N, Q, C) to (N, Q, C): the queries after they have seen each other, if they do."""
         if self.self_attn is None:
             return query
-        return self.norm3(query + self_attention(self.self_attn, query, query))
+        return self_attention_block(query, None, self.self_attn, None, self.norm3)
 
     def cross_attended(
         self, query: Tensor, memory: Memory, mask_queries: Sequence[Tensor] | None
@@ -260,9 +262,32 @@ class MaskDecoderLayer(nn.Module):
         Returns:
             Refined queries, and projections of those that came in.
         """
-        attended, projections = self.cross_attn(query, features, padding_mask)
-        query = self.norm1(query + attended)
-        return Attended(self.norm2(query + self.ffn(query)), projections)
+        query, projections = self._attend(query, features, padding_mask)
+        return Attended(feed_forward_block(query, self.ffn, self.norm2), projections)
+
+    def _attend(self, query: Tensor, features: Tensor, padding_mask: Tensor | None) -> Attended:
+        """The cross-attention with its residual and normalisation, in training as one operator."""
+        attention, norm = self.cross_attn, self.norm1
+        layers = [attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj]
+        if (
+            type(attention) is not MaskAttention
+            or features.dtype != query.dtype
+            or not runs_as_one(query, norm, layers)
+        ):
+            attended, projections = attention(query, features, padding_mask)
+            return Attended(norm(query + attended), projections)
+        query, q, k = torch.ops.psf.cross_attention_block.default(
+            query,
+            features,
+            None if padding_mask is None else ~padding_mask,
+            *(parameter for layer in layers for parameter in (layer.weight, layer.bias)),
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            attention.num_heads,
+            type(attention.k_proj) is ConvolutionalLinear,
+        )
+        return Attended(query, Projections(attention.split_heads(q), attention.split_heads(k)))
 
 
 class JointMaskDecoder(nn.Module):

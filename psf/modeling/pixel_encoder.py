@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from psf.layers.blocks import deformable_attention_block, feed_forward_block
 from psf.layers.ms_deform_attn import MSDeformAttn
 from psf.layers.transformer import FeedForward, sine_position_encoding
 
@@ -145,11 +146,18 @@ class EncoderLayer(nn.Module):
         Returns:
             (N, S, C).
         """
-        attended = self.self_attn(
-            tokens + position, reference_points, tokens, spatial_shapes, padding_mask
+        tokens = deformable_attention_block(
+            tokens,
+            position,
+            reference_points,
+            tokens,
+            spatial_shapes,
+            padding_mask,
+            self.self_attn,
+            self.dropout,
+            self.norm1,
         )
-        tokens = self.norm1(tokens + self.dropout(attended))
-        return self.norm2(tokens + self.ffn(tokens))
+        return feed_forward_block(tokens, self.ffn, self.norm2)
 
 
 class PixelEncoder(nn.Module):

@@ -1,4 +1,5 @@
-// Layer normalisation of a sum on a CPU, as one node of the graph: the operator and its gradient.
+// Layer normalisation of a sum on a CPU: splits the rows among threads.
+#include "blocks_cpu.h"
 #include "cpu_capability.h"
 #include "layer_norm_cpu.h"
 
@@ -7,8 +8,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <tuple>
@@ -17,8 +16,6 @@ namespace psf {
 namespace {
 
 using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 // Rows of a task. What they add to the gradients of the parameters is summed in their order, which
 // so does not depend on the number of threads.
@@ -37,8 +34,9 @@ void for_rows(int64_t rows, const F& f) {
   });
 }
 
-// Output, normalised sum, inverse deviations.
-std::tuple<Tensor, Tensor, Tensor> forward(
+}  // namespace
+
+LayerNorm layer_norm(
     const Tensor& x, const Tensor& y, const Tensor& weight, const Tensor& bias, double eps) {
   const int64_t channels = x.size(-1);
   const int64_t rows = channels == 0 ? 0 : x.numel() / channels;
@@ -63,9 +61,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   return {output, normalised, inverse};
 }
 
-// Gradients of the sum, of weight and of bias.
-std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_output, const Tensor& normalised, const Tensor& inverse, const Tensor& weight) {
+LayerNormGradients layer_norm_backward(
+    const Tensor& grad_output,
+    const Tensor& normalised,
+    const Tensor& inverse,
+    const Tensor& weight) {
   const int64_t channels = weight.numel();
   const int64_t rows = inverse.numel();
   Tensor grad_input = at::empty_like(normalised);
@@ -87,73 +87,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   });
   const Tensor sums = parts.sum(0);
   return {grad_input, sums[0], sums[1]};
-}
-
-class AddLayerNorm : public torch::autograd::Function<AddLayerNorm> {
- public:
-  static Tensor forward(
-      AutogradContext* ctx,
-      const Tensor& x,
-      const Tensor& y,
-      const Tensor& weight,
-      const Tensor& bias,
-      double eps) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const auto [output, normalised, inverse] =
-        psf::forward(x.contiguous(), y.contiguous(), weight, bias, eps);
-    ctx->save_for_backward({normalised, inverse, weight});
-    return output;
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-    const variable_list saved = ctx->get_saved_variables();
-    const auto [grad, grad_weight, grad_bias] =
-        psf::backward(grad_outputs[0].contiguous(), saved[0], saved[1], saved[2]);
-    return {grad, grad, grad_weight, grad_bias, Tensor()};
-  }
-};
-
-void check(const Tensor& x, const Tensor& y, const Tensor& weight, const Tensor& bias) {
-  TORCH_CHECK(
-      x.dim() > 0 && x.sizes() == y.sizes(), "add_layer_norm: x and y must have one shape (..., C), got ",
-      x.sizes(), " and ", y.sizes());
-  for (const Tensor* parameter : {&weight, &bias}) {
-    TORCH_CHECK(
-        parameter->dim() == 1 && parameter->size(0) == x.size(-1) && parameter->is_contiguous(),
-        "add_layer_norm: weight and bias must be (C,) = (", x.size(-1), ",), got ",
-        parameter->sizes());
-  }
-  for (const Tensor* other : {&y, &weight, &bias}) {
-    TORCH_CHECK(
-        other->scalar_type() == x.scalar_type(), "add_layer_norm: all tensors must be ",
-        x.scalar_type(), " as x is, got ", other->scalar_type());
-  }
-}
-
-Tensor add_layer_norm_cpu(
-    const Tensor& x, const Tensor& y, const Tensor& weight, const Tensor& bias, double eps) {
-  check(x, y, weight, bias);
-  return std::get<0>(forward(x.contiguous(), y.contiguous(), weight, bias, eps));
-}
-
-Tensor add_layer_norm_autograd(
-    const Tensor& x, const Tensor& y, const Tensor& weight, const Tensor& bias, double eps) {
-  check(x, y, weight, bias);
-  return AddLayerNorm::apply(x, y, weight, bias, eps);
-}
-
-}  // namespace
-
-TORCH_LIBRARY_FRAGMENT(psf, m) {
-  m.def("add_layer_norm(Tensor x, Tensor y, Tensor weight, Tensor bias, float eps) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(psf, CPU, m) {
-  m.impl("add_layer_norm", &add_layer_norm_cpu);
-}
-
-TORCH_LIBRARY_IMPL(psf, AutogradCPU, m) {
-  m.impl("add_layer_norm", &add_layer_norm_autograd);
 }
 
 }  // namespace psf

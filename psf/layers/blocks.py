@@ -1,0 +1,176 @@
+"""Transformer blocks: a sublayer, its residual and its layer normalisation (post-norm).
+
+Each is defined by the modules it is made of. In training on a CPU it runs as one operator of
+``psf._C``, forward and backward: small models spend more time on the dozen calls of a block than on
+its arithmetic. Modules that are not what they are here (with hooks, of a subclass, with dropout at
+work) run themselves, as they do under autocast, on other devices and when traced or compiled.
+
+Shapes: N images, Q queries, S positions, C channels, L levels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from psf.layers.linear import ConvolutionalLinear
+from psf.layers.ms_deform_attn import MSDeformAttn, has_extension
+from psf.layers.transformer import FeedForward, self_attention
+
+
+def runs_as_one(x: Tensor, norm: nn.LayerNorm, layers: Sequence[nn.Module]) -> bool:
+    """
+    Whether a block runs as one operator.
+
+    Args:
+        x: (N, Q, C), its queries.
+        norm: its normalisation.
+        layers: its other modules, linear layers and dropouts among them.
+    """
+    return (
+        torch.is_grad_enabled()
+        and type(x) is Tensor
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and x.dtype == norm.weight.dtype
+        and has_extension()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and _is_plain(norm)
+        and all(map(_is_plain, layers))
+    )
+
+
+_PLAIN = (
+    *(nn.LayerNorm, nn.Linear, nn.ReLU, nn.GELU, nn.MultiheadAttention),
+    *(nn.modules.linear.NonDynamicallyQuantizableLinear, ConvolutionalLinear, MSDeformAttn),
+    FeedForward,
+)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the module does what its class says, and nothing else."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return False
+    if isinstance(module, nn.Dropout):
+        return module.p == 0 or not module.training
+    return type(module) in _PLAIN
+
+
+def feed_forward_block(x: Tensor, ffn: FeedForward, norm: nn.LayerNorm) -> Tensor:
+    """``norm(x + ffn(x))`` for x (N, Q, C)."""
+    if not runs_as_one(x, norm, [ffn, *ffn]):
+        return norm(x + ffn(x))
+    first, activation, _, second, _ = ffn
+    return torch.ops.psf.feed_forward_block.default(
+        x,
+        first.weight,
+        first.bias,
+        second.weight,
+        second.bias,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        type(activation) is nn.GELU,
+        type(first) is ConvolutionalLinear,
+    )
+
+
+def self_attention_block(
+    query: Tensor,
+    position: Tensor | None,
+    module: nn.MultiheadAttention,
+    dropout: nn.Dropout | None,
+    norm: nn.LayerNorm,
+) -> Tensor:
+    """
+    Attention of queries to themselves.
+
+    Args:
+        query: (N, Q, C), also the values.
+        position: (N, Q, C), added to queries and keys; None: nothing is.
+        module: batch first.
+        dropout: of what was attended; None: there is none.
+        norm: of the sum with the query.
+
+    Returns:
+        (N, Q, C).
+    """
+    layers = [module, module.out_proj, *([] if dropout is None else [dropout])]
+    own_dropout = module.dropout > 0 and module.training
+    if own_dropout or not runs_as_one(query, norm, layers):
+        attended = self_attention(module, query if position is None else query + position, query)
+        return norm(query + (attended if dropout is None else dropout(attended)))
+    return torch.ops.psf.self_attention_block.default(
+        query,
+        position,
+        module.in_proj_weight,
+        module.in_proj_bias,
+        module.out_proj.weight,
+        module.out_proj.bias,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        module.num_heads,
+    )
+
+
+def deformable_attention_block(
+    query: Tensor,
+    position: Tensor,
+    reference_points: Tensor,
+    features: Tensor,
+    spatial_shapes: list[tuple[int, int]],
+    padding_mask: Tensor | None,
+    module: MSDeformAttn,
+    dropout: nn.Dropout,
+    norm: nn.LayerNorm,
+) -> Tensor:
+    """
+    Deformable attention of queries to features.
+
+    Args:
+        query: (N, Q, C).
+        position: (N or 1, Q, C), added to the queries.
+        reference_points: (N, Q, L, 2) or (N, Q, L, 4), see :class:`MSDeformAttn`.
+        features: (N, S, C), levels concatenated.
+        spatial_shapes: (H_l, W_l) of each level.
+        padding_mask: (N, S) bool, True on padding, where the value counts as 0.
+        module: the attention.
+        dropout: of what was attended.
+        norm: of the sum with the query.
+
+    Returns:
+        (N, Q, C).
+    """
+    layers = [
+        *(module, module.sampling_offsets, module.attention_weights),
+        *(module.value_proj, module.output_proj, dropout),
+    ]
+    if features.dtype != query.dtype or not runs_as_one(query, norm, layers):
+        attended = module(
+            query + position, reference_points, features, spatial_shapes, padding_mask
+        )
+        return norm(query + dropout(attended))
+    return torch.ops.psf.deformable_attention_block.default(
+        query,
+        position,
+        reference_points,
+        features,
+        [side for shape in spatial_shapes for side in shape],
+        padding_mask,
+        module.sampling_offsets.weight,
+        module.sampling_offsets.bias,
+        module.attention_weights.weight,
+        module.attention_weights.bias,
+        module.value_proj.weight,
+        module.value_proj.bias,
+        module.output_proj.weight,
+        module.output_proj.bias,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        module.num_heads,
+        type(module.value_proj) is ConvolutionalLinear,
+    )

@@ -1,0 +1,601 @@
+// Blocks of a transformer on a CPU, each with its residual and layer normalisation as one node of the
+// autograd graph: a block of a small model is a dozen calls of microseconds each, of which most is
+// dispatch and bookkeeping. The gradients are written out.
+//
+// Tensors are (N, Q, C) in float32 or float64; psf/layers/blocks.py decides when a block runs here.
+#include "blocks_cpu.h"
+#include "ms_deform_attn_inputs.h"
+
+#include <ATen/ExpandUtils.h>
+#include <ATen/ops/_softmax.h>
+#include <ATen/ops/_softmax_backward_data.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/gelu_backward.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/threshold_backward.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <array>
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <utility>
+
+namespace psf {
+namespace {
+
+using at::Tensor;
+using std::optional;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+Tensor rows_of(const Tensor& x) {
+  return x.contiguous().view({-1, x.size(-1)});
+}
+
+// ---- linear layers ---------------------------------------------------------------------------
+
+struct Linear {
+  Tensor weight;  // (C', C)
+  Tensor bias;  // (C',)
+  bool convolve;  // as a convolution over one pixel, see psf/layers/linear.py
+};
+
+struct LinearGradients {
+  Tensor input;
+  Tensor weight;
+  Tensor bias;
+};
+
+constexpr int64_t kLeastConvolvedRows = 512;  // LEAST_ROWS of psf/layers/linear.py
+
+bool convolves(const Linear& layer, const Tensor& rows) {
+  return layer.convolve && rows.size(0) >= kLeastConvolvedRows;
+}
+
+Tensor as_pixels(const Tensor& rows) {
+  return rows.view({1, 1, rows.size(0), rows.size(1)}).permute({0, 3, 1, 2});
+}
+
+Tensor as_rows(const Tensor& pixels) {
+  return pixels.permute({0, 2, 3, 1}).reshape({pixels.size(3), pixels.size(1)});
+}
+
+Tensor as_kernel(const Tensor& weight) {
+  return weight.view({weight.size(0), weight.size(1), 1, 1});
+}
+
+Tensor linear(const Linear& layer, const Tensor& rows) {
+  if (!convolves(layer, rows)) {
+    return at::addmm(layer.bias, rows, layer.weight.t());
+  }
+  return as_rows(at::convolution(
+      as_pixels(rows), as_kernel(layer.weight), layer.bias, {1, 1}, {0, 0}, {1, 1}, false, {0, 0}, 1));
+}
+
+LinearGradients gradients(const Linear& layer, const Tensor& rows, const Tensor& grad) {
+  if (!convolves(layer, rows)) {
+    return {grad.mm(layer.weight), grad.t().mm(rows), grad.sum(0)};
+  }
+  const int64_t outputs = layer.weight.size(0);
+  const auto [input, weight, bias] = at::convolution_backward(
+      as_pixels(grad), as_pixels(rows), as_kernel(layer.weight), at::IntArrayRef{outputs}, {1, 1},
+      {0, 0}, {1, 1}, false, {0, 0}, 1, {true, true, true});
+  return {as_rows(input), weight.view_as(layer.weight), bias};
+}
+
+// ---- attention -------------------------------------------------------------------------------
+
+struct Attention {
+  Tensor output;  // (N, Q, M * D)
+  Tensor weights;  // (N * M, Q, S)
+};
+
+Tensor heads_first(const Tensor& x) {  // (N, Q, M, D) to (N * M, Q, D)
+  return x.transpose(1, 2).reshape({x.size(0) * x.size(2), x.size(1), x.size(3)});
+}
+
+Tensor heads_last(const Tensor& x, int64_t images) {  // (N * M, Q, D) to (N, Q, M * D)
+  const int64_t heads = x.size(0) / images;
+  return x.view({images, heads, x.size(1), x.size(2)})
+      .transpose(1, 2)
+      .reshape({images, x.size(1), heads * x.size(2)});
+}
+
+Attention attend(const Tensor& q, const Tensor& k, const Tensor& v, const optional<Tensor>& visible) {
+  const double scale = 1 / std::sqrt(static_cast<double>(q.size(3)));
+  Tensor scores = at::bmm(heads_first(q).mul(scale), heads_first(k).transpose(1, 2));
+  if (visible) {
+    scores.view({q.size(0), q.size(2), q.size(1), k.size(1)})
+        .masked_fill_(
+            visible->logical_not().view({q.size(0), 1, 1, k.size(1)}),
+            -std::numeric_limits<double>::infinity());
+  }
+  Tensor weights = at::_softmax(scores, -1, false);
+  return {heads_last(at::bmm(weights, heads_first(v)), q.size(0)), weights};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_gradients(
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Attention& attention) {
+  const double scale = 1 / std::sqrt(static_cast<double>(q.size(3)));
+  const Tensor own = heads_first(grad.view(q.sizes()));
+  const Tensor& weights = attention.weights;
+  const Tensor grad_v = at::bmm(weights.transpose(1, 2), own);
+  const Tensor grad_weights = at::bmm(own, heads_first(v).transpose(1, 2));
+  const Tensor grad_scores =
+      at::_softmax_backward_data(grad_weights, weights, -1, weights.scalar_type()).mul_(scale);
+  return {
+      heads_last(at::bmm(grad_scores, heads_first(k)), q.size(0)),
+      heads_last(at::bmm(grad_scores.transpose(1, 2), heads_first(q)), q.size(0)),
+      heads_last(grad_v, q.size(0))};
+}
+
+Tensor split_heads(const Tensor& x, int64_t heads) {
+  return x.view({x.size(0), x.size(1), heads, x.size(2) / heads});
+}
+
+// ---- the blocks ------------------------------------------------------------------------------
+
+void refuse_second_derivative() {
+  TORCH_CHECK(
+      !at::GradMode::is_enabled(), "psf: second derivatives of transformer blocks are not implemented");
+}
+
+// LayerNorm(x + W2 act(W1 x + b1) + b2).
+class FeedForwardBlock : public torch::autograd::Function<FeedForwardBlock> {
+ public:
+  static Tensor forward(
+      AutogradContext* ctx,
+      const Tensor& x,
+      const Tensor& weight1,
+      const Tensor& bias1,
+      const Tensor& weight2,
+      const Tensor& bias2,
+      const Tensor& norm_weight,
+      const Tensor& norm_bias,
+      double eps,
+      bool gelu,
+      bool convolve) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const Tensor rows = rows_of(x);
+    Tensor first = linear({weight1, bias1, convolve}, rows);
+    const Tensor hidden = gelu ? at::gelu(first) : first.relu_();
+    const Tensor output = linear({weight2, bias2, convolve}, hidden);
+    const LayerNorm norm = layer_norm(rows, output, norm_weight, norm_bias, eps);
+    ctx->save_for_backward(
+        {rows, gelu ? first : Tensor(), hidden, norm.normalised, norm.inverse, weight1, weight2,
+         norm_weight});
+    ctx->saved_data["convolve"] = convolve;
+    return norm.output.view(x.sizes());
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    refuse_second_derivative();
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor& rows = saved[0];
+    const Tensor& before_gelu = saved[1];
+    const Tensor& hidden = saved[2];
+    const bool convolve = ctx->saved_data["convolve"].toBool();
+    const LayerNormGradients norm =
+        layer_norm_backward(rows_of(grad_outputs[0]), saved[3], saved[4], saved[7]);
+    const LinearGradients second = gradients({saved[6], {}, convolve}, hidden, norm.input);
+    const Tensor grad_linear = before_gelu.defined()
+        ? at::gelu_backward(second.input, before_gelu)
+        : at::threshold_backward(second.input, hidden, 0);
+    LinearGradients first = gradients({saved[5], {}, convolve}, rows, grad_linear);
+    return {
+        first.input.add_(norm.input).view(grad_outputs[0].sizes()),
+        first.weight, first.bias, second.weight, second.bias, norm.weight, norm.bias,
+        Tensor(), Tensor(), Tensor()};
+  }
+};
+
+// The rows of query + position.
+Tensor add_position(const Tensor& query, const optional<Tensor>& position) {
+  return position ? rows_of(at::add(query, *position)) : rows_of(query);
+}
+
+Tensor position_gradient(const Tensor& grad_rows, const Tensor& position, at::IntArrayRef sizes) {
+  return position.defined() ? at::sum_to(grad_rows.view(sizes), position.sizes()) : Tensor();
+}
+
+// LayerNorm(x + attention of x + position to itself, with values x).
+class SelfAttentionBlock : public torch::autograd::Function<SelfAttentionBlock> {
+ public:
+  static Tensor forward(
+      AutogradContext* ctx,
+      const Tensor& query,
+      const optional<Tensor>& position,
+      const Tensor& in_weight,
+      const Tensor& in_bias,
+      const Tensor& out_weight,
+      const Tensor& out_bias,
+      const Tensor& norm_weight,
+      const Tensor& norm_bias,
+      double eps,
+      int64_t heads) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const int64_t images = query.size(0);
+    const int64_t queries = query.size(1);
+    const int64_t dim = query.size(2);
+    const Tensor rows = rows_of(query);
+    const Tensor placed = add_position(query, position);
+    const auto part = [&](int64_t start, int64_t size, const Tensor& x) {
+      return at::addmm(in_bias.narrow(0, start, size), x, in_weight.narrow(0, start, size).t());
+    };
+    const Tensor qk = part(0, 2 * dim, placed).view({images, queries, 2, heads, dim / heads});
+    const Tensor v = part(2 * dim, dim, rows).view({images, queries, heads, dim / heads});
+    const Attention attention = attend(qk.select(2, 0), qk.select(2, 1), v, {});
+    const Tensor output =
+        at::addmm(out_bias, attention.output.view({-1, dim}), out_weight.t());
+    const LayerNorm norm = layer_norm(rows, output, norm_weight, norm_bias, eps);
+    ctx->save_for_backward(
+        {rows, placed, position.value_or(Tensor()), qk, v, attention.output, attention.weights, norm.normalised,
+         norm.inverse, in_weight, out_weight, norm_weight});
+    return norm.output.view(query.sizes());
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    refuse_second_derivative();
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor& rows = saved[0];
+    const Tensor& placed = saved[1];
+    const Tensor& position = saved[2];
+    const Tensor& qk = saved[3];
+    const Tensor& v = saved[4];
+    const Tensor& in_weight = saved[9];
+    const int64_t dim = rows.size(1);
+    const LayerNormGradients norm =
+        layer_norm_backward(rows_of(grad_outputs[0]), saved[7], saved[8], saved[11]);
+    const LinearGradients out =
+        gradients({saved[10], {}, false}, saved[5].view({-1, dim}), norm.input);
+    const auto [grad_q, grad_k, grad_v] = attention_gradients(
+        out.input, qk.select(2, 0), qk.select(2, 1), v, {saved[5], saved[6]});
+    const Tensor grad_qk = at::cat({grad_q.view({-1, dim}), grad_k.view({-1, dim})}, 1);
+    const Tensor grad_values = grad_v.view({-1, dim});
+    Tensor grad_weight = at::empty_like(in_weight);
+    Tensor grad_weight_qk = grad_weight.narrow(0, 0, 2 * dim);
+    Tensor grad_weight_v = grad_weight.narrow(0, 2 * dim, dim);
+    at::mm_out(grad_weight_qk, grad_qk.t(), placed);
+    at::mm_out(grad_weight_v, grad_values.t(), rows);
+    const Tensor grad_placed = grad_qk.mm(in_weight.narrow(0, 0, 2 * dim));
+    const Tensor grad_query =
+        at::addmm(norm.input, grad_values, in_weight.narrow(0, 2 * dim, dim)).add_(grad_placed);
+    return {
+        grad_query.view(grad_outputs[0].sizes()),
+        position_gradient(grad_placed, position, grad_outputs[0].sizes()),
+        grad_weight, at::cat({grad_qk.sum(0), grad_values.sum(0)}),
+        out.weight, out.bias, norm.weight, norm.bias, Tensor(), Tensor()};
+  }
+};
+
+// LayerNorm(query + attention to the features), and the projected queries and keys.
+class CrossAttentionBlock : public torch::autograd::Function<CrossAttentionBlock> {
+ public:
+  static variable_list forward(
+      AutogradContext* ctx,
+      const Tensor& query,
+      const Tensor& features,
+      const optional<Tensor>& visible,
+      const Tensor& q_weight,
+      const Tensor& q_bias,
+      const Tensor& k_weight,
+      const Tensor& k_bias,
+      const Tensor& v_weight,
+      const Tensor& v_bias,
+      const Tensor& out_weight,
+      const Tensor& out_bias,
+      const Tensor& norm_weight,
+      const Tensor& norm_bias,
+      double eps,
+      int64_t heads,
+      bool convolve) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->set_materialize_grads(false);
+    const Tensor rows = rows_of(query);
+    const Tensor keys = rows_of(features);
+    const Tensor q = linear({q_weight, q_bias, false}, rows).view(query.sizes());
+    const Tensor k = linear({k_weight, k_bias, convolve}, keys).view(features.sizes());
+    const Tensor v = linear({v_weight, v_bias, convolve}, keys).view(features.sizes());
+    const Attention attention =
+        attend(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads), visible);
+    const Tensor output = linear({out_weight, out_bias, false}, rows_of(attention.output));
+    const LayerNorm norm = layer_norm(rows, output, norm_weight, norm_bias, eps);
+    ctx->save_for_backward(
+        {rows, keys, q, k, v, attention.output, attention.weights, norm.normalised, norm.inverse,
+         q_weight, k_weight, v_weight, out_weight, norm_weight,
+         visible ? *visible : Tensor()});
+    ctx->saved_data["heads"] = heads;
+    ctx->saved_data["convolve"] = convolve;
+    return {norm.output.view(query.sizes()), q, k};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    refuse_second_derivative();
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor& rows = saved[0];
+    const Tensor& keys = saved[1];
+    const Tensor& q = saved[2];
+    const Tensor& k = saved[3];
+    const int64_t dim = rows.size(1);
+    const int64_t heads = ctx->saved_data["heads"].toInt();
+    const bool convolve = ctx->saved_data["convolve"].toBool();
+    const Tensor grad_output =
+        grad_outputs[0].defined() ? rows_of(grad_outputs[0]) : at::zeros_like(rows);
+    const LayerNormGradients norm =
+        layer_norm_backward(grad_output, saved[7], saved[8], saved[13]);
+    const LinearGradients out =
+        gradients({saved[12], {}, false}, saved[5].view({-1, dim}), norm.input);
+    auto [grad_q, grad_k, grad_v] = attention_gradients(
+        out.input, split_heads(q, heads), split_heads(k, heads), split_heads(saved[4], heads),
+        {saved[5], saved[6]});
+    // What the masks made of the projections adds.
+    if (grad_outputs[1].defined()) {
+      grad_q.add_(grad_outputs[1]);
+    }
+    if (grad_outputs[2].defined()) {
+      grad_k.add_(grad_outputs[2]);
+    }
+    LinearGradients by_q = gradients({saved[9], {}, false}, rows, grad_q.view({-1, dim}));
+    LinearGradients by_k = gradients({saved[10], {}, convolve}, keys, grad_k.view({-1, dim}));
+    const LinearGradients by_v = gradients({saved[11], {}, convolve}, keys, grad_v.view({-1, dim}));
+    return {
+        by_q.input.add_(norm.input).view(q.sizes()),
+        by_k.input.add_(by_v.input).view(k.sizes()),
+        Tensor(),
+        by_q.weight, by_q.bias, by_k.weight, by_k.bias, by_v.weight, by_v.bias,
+        out.weight, out.bias, norm.weight, norm.bias, Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Tensor sample(
+    const Tensor& value,
+    at::IntArrayRef spatial_shapes,
+    const Tensor& reference_points,
+    const Tensor& offsets,
+    const Tensor& logits) {
+  using Signature =
+      Tensor(const Tensor&, at::IntArrayRef, const Tensor&, const Tensor&, const Tensor&, bool);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("psf::ms_deform_attn_fused", "")
+                             .typed<Signature>();
+  return op.call(value, spatial_shapes, reference_points, offsets, logits, false);
+}
+
+FusedGradients sample_gradients(
+    const Tensor& grad,
+    const Tensor& value,
+    at::IntArrayRef spatial_shapes,
+    const Tensor& reference_points,
+    const Tensor& offsets,
+    const Tensor& logits,
+    bool by_reference) {
+  using Signature = FusedGradients(
+      const Tensor&, const Tensor&, at::IntArrayRef, const Tensor&, const Tensor&, const Tensor&,
+      std::array<bool, 4>, bool);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("psf::ms_deform_attn_fused_backward", "")
+                             .typed<Signature>();
+  return op.call(
+      grad, value, spatial_shapes, reference_points, offsets, logits,
+      {true, by_reference, true, true}, false);
+}
+
+// LayerNorm(query + deformable attention of query + position to the features).
+class DeformableAttentionBlock : public torch::autograd::Function<DeformableAttentionBlock> {
+ public:
+  static Tensor forward(
+      AutogradContext* ctx,
+      const Tensor& query,
+      const optional<Tensor>& position,
+      const Tensor& reference_points,
+      const Tensor& features,
+      at::IntArrayRef spatial_shapes,
+      const optional<Tensor>& padding_mask,
+      const Tensor& offset_weight,
+      const Tensor& offset_bias,
+      const Tensor& logit_weight,
+      const Tensor& logit_bias,
+      const Tensor& value_weight,
+      const Tensor& value_bias,
+      const Tensor& out_weight,
+      const Tensor& out_bias,
+      const Tensor& norm_weight,
+      const Tensor& norm_bias,
+      double eps,
+      int64_t heads,
+      bool convolve) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const int64_t images = query.size(0);
+    const int64_t queries = query.size(1);
+    const int64_t levels = static_cast<int64_t>(spatial_shapes.size()) / 2;
+    const int64_t points = logit_weight.size(0) / (heads * levels);
+    const Tensor rows = rows_of(query);
+    const Tensor placed = add_position(query, position);
+    const Tensor feature_rows = rows_of(features);
+    Tensor value = split_heads(
+        linear({value_weight, value_bias, convolve}, feature_rows).view(features.sizes()), heads);
+    if (padding_mask) {
+      value.masked_fill_(padding_mask->unsqueeze(-1).unsqueeze(-1), 0);
+    }
+    const Tensor offsets = linear({offset_weight, offset_bias, convolve}, placed)
+                               .view({images, queries, heads, levels, points, 2});
+    const Tensor logits = linear({logit_weight, logit_bias, convolve}, placed)
+                              .view({images, queries, heads, levels, points});
+    const Tensor sampled = sample(value, spatial_shapes, reference_points, offsets, logits);
+    const Tensor output = linear({out_weight, out_bias, convolve}, rows_of(sampled));
+    const LayerNorm norm = layer_norm(rows, output, norm_weight, norm_bias, eps);
+    ctx->save_for_backward(
+        {placed, position.value_or(Tensor()), reference_points, feature_rows, value, offsets, logits, sampled,
+         norm.normalised, norm.inverse, offset_weight, logit_weight, value_weight, out_weight,
+         norm_weight, padding_mask ? *padding_mask : Tensor()});
+    ctx->saved_data["spatial_shapes"] = spatial_shapes;
+    ctx->saved_data["convolve"] = convolve;
+    return norm.output.view(query.sizes());
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    refuse_second_derivative();
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor& placed = saved[0];
+    const Tensor& feature_rows = saved[3];
+    const Tensor& value = saved[4];
+    const int64_t dim = placed.size(1);
+    const bool convolve = ctx->saved_data["convolve"].toBool();
+    const LayerNormGradients norm =
+        layer_norm_backward(rows_of(grad_outputs[0]), saved[8], saved[9], saved[14]);
+    const LinearGradients out =
+        gradients({saved[13], {}, convolve}, saved[7].view({-1, dim}), norm.input);
+    auto [grad_value, grad_reference, grad_offsets, grad_logits] = sample_gradients(
+        out.input.view(saved[7].sizes()), value, ctx->saved_data["spatial_shapes"].toIntVector(),
+        saved[2], saved[5], saved[6], ctx->needs_input_grad(2));
+    if (saved[15].defined()) {
+      grad_value.masked_fill_(saved[15].unsqueeze(-1).unsqueeze(-1), 0);
+    }
+    const auto as_rows_of = [](const Tensor& grad, const Tensor& weight) {
+      return grad.reshape({-1, weight.size(0)});
+    };
+    LinearGradients by_offset =
+        gradients({saved[10], {}, convolve}, placed, as_rows_of(grad_offsets, saved[10]));
+    const LinearGradients by_logit =
+        gradients({saved[11], {}, convolve}, placed, as_rows_of(grad_logits, saved[11]));
+    const LinearGradients by_value =
+        gradients({saved[12], {}, convolve}, feature_rows, as_rows_of(grad_value, saved[12]));
+    const Tensor grad_placed = by_offset.input.add_(by_logit.input);
+    const auto sizes = grad_outputs[0].sizes();
+    return {
+        at::add(grad_placed, norm.input).view(sizes),
+        position_gradient(grad_placed, saved[1], sizes),
+        ctx->needs_input_grad(2) ? grad_reference : Tensor(),
+        by_value.input.view({value.size(0), value.size(1), dim}),
+        Tensor(), Tensor(),
+        by_offset.weight, by_offset.bias, by_logit.weight, by_logit.bias,
+        by_value.weight, by_value.bias, out.weight, out.bias, norm.weight, norm.bias,
+        Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Tensor feed_forward_block(
+    const Tensor& x,
+    const Tensor& weight1,
+    const Tensor& bias1,
+    const Tensor& weight2,
+    const Tensor& bias2,
+    const Tensor& norm_weight,
+    const Tensor& norm_bias,
+    double eps,
+    bool gelu,
+    bool convolve) {
+  return FeedForwardBlock::apply(
+      x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, eps, gelu, convolve);
+}
+
+Tensor self_attention_block(
+    const Tensor& query,
+    const optional<Tensor>& position,
+    const Tensor& in_weight,
+    const Tensor& in_bias,
+    const Tensor& out_weight,
+    const Tensor& out_bias,
+    const Tensor& norm_weight,
+    const Tensor& norm_bias,
+    double eps,
+    int64_t heads) {
+  return SelfAttentionBlock::apply(
+      query, position, in_weight, in_bias, out_weight, out_bias, norm_weight,
+      norm_bias, eps, heads);
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_attention_block(
+    const Tensor& query,
+    const Tensor& features,
+    const optional<Tensor>& visible,
+    const Tensor& q_weight,
+    const Tensor& q_bias,
+    const Tensor& k_weight,
+    const Tensor& k_bias,
+    const Tensor& v_weight,
+    const Tensor& v_bias,
+    const Tensor& out_weight,
+    const Tensor& out_bias,
+    const Tensor& norm_weight,
+    const Tensor& norm_bias,
+    double eps,
+    int64_t heads,
+    bool convolve) {
+  const variable_list outputs = CrossAttentionBlock::apply(
+      query, features, visible, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, out_weight,
+      out_bias, norm_weight, norm_bias, eps, heads, convolve);
+  return {outputs[0], outputs[1], outputs[2]};
+}
+
+Tensor deformable_attention_block(
+    const Tensor& query,
+    const optional<Tensor>& position,
+    const Tensor& reference_points,
+    const Tensor& features,
+    at::IntArrayRef spatial_shapes,
+    const optional<Tensor>& padding_mask,
+    const Tensor& offset_weight,
+    const Tensor& offset_bias,
+    const Tensor& logit_weight,
+    const Tensor& logit_bias,
+    const Tensor& value_weight,
+    const Tensor& value_bias,
+    const Tensor& out_weight,
+    const Tensor& out_bias,
+    const Tensor& norm_weight,
+    const Tensor& norm_bias,
+    double eps,
+    int64_t heads,
+    bool convolve) {
+  return DeformableAttentionBlock::apply(
+      query, position, reference_points, features, spatial_shapes, padding_mask,
+      offset_weight, offset_bias, logit_weight, logit_bias, value_weight, value_bias, out_weight,
+      out_bias, norm_weight, norm_bias, eps, heads, convolve);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(psf, m) {
+  m.def(
+      "feed_forward_block(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, "
+      "Tensor norm_weight, Tensor norm_bias, float eps, bool gelu, bool convolve) -> Tensor");
+  m.def(
+      "self_attention_block(Tensor query, Tensor? position, Tensor in_weight, Tensor in_bias, "
+      "Tensor out_weight, Tensor out_bias, Tensor norm_weight, Tensor norm_bias, float eps, "
+      "int heads) -> Tensor");
+  m.def(
+      "cross_attention_block(Tensor query, Tensor features, Tensor? visible, Tensor q_weight, "
+      "Tensor q_bias, Tensor k_weight, Tensor k_bias, Tensor v_weight, Tensor v_bias, "
+      "Tensor out_weight, Tensor out_bias, Tensor norm_weight, Tensor norm_bias, float eps, "
+      "int heads, bool convolve) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "deformable_attention_block(Tensor query, Tensor? position, Tensor reference_points, "
+      "Tensor features, int[] spatial_shapes, Tensor? padding_mask, Tensor offset_weight, "
+      "Tensor offset_bias, Tensor logit_weight, Tensor logit_bias, Tensor value_weight, "
+      "Tensor value_bias, Tensor out_weight, Tensor out_bias, Tensor norm_weight, "
+      "Tensor norm_bias, float eps, int heads, bool convolve) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(psf, AutogradCPU, m) {
+  m.impl("feed_forward_block", &feed_forward_block);
+  m.impl("self_attention_block", &self_attention_block);
+  m.impl("cross_attention_block", &cross_attention_block);
+  m.impl("deformable_attention_block", &deformable_attention_block);
+}
+
+}  // namespace psf
