@@ -244,7 +244,7 @@ class Trainer(DefaultTrainer):
         on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
         if on_cpu:
             keep_freed_memory()
-            # The compiler has its own ways. With AVX2, products are as fast forward, faster backward.
+            # The compiler has its own ways; with AVX2, products are the faster ones backward.
             if not cfg.SOLVER.COMPILE and torch.backends.cpu.get_cpu_capability() == "AVX512":
                 multiply_by_convolutions(model)
         model = create_ddp_model(
