@@ -1,5 +1,6 @@
 // All CPU kernels of training, for the instruction set that the including file is compiled for. The
 // file defines PSF_ISA, the namespace of that set, into which the kernels are included.
+#include "attention_cpu.h"
 #include "layer_norm_cpu.h"
 #include "vector_index.h"
 
@@ -18,6 +19,7 @@ namespace {
 #include "simd.h"
 }  // namespace
 
+#include "attention_cpu_kernels.h"
 #include "layer_norm_cpu_kernels.h"
 
 }  // namespace PSF_ISA
