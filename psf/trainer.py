@@ -40,6 +40,7 @@ from psf.evaluation.pictures import (
 from psf.finetuning import ClassCheckpointer
 from psf.layers.host_memory import keep_freed_memory
 from psf.layers.linear import multiply_by_convolutions
+from psf.layers.total_norm import total_norm
 from psf.modeling.location_decoder import LocationDecoderLayer
 from psf.modeling.mask_decoder import MaskDecoderLayer
 from psf.modeling.pixel_encoder import EncoderLayer
@@ -151,7 +152,7 @@ class TrainStep(SimpleTrainer):
             if fused and not self.grad_scaler.is_enabled():
                 # The kernel divides by this as it reads the gradient: no pass of its own.
                 gradients = [p.grad for p in self.parameters if p.grad is not None]
-                norm = nn.utils.get_total_norm(gradients, foreach=True)
+                norm = total_norm(gradients)
                 self.optimizer.grad_scale = (norm / self.clip_norm).clamp(min=1)
             else:
                 nn.utils.clip_grad_norm_(self.parameters, self.clip_norm, foreach=True)

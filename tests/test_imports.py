@@ -81,6 +81,7 @@ STANDARD = {
     "importlib",
     "logging",
     "math",
+    "operator",
     "os",
     "pickle",
     "re",
