@@ -3,15 +3,13 @@
 // dispatch and bookkeeping. The gradients are written out.
 //
 // Tensors are (N, Q, C) in float32 or float64; psf/layers/blocks.py decides when a block runs here.
+#include "attention_cpu_entry.h"
 #include "blocks_cpu.h"
 #include "ms_deform_attn_inputs.h"
 
 #include <ATen/ExpandUtils.h>
-#include <ATen/ops/_softmax.h>
-#include <ATen/ops/_softmax_backward_data.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
@@ -25,10 +23,7 @@
 #include <torch/library.h>
 
 #include <array>
-#include <cmath>
-#include <limits>
 #include <tuple>
-#include <utility>
 
 namespace psf {
 namespace {
@@ -94,50 +89,6 @@ LinearGradients gradients(const Linear& layer, const Tensor& rows, const Tensor&
 }
 
 // ---- attention -------------------------------------------------------------------------------
-
-struct Attention {
-  Tensor output;  // (N, Q, M * D)
-  Tensor weights;  // (N * M, Q, S)
-};
-
-Tensor heads_first(const Tensor& x) {  // (N, Q, M, D) to (N * M, Q, D)
-  return x.transpose(1, 2).reshape({x.size(0) * x.size(2), x.size(1), x.size(3)});
-}
-
-Tensor heads_last(const Tensor& x, int64_t images) {  // (N * M, Q, D) to (N, Q, M * D)
-  const int64_t heads = x.size(0) / images;
-  return x.view({images, heads, x.size(1), x.size(2)})
-      .transpose(1, 2)
-      .reshape({images, x.size(1), heads * x.size(2)});
-}
-
-Attention attend(const Tensor& q, const Tensor& k, const Tensor& v, const optional<Tensor>& visible) {
-  const double scale = 1 / std::sqrt(static_cast<double>(q.size(3)));
-  Tensor scores = at::bmm(heads_first(q).mul(scale), heads_first(k).transpose(1, 2));
-  if (visible) {
-    scores.view({q.size(0), q.size(2), q.size(1), k.size(1)})
-        .masked_fill_(
-            visible->logical_not().view({q.size(0), 1, 1, k.size(1)}),
-            -std::numeric_limits<double>::infinity());
-  }
-  Tensor weights = at::_softmax(scores, -1, false);
-  return {heads_last(at::bmm(weights, heads_first(v)), q.size(0)), weights};
-}
-
-std::tuple<Tensor, Tensor, Tensor> attention_gradients(
-    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Attention& attention) {
-  const double scale = 1 / std::sqrt(static_cast<double>(q.size(3)));
-  const Tensor own = heads_first(grad.view(q.sizes()));
-  const Tensor& weights = attention.weights;
-  const Tensor grad_v = at::bmm(weights.transpose(1, 2), own);
-  const Tensor grad_weights = at::bmm(own, heads_first(v).transpose(1, 2));
-  const Tensor grad_scores =
-      at::_softmax_backward_data(grad_weights, weights, -1, weights.scalar_type()).mul_(scale);
-  return {
-      heads_last(at::bmm(grad_scores, heads_first(k)), q.size(0)),
-      heads_last(at::bmm(grad_scores.transpose(1, 2), heads_first(q)), q.size(0)),
-      heads_last(grad_v, q.size(0))};
-}
 
 Tensor split_heads(const Tensor& x, int64_t heads) {
   return x.view({x.size(0), x.size(1), heads, x.size(2) / heads});
@@ -235,13 +186,12 @@ class SelfAttentionBlock : public torch::autograd::Function<SelfAttentionBlock> 
     };
     const Tensor qk = part(0, 2 * dim, placed).view({images, queries, 2, heads, dim / heads});
     const Tensor v = part(2 * dim, dim, rows).view({images, queries, heads, dim / heads});
-    const Attention attention = attend(qk.select(2, 0), qk.select(2, 1), v, {});
-    const Tensor output =
-        at::addmm(out_bias, attention.output.view({-1, dim}), out_weight.t());
+    const auto [attended, log_sum] =
+        attention_forward(qk.select(2, 0), qk.select(2, 1), v, std::nullopt);
+    const Tensor output = linear({out_weight, out_bias, false}, rows_of(attended));
     const LayerNorm norm = layer_norm(rows, output, norm_weight, norm_bias, eps);
     ctx->save_for_backward(
-        {rows, placed, position.value_or(Tensor()), qk, v, attention.output, attention.weights, norm.normalised,
-         norm.inverse, in_weight, out_weight, norm_weight});
+        {rows, placed, position.value_or(Tensor()), qk, v, attended, log_sum, norm.normalised, norm.inverse, in_weight, out_weight, norm_weight});
     return norm.output.view(query.sizes());
   }
 
@@ -259,11 +209,12 @@ class SelfAttentionBlock : public torch::autograd::Function<SelfAttentionBlock> 
     const LayerNormGradients norm =
         layer_norm_backward(rows_of(grad_outputs[0]), saved[7], saved[8], saved[11]);
     const LinearGradients out =
-        gradients({saved[10], {}, false}, saved[5].view({-1, dim}), norm.input);
-    const auto [grad_q, grad_k, grad_v] = attention_gradients(
-        out.input, qk.select(2, 0), qk.select(2, 1), v, {saved[5], saved[6]});
-    const Tensor grad_qk = at::cat({grad_q.view({-1, dim}), grad_k.view({-1, dim})}, 1);
-    const Tensor grad_values = grad_v.view({-1, dim});
+        gradients({saved[10], {}, false}, rows_of(saved[5]), norm.input);
+    const auto [grad_q, grad_k, grad_v] = attention_backward(
+        out.input.view(saved[5].sizes()), qk.select(2, 0), qk.select(2, 1), v, std::nullopt,
+        saved[5], saved[6]);
+    const Tensor grad_qk = at::cat({grad_q.view(rows.sizes()), grad_k.view(rows.sizes())}, 1);
+    const Tensor grad_values = grad_v.view(rows.sizes());
     Tensor grad_weight = at::empty_like(in_weight);
     Tensor grad_weight_qk = grad_weight.narrow(0, 0, 2 * dim);
     Tensor grad_weight_v = grad_weight.narrow(0, 2 * dim, dim);
@@ -308,12 +259,12 @@ class CrossAttentionBlock : public torch::autograd::Function<CrossAttentionBlock
     const Tensor q = linear({q_weight, q_bias, false}, rows).view(query.sizes());
     const Tensor k = linear({k_weight, k_bias, convolve}, keys).view(features.sizes());
     const Tensor v = linear({v_weight, v_bias, convolve}, keys).view(features.sizes());
-    const Attention attention =
-        attend(split_heads(q, heads), split_heads(k, heads), split_heads(v, heads), visible);
-    const Tensor output = linear({out_weight, out_bias, false}, rows_of(attention.output));
+    const auto [attended, log_sum] = attention_forward(
+        split_heads(q, heads), split_heads(k, heads), split_heads(v, heads), visible);
+    const Tensor output = linear({out_weight, out_bias, false}, rows_of(attended));
     const LayerNorm norm = layer_norm(rows, output, norm_weight, norm_bias, eps);
     ctx->save_for_backward(
-        {rows, keys, q, k, v, attention.output, attention.weights, norm.normalised, norm.inverse,
+        {rows, keys, q, k, v, attended, log_sum, norm.normalised, norm.inverse,
          q_weight, k_weight, v_weight, out_weight, norm_weight,
          visible ? *visible : Tensor()});
     ctx->saved_data["heads"] = heads;
@@ -329,7 +280,6 @@ class CrossAttentionBlock : public torch::autograd::Function<CrossAttentionBlock
     const Tensor& keys = saved[1];
     const Tensor& q = saved[2];
     const Tensor& k = saved[3];
-    const int64_t dim = rows.size(1);
     const int64_t heads = ctx->saved_data["heads"].toInt();
     const bool convolve = ctx->saved_data["convolve"].toBool();
     const Tensor grad_output =
@@ -337,20 +287,21 @@ class CrossAttentionBlock : public torch::autograd::Function<CrossAttentionBlock
     const LayerNormGradients norm =
         layer_norm_backward(grad_output, saved[7], saved[8], saved[13]);
     const LinearGradients out =
-        gradients({saved[12], {}, false}, saved[5].view({-1, dim}), norm.input);
-    auto [grad_q, grad_k, grad_v] = attention_gradients(
-        out.input, split_heads(q, heads), split_heads(k, heads), split_heads(saved[4], heads),
-        {saved[5], saved[6]});
+        gradients({saved[12], {}, false}, rows_of(saved[5]), norm.input);
+    const optional<Tensor> visible = saved[14].defined() ? optional<Tensor>(saved[14]) : std::nullopt;
+    auto [grad_q, grad_k, grad_v] = attention_backward(
+        out.input.view(saved[5].sizes()), split_heads(q, heads), split_heads(k, heads),
+        split_heads(saved[4], heads), visible, saved[5], saved[6]);
     // What the masks made of the projections adds.
     if (grad_outputs[1].defined()) {
-      grad_q.add_(grad_outputs[1]);
+      grad_q.view(q.sizes()).add_(grad_outputs[1]);
     }
     if (grad_outputs[2].defined()) {
-      grad_k.add_(grad_outputs[2]);
+      grad_k.view(k.sizes()).add_(grad_outputs[2]);
     }
-    LinearGradients by_q = gradients({saved[9], {}, false}, rows, grad_q.view({-1, dim}));
-    LinearGradients by_k = gradients({saved[10], {}, convolve}, keys, grad_k.view({-1, dim}));
-    const LinearGradients by_v = gradients({saved[11], {}, convolve}, keys, grad_v.view({-1, dim}));
+    LinearGradients by_q = gradients({saved[9], {}, false}, rows, grad_q.view(rows.sizes()));
+    LinearGradients by_k = gradients({saved[10], {}, convolve}, keys, grad_k.view(keys.sizes()));
+    const LinearGradients by_v = gradients({saved[11], {}, convolve}, keys, grad_v.view(keys.sizes()));
     return {
         by_q.input.add_(norm.input).view(q.sizes()),
         by_k.input.add_(by_v.input).view(k.sizes()),
