@@ -10,6 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from psf.layers.ms_deform_attn import has_extension
+
+# Channels a head up to which the operator of the extension was measured to be faster on a CPU.
+FEW_CHANNELS = 32
+
 # Attention scores (over images, heads, queries and keys) up to which a CPU is faster with them
 # written out than with the kernel that never does. Forward and backward of 4 images, 8 heads and 65
 # queries: with 65 keys in float32 0.4 ms instead of 0.65, with 336 in bfloat16 0.9 instead of 3.3.
@@ -58,10 +63,20 @@ def sine_position_encoding(
     return torch.cat([y, x], dim=-1)
 
 
+def has_operator(q: Tensor, dropout: float) -> bool:
+    """Whether attention of (N, Q, M, D) is left to the operator of the extension: in training."""
+    if not torch.is_grad_enabled():  # forward alone, torch's own is as fast
+        return False
+    plain = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+    floating = q.dtype in (torch.float32, torch.float64)
+    small = q.device.type == "cpu" and floating and q.shape[-1] <= FEW_CHANNELS
+    return small and not plain and dropout == 0 and has_extension()
+
+
 def writes_scores(q: Tensor, k: Tensor) -> bool:
-    """Whether attention of (N, M, Q, D) to (N, M, S, D) is faster with its scores written out."""
+    """Whether attention of (N, Q, M, D) to (N, S, M, D) is faster with its scores written out."""
     size = 2 if torch.is_autocast_enabled("cpu") else q.element_size()
-    num_scores = q.shape[:3].numel() * k.shape[2]
+    num_scores = q.shape[:3].numel() * k.shape[1]
     return q.device.type == "cpu" and num_scores <= FEW_SCORES.get(size, 0)
 
 
@@ -69,29 +84,43 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
     """
-    Scaled dot-product attention, with the kernel that suits its size.
+    Scaled dot-product attention, in the way that suits its size.
 
     Args:
-        q: (N, M, Q, D).
-        k: (N, M, S, D).
-        v: (N, M, S, D).
-        visible: (N, 1, 1, S) bool, False where nothing attends to; None: everything is seen.
+        q: (N, Q, M, D).
+        k: (N, S, M, D).
+        v: (N, S, M, D).
+        visible: (N, S) bool, False where nothing attends to; None: everything is seen.
         dropout: probability that a query does not attend to a key.
 
     Returns:
-        (N, M, Q, D).
+        (N, Q, M * D).
     """
-    if not writes_scores(q, k):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout)
+    if has_operator(q, dropout):
+        return torch.ops.psf.attention.default(q, k, v, visible)[0]
+    return plain_attention(q, k, v, visible, dropout)
+
+
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout: float
+) -> Tensor:
+    """The same as :func:`attention`, in PyTorch."""
+    few = writes_scores(q, k)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (N, M, Q or S, D)
+    mask = None if visible is None else visible[:, None, None]
+    if not few:
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return attended.transpose(1, 2).flatten(2)
     # Matrix products over images and heads as one batch, which costs far fewer calls.
     queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))
     scores = torch.baddbmm(
         queries.new_zeros(()), queries, keys.mT, beta=0, alpha=q.shape[-1] ** -0.5
     )
-    if visible is not None:
-        scores = scores.unflatten(0, q.shape[:2]).masked_fill(~visible, -math.inf).flatten(0, 1)
+    if mask is not None:
+        scores = scores.unflatten(0, q.shape[:2]).masked_fill(~mask, -math.inf).flatten(0, 1)
     weights = scores.softmax(-1).to(values.dtype)  # under autocast the softmax is float32
-    return torch.bmm(F.dropout(weights, dropout), values).view(q.shape)
+    attended = torch.bmm(F.dropout(weights, dropout), values).view(q.shape)
+    return attended.transpose(1, 2).flatten(2)
 
 
 def self_attention(module: nn.MultiheadAttention, query: Tensor, value: Tensor) -> Tensor:
@@ -112,12 +141,10 @@ def self_attention(module: nn.MultiheadAttention, query: Tensor, value: Tensor) 
     heads = (module.num_heads, -1)
     qk = F.linear(query, weight_qk, bias_qk).unflatten(-1, (2, *heads))  # (N, Q, 2, M, D)
     v = F.linear(value, weight_v, bias_v).unflatten(-1, heads)  # (N, Q, M, D)
-    q, k = qk.permute(2, 0, 3, 1, 4)
+    q, k = qk.unbind(2)
     dropout = module.dropout if module.training else 0.0
-    attended = attention(q, k, v.transpose(1, 2), dropout=dropout)
-    return F.linear(
-        attended.transpose(1, 2).flatten(2), module.out_proj.weight, module.out_proj.bias
-    )
+    attended = attention(q, k, v, dropout=dropout)
+    return F.linear(attended, module.out_proj.weight, module.out_proj.bias)
 
 
 class FeedForward(nn.Sequential):

@@ -166,9 +166,9 @@ class MaskAttention(AttentionMaps):
             padding_mask: (N, S) bool, True where nothing attends to; None: nowhere.
         """
         q, k = self.project(query, features)
-        v = self.split_heads(self.v_proj(features))
-        visible = None if padding_mask is None else ~padding_mask[:, None, None]
-        attended = attention(q, k, v, visible).transpose(1, 2).flatten(2)
+        v = self.v_proj(features).unflatten(-1, (self.num_heads, -1))
+        visible = None if padding_mask is None else ~padding_mask
+        attended = attention(q.transpose(1, 2), k.transpose(1, 2), v, visible)
         return Attended(self.out_proj(attended), Projections(q, k))
 
 

@@ -6,8 +6,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from psf.layers import transformer
+from psf.layers.ms_deform_attn import has_extension
 from psf.layers.transformer import (
+    FEW_CHANNELS,
     attention,
+    has_operator,
     inverse_sigmoid,
     self_attention,
     sine_position_encoding,
@@ -49,32 +52,69 @@ def test_inverse_sigmoid_is_the_inverse_inside_and_finite_at_the_ends():
     torch.testing.assert_close(y.sigmoid(), x, atol=2e-5, rtol=0)
 
 
-@pytest.fixture(params=[False, True], ids=["kernel", "written"])
-def written(request, monkeypatch):
-    """Whether the scores are written out, whatever their number."""
-    limit = 1 << 60 if request.param else -1
+OPERATOR = pytest.param(
+    "operator", marks=pytest.mark.skipif(not has_extension(), reason="needs the extension")
+)
+
+
+@pytest.fixture(params=["kernel", "written", OPERATOR])
+def way(request, monkeypatch):
+    """PyTorch's kernel, scores written out or the extension's operator, whatever the size."""
+    limit = 1 << 60 if request.param == "written" else -1
     monkeypatch.setattr(transformer, "FEW_SCORES", {2: limit, 4: limit, 8: limit})
+    if request.param != "operator":
+        monkeypatch.setattr(transformer, "FEW_CHANNELS", 0)
     return request.param
 
 
 def heads(num_tokens):
-    return torch.randn(2, 3, num_tokens, 4, dtype=torch.float64, requires_grad=True)
+    return torch.randn(2, num_tokens, 3, 4, dtype=torch.float64, requires_grad=True)
 
 
 @pytest.mark.parametrize("num_queries", [0, 1, 5])
-def test_attention_is_its_definition(written, num_queries):
+def test_attention_is_its_definition(way, num_queries):
     q, k, v = heads(num_queries), heads(6), heads(6)
-    visible = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])[:, None, None]
-    assert writes_scores(q, k) == written
-    scores = (q @ k.mT / 2).masked_fill(~visible, -math.inf)  # sqrt(4) channels
-    expected, found = scores.softmax(-1) @ v, attention(q, k, v, visible)
+    visible = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
+    assert writes_scores(q, k) == (way == "written")
+    assert has_operator(q, 0.0) == (way == "operator")
+    scores = torch.einsum("nqmd,nsmd->nmqs", q, k) / 2  # sqrt(4) channels
+    weights = scores.masked_fill(~visible[:, None, None], -math.inf).softmax(-1)
+    expected = torch.einsum("nmqs,nsmd->nqmd", weights, v).flatten(2)
+    found = attention(q, k, v, visible)
     torch.testing.assert_close(found, expected)
     weight = torch.randn_like(expected)
     grads = [torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (found, expected)]
     torch.testing.assert_close(*grads)
 
 
-def test_self_attention_is_the_modules(written):
+def test_attention_to_no_keys_is_zero(way):
+    q, k, v = heads(3), heads(0), heads(0)
+    found = attention(q, k, v)
+    assert found.shape == (2, 3, 12)
+    assert not found.any()
+    (grad,) = torch.autograd.grad(found.sum(), q)
+    assert not grad.any()
+
+
+def test_operator_is_for_plain_numbers_of_a_cpu_in_few_channels(monkeypatch):
+    monkeypatch.setattr(transformer, "has_extension", lambda: True)
+    q = torch.randn(2, 3, 4, FEW_CHANNELS)
+    assert has_operator(q, 0.0)
+    assert has_operator(q.double(), 0.0)
+    assert not has_operator(q, 0.1)
+    assert not has_operator(q.bfloat16(), 0.0)
+    assert not has_operator(q.to("meta"), 0.0)
+    assert not has_operator(torch.randn(2, 3, 4, FEW_CHANNELS + 1), 0.0)
+    with torch.autocast("cpu"):
+        assert not has_operator(q, 0.0)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not has_operator(q, 0.0)
+    monkeypatch.undo()
+    monkeypatch.setattr(transformer, "has_extension", lambda: False)
+    assert not has_operator(q, 0.0)
+
+
+def test_self_attention_is_the_modules(way):
     module = nn.MultiheadAttention(12, 3, batch_first=True).double()
     nn.init.normal_(module.in_proj_bias)
     nn.init.normal_(module.out_proj.bias)
@@ -87,8 +127,8 @@ def test_self_attention_is_the_modules(written):
     torch.testing.assert_close(*grads)
 
 
-def test_self_attention_drops_weights_in_training_only(written, monkeypatch):
-    """With the module's probability, on either way."""
+def test_self_attention_drops_weights_in_training_only(way, monkeypatch):
+    """With the module's probability, in every way; only PyTorch's know dropout."""
     dropped = []
 
     def note(x, p=0.5, training=True, inplace=False):
@@ -107,4 +147,4 @@ def test_self_attention_drops_weights_in_training_only(written, monkeypatch):
     query = torch.randn(2, 5, 12)
     for mode in (True, False):
         self_attention(module.train(mode), query, query)
-    assert dropped == [0.25, 0.0]
+    assert dropped == ([0.25] if way == "operator" else [0.25, 0.0])

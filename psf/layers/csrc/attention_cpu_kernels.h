@@ -19,6 +19,15 @@ PSF_INLINE void fill(A* array, int64_t size, A value) {
   }
 }
 
+// The row is of whole vectors.
+template <typename A>
+PSF_INLINE void scale_row(A* row, int64_t size, A factor) {
+  constexpr int kLanes = kFull<A>;
+  for (int64_t i = 0; i < size; i += kLanes) {
+    store<A, kLanes>(load<A, kLanes>(row + i) * splat<A, kLanes>(factor), row + i);
+  }
+}
+
 template <typename A>
 PSF_INLINE A* head_of(const Heads<A>& x, int64_t n, int64_t m) {
   return x.data + n * x.image + m * x.head;
@@ -184,12 +193,37 @@ void hide(const bool* visible, const Block& block, A* bias) {
   }
 }
 
-// e^x for x <= 0 as exponential(), but 0 for -inf.
-template <typename A>
-PSF_INLINE Vector<A, kFull<A>> weight_of(Vector<A, kFull<A>> x) {
-  constexpr int kLanes = kFull<A>;
-  const auto least = splat<A, kLanes>(A(-87));
-  return select<A, kLanes>(x < least, splat<A, kLanes>(A(0)), exponential<kLanes>(x));
+// e^x for x <= 0, within 2 units in the last place; 0 below -87.7. Unlike exponential() it has no
+// long chain of operations that wait for each other, since a row is often of few vectors.
+template <int kLanes>
+PSF_INLINE Vector<float, kLanes> weight_of(Vector<float, kLanes> x) {
+  using F = Vector<float, kLanes>;
+  const auto constant = [](float value) { return splat<float, kLanes>(value); };
+  // Not max(): a NaN must stay.
+  const F bounded = select<float, kLanes>(x < constant(-88.0f), constant(-88.0f), x);
+  // x = n log 2 + r. This sum has units of 1, so that it is rounded to n; its last bits are n + 127.
+  constexpr float kUnits = 12582912.0f + 127.0f;  // 1.5 * 2^23
+  const F rounded = bounded * constant(1.44269504f) + constant(kUnits);
+  const F n = rounded - constant(kUnits);
+  const F r = (bounded - n * constant(0.693359375f)) + n * constant(2.12194440e-4f);
+  // Taylor's polynomial of degree 7, by halves.
+  const F r2 = r * r;
+  const F low = (constant(1.0f) + r) + (constant(0.5f) + r * constant(1.0f / 6)) * r2;
+  const F high = (constant(1.0f / 24) + r * constant(1.0f / 120)) +
+      (constant(1.0f / 720) + r * constant(1.0f / 5040)) * r2;
+  uint32_t bits[kLanes];
+  std::memcpy(bits, &rounded, sizeof(rounded));
+  for (int i = 0; i < kLanes; ++i) {
+    bits[i] <<= 23;  // the exponent of 2^n, which is 0 for n = -127
+  }
+  F power;
+  std::memcpy(&power, bits, sizeof(power));
+  return (low + high * (r2 * r2)) * power;
+}
+
+template <int kLanes>
+PSF_INLINE Vector<double, kLanes> weight_of(Vector<double, kLanes> x) {
+  return exponential<kLanes>(x);
 }
 
 template <typename A>
@@ -223,7 +257,7 @@ PSF_INLINE A softmax_step(const Softmax<A>& state, const A* bias, int64_t column
   const A shift = most[0] == kNone ? A(0) : most[0];  // while no key is seen, -inf - -inf is NaN
   V sums = splat<A, kLanes>(A(0));
   for (int64_t s = 0; s < columns; s += kLanes) {
-    const V weight = weight_of<A>(load<A, kLanes>(scores + s) - splat<A, kLanes>(shift));
+    const V weight = weight_of<kLanes>(load<A, kLanes>(scores + s) - splat<A, kLanes>(shift));
     store<A, kLanes>(weight, scores + s);
     sums += weight;
   }
@@ -271,9 +305,7 @@ void attention(const AttentionCall<A>& call, int64_t n, int64_t m, int64_t first
       for (int64_t i = 0; i < rows; ++i) {
         const Softmax<A> state{maxima + start + i, sums + start + i};
         const A factor = softmax_step(state, bias, columns, weights + i * kBlockKeys);
-        for (int64_t d = 0; d < width; ++d) {
-          own[i * width + d] *= factor;
-        }
+        scale_row(own + i * width, width, factor);
       }
       multiply<true>(
           Product<A>{block.size(), weights, kBlockKeys, 1, values, width, own, width}, rows,
@@ -303,7 +335,7 @@ PSF_INLINE void softmax_backward(
   using V = Vector<A, kLanes>;
   for (int64_t s = 0; s < columns; s += kLanes) {
     const V biased = load<A, kLanes>(weights + s) + load<A, kLanes>(bias + s);
-    const V weight = weight_of<A>(biased - splat<A, kLanes>(log_sum));
+    const V weight = weight_of<kLanes>(biased - splat<A, kLanes>(log_sum));
     const V gradient = load<A, kLanes>(gradients + s) - splat<A, kLanes>(mean_gradient);
     store<A, kLanes>(weight, weights + s);
     store<A, kLanes>(weight * gradient, gradients + s);
