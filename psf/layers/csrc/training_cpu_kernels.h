@@ -1,11 +1,13 @@
 // All CPU kernels of training, for the instruction set that the including file is compiled for. The
 // file defines PSF_ISA, the namespace of that set, into which the kernels are included.
 #include "layer_norm_cpu.h"
+#include "mask_head_cpu.h"
 #include "vector_index.h"
 
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #if defined(__AVX2__)
@@ -19,6 +21,7 @@ namespace {
 }  // namespace
 
 #include "layer_norm_cpu_kernels.h"
+#include "mask_head_cpu_kernels.h"
 
 }  // namespace PSF_ISA
 }  // namespace psf
