@@ -2,7 +2,8 @@
 
 :func:`mask_maps_reference` is the definition; :func:`mask_maps` gives the same numbers a few
 queries at a time and computes the logits again in the backward pass, so that training keeps the
-queries, the keys and one map a query.
+queries, the keys and one map a query. On a CPU the kernels of ``psf._C`` do that, a tile of
+positions at a time.
 
 Shapes: n images of one size, R queries whose masks are wanted, S positions, L levels, M heads,
 D channels a head.
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from psf.layers.ms_deform_attn import has_extension
 from psf.modeling.pixel_encoder import Shape
 
 # Attention logits (over images, heads, queries and positions) that exist at a time: 32 MiB in
@@ -77,6 +79,9 @@ def mask_maps(q: Tensor, k: Tensor, levels: Levels, weights: HeadWeights) -> Ten
     Returns:
         (n, R, h, w) maps at the finest level, without activation; at least float32.
     """
+    if _has_kernel(q, k, weights):
+        native: Tensor = _NativeMaskMaps.apply(q, k, levels, *weights)
+        return native
     scaled = q * q.shape[-1] ** -0.5
     parameters = (x.to(q.dtype) for x in weights[:3])
     bias = weights.mask_bias.to(torch.promote_types(q.dtype, torch.float32))
@@ -84,8 +89,49 @@ def mask_maps(q: Tensor, k: Tensor, levels: Levels, weights: HeadWeights) -> Ten
     return maps
 
 
+def _has_kernel(q: Tensor, k: Tensor, weights: HeadWeights) -> bool:
+    return (
+        has_extension()
+        and q.is_cpu
+        and q.dtype in (torch.float32, torch.float64)
+        and all(x.dtype == q.dtype for x in (k, *weights))
+        and not torch.compiler.is_compiling()
+    )
+
+
+class _NativeMaskMaps(torch.autograd.Function):
+    """The kernels of the extension. Saves nothing but its inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        levels: Levels,
+        projection: Tensor,
+        bias: Tensor,
+        weight: Tensor,
+        mask_bias: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, projection, bias, weight)
+        ctx.sizes = padded, valid = tuple([x for size in sizes for x in size] for sizes in levels)
+        maps: Tensor = torch.ops.psf.mask_maps.default(
+            q, k, padded, valid, projection, bias, weight, mask_bias
+        )
+        return maps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, *parameters = ctx.saved_tensors
+        grad_q, grad_k, *grads = torch.ops.psf.mask_maps_backward.default(
+            grad, q, k, *ctx.sizes, *parameters
+        )
+        return grad_q, grad_k, None, *grads
+
+
 class _MaskMaps(torch.autograd.Function):
-    """Saves nothing but its inputs."""
+    """Plain PyTorch, from scaled queries. Saves nothing but its inputs."""
 
     @staticmethod
     def forward(

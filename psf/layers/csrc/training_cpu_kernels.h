@@ -2,11 +2,13 @@
 // file defines PSF_ISA, the namespace of that set, into which the kernels are included.
 #include "attention_cpu.h"
 #include "layer_norm_cpu.h"
+#include "mask_head_cpu.h"
 #include "vector_index.h"
 
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #if defined(__AVX2__)
@@ -21,6 +23,7 @@ namespace {
 
 #include "attention_cpu_kernels.h"
 #include "layer_norm_cpu_kernels.h"
+#include "mask_head_cpu_kernels.h"
 
 }  // namespace PSF_ISA
 }  // namespace psf
