@@ -33,6 +33,35 @@ def test_focal_loss_by_hand():
     )
 
 
+def _focal_loss_by_autograd(logits, targets):
+    probability = logits.sigmoid()
+    miss = targets * (1 - probability) + (1 - targets) * probability
+    alpha = targets * losses.FOCAL_ALPHA + (1 - targets) * (1 - losses.FOCAL_ALPHA)
+    entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return alpha * miss**losses.FOCAL_GAMMA * entropy
+
+
+def test_focal_loss_and_gradient_are_autograds():
+    torch.manual_seed(0)
+    logits = (10 * torch.randn(2, 50, 3, dtype=torch.float64)).requires_grad_()
+    targets = (torch.rand(50, 3) > 0.5).double()  # shared by the first dimension
+    found = sigmoid_focal_loss(logits, targets)
+    expected = _focal_loss_by_autograd(logits, targets.expand_as(logits))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    grads = [torch.autograd.grad(loss.square().sum(), logits)[0] for loss in (found, expected)]
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=1e-14)
+    assert torch.autograd.gradcheck(lambda x: sigmoid_focal_loss(x, targets[:5]), logits[:, :5])
+
+
+def test_focal_loss_of_extreme_logits_is_finite():
+    """Wrong by 1000: 0.75 * 1000 and 0.25 * 1000, of slope 0.75 and -0.25; right: nothing."""
+    logits = torch.tensor([1000.0, -1000.0, 1000.0, -1000.0], requires_grad=True)
+    loss = sigmoid_focal_loss(logits, torch.tensor([0.0, 1.0, 1.0, 0.0]))
+    loss.sum().backward()
+    torch.testing.assert_close(loss.detach(), torch.tensor([750.0, 250.0, 0.0, 0.0]))
+    torch.testing.assert_close(logits.grad, torch.tensor([0.75, -0.25, 0.0, 0.0]))
+
+
 def test_focal_cost_is_the_change_of_the_loss():
     logits = torch.randn(6, 4, dtype=torch.float64)
     labels = torch.tensor([2, 0, 2])
