@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from psf.modeling.postprocessing import resize_maps
+from psf.layers.ms_deform_attn import has_extension
+from psf.modeling.postprocessing import as_they_are, resize_maps
 
 # RetinaNet's constants, kept by Deformable DETR and the paper (section 3.6).
 FOCAL_ALPHA = 0.25
@@ -108,8 +109,24 @@ def upsampled_dice_loss(
     Returns:
         (layers, G).
     """
-    loss: Tensor = _UpsampledDiceLoss.apply(maps, targets, activation)
+    loss: Tensor
+    if _has_dice_kernel(maps, targets, activation):
+        sigmoid = activation is torch.sigmoid
+        loss = torch.ops.psf.upsampled_dice_loss.default(maps, targets, sigmoid, DICE_EPS)
+    else:
+        loss = _UpsampledDiceLoss.apply(maps, targets, activation)
     return loss
+
+
+def _has_dice_kernel(maps: Tensor, targets: Tensor, activation: Callable[[Tensor], Tensor]) -> bool:
+    return (
+        has_extension()
+        and maps.device.type == targets.device.type == "cpu"
+        and maps.dtype == targets.dtype
+        and maps.dtype in (torch.float32, torch.float64)
+        and activation in (torch.sigmoid, as_they_are)
+        and not torch.compiler.is_compiling()
+    )
 
 
 class _UpsampledDiceLoss(torch.autograd.Function):

@@ -1,8 +1,10 @@
 // All CPU kernels of training, for the instruction set that the including file is compiled for. The
 // file defines PSF_ISA, the namespace of that set, into which the kernels are included.
+#include "dice_cpu.h"
 #include "layer_norm_cpu.h"
 #include "vector_index.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -18,6 +20,7 @@ namespace {
 #include "simd.h"
 }  // namespace
 
+#include "dice_cpu_kernels.h"
 #include "layer_norm_cpu_kernels.h"
 
 }  // namespace PSF_ISA
