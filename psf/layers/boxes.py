@@ -10,8 +10,9 @@ from torch import Tensor
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """(..., 4) centres and sizes to corners."""
-    centre, size = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+    centre, size = boxes.split(2, dim=-1)
+    half = size / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
 
 
 def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
@@ -32,16 +33,19 @@ def generalized_box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor, eps: float = 1
     Returns:
         (...), in [-1, 1].
     """
-    size1 = boxes1_xyxy[..., 2:] - boxes1_xyxy[..., :2]
-    size2 = boxes2_xyxy[..., 2:] - boxes2_xyxy[..., :2]
-    low = torch.maximum(boxes1_xyxy[..., :2], boxes2_xyxy[..., :2])
-    high = torch.minimum(boxes1_xyxy[..., 2:], boxes2_xyxy[..., 2:])
-    overlap = (high - low).clamp(min=0).prod(dim=-1)
-    union = (size1.prod(dim=-1) + size2.prod(dim=-1) - overlap).clamp(min=eps)
-    hull_low = torch.minimum(boxes1_xyxy[..., :2], boxes2_xyxy[..., :2])
-    hull_high = torch.maximum(boxes1_xyxy[..., 2:], boxes2_xyxy[..., 2:])
-    hull = (hull_high - hull_low).clamp(min=0).prod(dim=-1).clamp(min=eps)
+    low1, high1 = boxes1_xyxy.split(2, dim=-1)
+    low2, high2 = boxes2_xyxy.split(2, dim=-1)
+    overlap = _area((torch.minimum(high1, high2) - torch.maximum(low1, low2)).clamp(min=0))
+    union = (_area(high1 - low1) + _area(high2 - low2) - overlap).clamp(min=eps)
+    hull_size = torch.maximum(high1, high2) - torch.minimum(low1, low2)
+    hull = _area(hull_size.clamp(min=0)).clamp(min=eps)
     return overlap / union - (hull - union) / hull
+
+
+def _area(size: Tensor) -> Tensor:
+    """(..., 2) sides to (...). Not prod(): its gradient is many operations."""
+    width, height = size.unbind(-1)
+    return width * height
 
 
 def masks_to_boxes(masks: Tensor) -> Tensor:

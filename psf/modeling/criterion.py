@@ -170,7 +170,7 @@ class Criterion:
             classes = torch.zeros_like(logits[0])
             pairs = _pairs_of_layers([assignments], targets)
             classes[pairs.row, pairs.query, pairs.label] = 1
-            focal = sigmoid_focal_loss(logits, classes.expand_as(logits)).sum((1, 2, 3))
+            focal = sigmoid_focal_loss(logits, classes).sum((1, 2, 3))
             losses["loss_thing_class"] = weights.things_weight * weights.class_weight * focal
         if predictions.stuff_logits:
             logits = torch.stack(predictions.stuff_logits).float()  # (layers, N, T)
@@ -178,7 +178,7 @@ class Criterion:
             present = [target.stuff_labels for target in targets]
             classes[_image_of_each(present), torch.cat(present)] = 1
             # Unlike the official code: also for images without things.
-            focal = sigmoid_focal_loss(logits, classes.expand_as(logits)).sum((1, 2))
+            focal = sigmoid_focal_loss(logits, classes).sum((1, 2))
             losses["loss_stuff_class"] = weights.stuff_weight * weights.stuff_class_weight * focal
         return losses
 
@@ -191,17 +191,15 @@ class Criterion:
     ) -> dict[str, Tensor]:
         """Of every layer of the mask decoder that makes masks, (layers,): as above."""
         segments = self._mask_segments(locations, predictions, targets, assignments)
-        sizes = [
-            [self.mask_loss_scale * side for side in maps.shape[-2:]]
-            for maps in predictions.thing_maps[-1]
-        ]
-        things, stuff = [], []
-        for target, index, size in zip(targets, segments, sizes, strict=True):
-            things.append(shrink_masks(target.thing_masks[index], size))
-            stuff.append(shrink_masks(target.stuff_masks, size))
         weights = self.loss_weights
-        thing_dice = _dice_losses(predictions.thing_maps, predictions.activation, things)
-        stuff_dice = _dice_losses(predictions.stuff_maps, predictions.activation, stuff)
+        things = [
+            target.thing_masks[index] for target, index in zip(targets, segments, strict=True)
+        ]
+        stuff = [target.stuff_masks for target in targets]
+        thing_dice, stuff_dice = (
+            _dice_losses(maps, predictions.activation, masks, self.mask_loss_scale)
+            for maps, masks in ((predictions.thing_maps, things), (predictions.stuff_maps, stuff))
+        )
         return {
             "loss_thing_mask": weights.things_weight * weights.mask_weight * thing_dice,
             "loss_stuff_mask": weights.stuff_weight * weights.mask_weight * stuff_dice,
@@ -248,11 +246,17 @@ class _Pairs(NamedTuple):
 def _pairs_of_layers(layers: Sequence[Sequence[Assignment]], targets: Sequence[Targets]) -> _Pairs:
     flat = [assignment for layer in layers for assignment in layer]
     counts = [len(target.thing_labels) for target in targets]
-    row = _image_of_each([assignment.query for assignment in flat])
-    query, segment = (torch.cat(index) for index in zip(*flat, strict=True))
     # Things of all images follow each other.
-    starts = torch.tensor([sum(counts[:i]) for i in range(len(counts))], device=row.device)
-    thing = segment + starts[row % len(targets)]
+    starts = [sum(counts[:i]) for i in range(len(counts))] * len(layers)
+    places = [
+        (row, start)
+        for row, (assignment, start) in enumerate(zip(flat, starts, strict=True))
+        for _ in range(len(assignment.query))
+    ]
+    query, segment = (torch.cat(index) for index in zip(*flat, strict=True))
+    place = torch.tensor(places, dtype=torch.int64, device=query.device).view(-1, 2)
+    row, start = place.unbind(1)
+    thing = segment + start
     return _Pairs(
         row=row,
         query=query,
@@ -268,24 +272,31 @@ def _image_of_each(items: Sequence[Tensor]) -> Tensor:
 
 
 def _dice_losses(
-    maps: list[list[Tensor]], activation: Callable[[Tensor], Tensor], targets: list[Tensor]
+    maps: list[list[Tensor]],
+    activation: Callable[[Tensor], Tensor],
+    masks: Sequence[Tensor],
+    scale: int,
 ) -> Tensor:
     """
     Args:
         maps: layers x N x (R, h, w).
         activation: of the resized maps.
-        targets: N x (R, H, W) in [0, 1].
+        masks: N x (R, H, W) bool, the targets.
+        scale: the loss is taken at so many times the resolution of the maps.
 
     Returns:
         (layers,), the sum of each.
     """
-    groups: dict[torch.Size, list[int]] = {}
-    for image, target in enumerate(targets):
-        groups.setdefault(target.shape[-2:], []).append(image)
+    groups: dict[tuple[torch.Size, torch.Size], list[int]] = {}
+    for image, (own, mask) in enumerate(zip(maps[-1], masks, strict=True)):
+        groups.setdefault((own.shape[-2:], mask.shape[-2:]), []).append(image)
     losses = []
-    for images in groups.values():  # all layers and all images of one size at once
-        own = torch.stack([torch.cat([layer[i] for i in images]) for layer in maps]).float()
-        target = torch.cat([targets[i] for i in images])  # (R, H, W), R of all these images
+    for (size, _), images in groups.items():  # all layers and all images of one size at once
+        target = shrink_masks(
+            torch.cat([masks[i] for i in images]), [scale * side for side in size]
+        )  # (R, scale h, scale w), R of all these images
+        own = torch.cat([layer[i] for layer in maps for i in images]).float()
+        own = own.unflatten(0, (len(maps), len(target)))
         # Maps are upsampled, then activated: the slope of logits places edges within a cell.
         losses.append(upsampled_dice_loss(own, target, activation).sum(1))
     return torch.stack(losses).sum(0)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from psf.modeling.postprocessing import resize_maps
+from psf.layers.ms_deform_attn import has_extension
+from psf.modeling.postprocessing import as_they_are, resize_maps
 
 # RetinaNet's constants, kept by Deformable DETR and the paper (section 3.6).
 FOCAL_ALPHA = 0.25
@@ -25,20 +26,53 @@ CHUNK_SIZE = 1 << 22
 
 def sigmoid_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """
-    Focal loss (arXiv 1708.02002) of independent binary classifiers.
+    Focal loss (arXiv 1708.02002) of independent binary classifiers; differentiable once, by logits.
 
     Args:
         logits: (...).
-        targets: (...) in {0, 1}, of the logits' dtype.
+        targets: in {0, 1}, of the logits' dtype; its shape broadcasts to theirs.
 
     Returns:
         (...), the loss of every element.
     """
-    probability = logits.sigmoid()
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    miss = targets * (1 - probability) + (1 - targets) * probability
-    alpha = targets * FOCAL_ALPHA + (1 - targets) * (1 - FOCAL_ALPHA)
-    return alpha * miss**FOCAL_GAMMA * cross_entropy
+    loss: Tensor = _SigmoidFocalLoss.apply(logits, targets)
+    return loss
+
+
+class _SigmoidFocalLoss(torch.autograd.Function):
+    """
+    With s = 1 for a target of 0 and -1 for 1, z = s x is the logit of the wrong answer, q =
+    sigmoid(z) its probability, and softplus(z) the cross-entropy:
+
+        loss = alpha q^gamma softplus(z),
+        d loss / dx = s alpha q^gamma (gamma (1 - q) softplus(z) + q).
+
+    One node, as autograd's own would be twenty small operations.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        sign = 1 - 2 * targets
+        alpha = (1 - FOCAL_ALPHA) + (2 * FOCAL_ALPHA - 1) * targets
+        wrong = logits * sign
+        miss = wrong.sigmoid()
+        cross_entropy = _softplus(wrong)
+        scale = alpha * miss**FOCAL_GAMMA
+        if ctx.needs_input_grad[0]:
+            slope = torch.add(miss, (1 - miss) * cross_entropy, alpha=FOCAL_GAMMA)
+            ctx.save_for_backward(slope.mul_(scale).mul_(sign))
+        return scale.mul_(cross_entropy)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return grad * slope, None
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x). From 40 on this is x even in float64; torch's own threshold is 20."""
+    return F.softplus(x, threshold=40)
 
 
 def dice_loss(masks: Tensor, targets: Tensor, eps: float = DICE_EPS) -> Tensor:
@@ -75,8 +109,24 @@ def upsampled_dice_loss(
     Returns:
         (layers, G).
     """
-    loss: Tensor = _UpsampledDiceLoss.apply(maps, targets, activation)
+    loss: Tensor
+    if _has_dice_kernel(maps, targets, activation):
+        sigmoid = activation is torch.sigmoid
+        loss = torch.ops.psf.upsampled_dice_loss.default(maps, targets, sigmoid, DICE_EPS)
+    else:
+        loss = _UpsampledDiceLoss.apply(maps, targets, activation)
     return loss
+
+
+def _has_dice_kernel(maps: Tensor, targets: Tensor, activation: Callable[[Tensor], Tensor]) -> bool:
+    return (
+        has_extension()
+        and maps.device.type == targets.device.type == "cpu"
+        and maps.dtype == targets.dtype
+        and maps.dtype in (torch.float32, torch.float64)
+        and activation in (torch.sigmoid, as_they_are)
+        and not torch.compiler.is_compiling()
+    )
 
 
 class _UpsampledDiceLoss(torch.autograd.Function):
@@ -151,8 +201,10 @@ def focal_cost(logits: Tensor, labels: Tensor) -> Tensor:
     """
     index = labels[..., None, :].expand(*logits.shape[:-1], labels.shape[-1])
     chosen = logits.gather(-1, index)
-    ones = torch.ones_like(chosen)
-    return sigmoid_focal_loss(chosen, ones) - sigmoid_focal_loss(chosen, 1 - ones)
+    probability = chosen.sigmoid()
+    positive = (1 - probability) ** FOCAL_GAMMA * _softplus(-chosen)
+    negative = probability**FOCAL_GAMMA * _softplus(chosen)
+    return FOCAL_ALPHA * positive - (1 - FOCAL_ALPHA) * negative
 
 
 def dice_cost(masks: Tensor, gt_masks: Tensor, eps: float = 1e-3) -> Tensor:

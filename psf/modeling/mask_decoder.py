@@ -26,6 +26,7 @@ from psf.layers.transformer import (
 from psf.modeling.location_decoder import Locations
 from psf.modeling.mask_head import HeadWeights, Levels, mask_maps
 from psf.modeling.pixel_encoder import Memory, Shape
+from psf.modeling.postprocessing import as_they_are
 
 # The official code's value in its mask decoders (1e-5 elsewhere).
 LAYER_NORM_EPS = 1e-6
@@ -579,13 +580,13 @@ class DecoupledMaskDecoder(nn.Module):
             stuff_logits=[head(query).squeeze(-1) for head, query in heads],
             thing_maps=things.maps,
             stuff_maps=stuff.maps,
-            activation=_as_they_are,
+            activation=as_they_are,
         )
 
     @property
     def activation(self) -> Callable[[Tensor], Tensor]:
         """Turns maps, once resized, into soft masks; they have had their ReLU before."""
-        return _as_they_are
+        return as_they_are
 
     @property
     def greatest_mask_value(self) -> float:
@@ -675,8 +676,3 @@ def _chosen(query: Tensor, index: Sequence[Tensor]) -> tuple[Tensor, list[Tensor
     filled = torch.stack([F.pad(i, (0, size - len(i))) for i in index])  # with query 0
     chosen = query.gather(1, filled[..., None].expand(-1, -1, query.shape[-1]))
     return chosen, [torch.arange(len(i), device=query.device) for i in index]
-
-
-def _as_they_are(maps: Tensor) -> Tensor:
-    """The activation of maps that have had theirs."""
-    return maps

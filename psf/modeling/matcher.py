@@ -6,6 +6,7 @@ Shapes: N images, Q queries and G ground-truth things of one image, K thing clas
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -48,11 +49,16 @@ def match(cost: Tensor) -> Assignment:
             and infinite entries count as dearer than all others: a diverged model gets some
             assignment, and a non-finite loss that the trainer names.
     """
-    finite = cost.nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6)
-    query, segment = linear_sum_assignment(finite.cpu().numpy())
+    query, segment = linear_sum_assignment(_finite(cost))
     return Assignment(
         torch.as_tensor(query, dtype=torch.int64), torch.as_tensor(segment, dtype=torch.int64)
     )
+
+
+def _finite(cost: Tensor) -> np.ndarray:
+    """Costs on the CPU, without NaN and infinities; see :func:`match`."""
+    finite: np.ndarray = cost.nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6).cpu().numpy()
+    return finite
 
 
 @torch.no_grad()
@@ -150,17 +156,17 @@ def _match_all(
     Returns:
         layers x N assignments, on the device of the costs.
     """
-    host = costs.cpu()
+    # NumPy from here on: a tensor operation takes about as long as one of these problems.
     found = []
-    for layer in host:
+    for layer in _finite(costs):
         for row, (num_queries, num_segments) in zip(layer, sizes, strict=True):
             if padded is None:
-                matrix = row[: num_queries * num_segments].view(num_queries, num_segments)
+                matrix = row[: num_queries * num_segments].reshape(num_queries, num_segments)
             else:
-                matrix = row.view(*padded)[:num_queries, :num_segments]
-            found.append(match(matrix))
-    pairs = torch.cat([torch.stack(assignment) for assignment in found], dim=1)  # (2, all)
-    split = pairs.to(costs.device).split([len(assignment.query) for assignment in found], dim=1)
+                matrix = row.reshape(padded)[:num_queries, :num_segments]
+            found.append(np.stack(linear_sum_assignment(matrix)))  # (2, pairs)
+    pairs = torch.from_numpy(np.concatenate(found, axis=1)).to(costs.device, torch.int64)
+    split = pairs.split([problem.shape[1] for problem in found], dim=1)
     assignments = [Assignment(*pair.unbind()) for pair in split]
     return [assignments[i : i + len(sizes)] for i in range(0, len(assignments), len(sizes))]
 

@@ -89,6 +89,11 @@ def resize_maps(maps: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(maps[:, None], size=list(size), mode="bilinear", align_corners=False)[:, 0]
 
 
+def as_they_are(maps: Tensor) -> Tensor:
+    """The activation of maps that have had theirs."""
+    return maps
+
+
 def best_class_of_each_query(thing_scores: Tensor, stuff_scores: Tensor) -> Candidates:
     """
     The paper's candidates: each query once.

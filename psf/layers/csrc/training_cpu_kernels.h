@@ -1,10 +1,12 @@
 // All CPU kernels of training, for the instruction set that the including file is compiled for. The
 // file defines PSF_ISA, the namespace of that set, into which the kernels are included.
 #include "attention_cpu.h"
+#include "dice_cpu.h"
 #include "layer_norm_cpu.h"
 #include "mask_head_cpu.h"
 #include "vector_index.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -22,6 +24,7 @@ namespace {
 }  // namespace
 
 #include "attention_cpu_kernels.h"
+#include "dice_cpu_kernels.h"
 #include "layer_norm_cpu_kernels.h"
 #include "mask_head_cpu_kernels.h"
 
