@@ -239,7 +239,8 @@ def test_no_attention_projects_its_keys_twice_at_inference(any_decoder, monkeypa
     monkeypatch.setattr(
         AttentionMaps, "project", lambda self, *args: calls.append(self) or project(self, *args)
     )
-    predict(any_decoder, memory(1), locate(torch.randn(1, 5, DIM)), num_layers)
+    with torch.no_grad():
+        predict(any_decoder, memory(1), locate(torch.randn(1, 5, DIM)), num_layers)
     assert len(calls) == len(set(calls)) > 0
 
 

@@ -542,11 +542,19 @@ TORCH_LIBRARY_FRAGMENT(psf, m) {
       "Tensor norm_bias, float eps, int heads, bool convolve) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(psf, AutogradCPU, m) {
+void register_blocks(torch::Library& m) {
   m.impl("feed_forward_block", &feed_forward_block);
   m.impl("self_attention_block", &self_attention_block);
   m.impl("cross_attention_block", &cross_attention_block);
   m.impl("deformable_attention_block", &deformable_attention_block);
+}
+
+TORCH_LIBRARY_IMPL(psf, AutogradCPU, m) {
+  register_blocks(m);
+}
+
+TORCH_LIBRARY_IMPL(psf, CPU, m) {  // tensors of torch.inference_mode
+  register_blocks(m);
 }
 
 }  // namespace psf
