@@ -4,8 +4,9 @@ Paper, section 3.2 "Transformer encoder". Shapes: N images, L levels, S = sum_l 
 C channels.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,19 +31,13 @@ class Memory(NamedTuple):
     @property
     def valid_ratios(self) -> Tensor:
         """(N, L, 2) the valid part of each map as (x, y) fractions of the padded map, in (0, 1]."""
-        ratios = []
-        for level, (height, width) in enumerate(self.spatial_shapes):
-            valid = self.valid_sizes(level)
-            ratios.append(torch.stack([valid[:, 1] / width, valid[:, 0] / height], dim=-1))
-        return torch.stack(ratios, dim=1)
+        return _of_sizes(self, _valid_ratios)
 
-    def valid_sizes(self, level: int) -> Tensor:
-        """(N, 2) float32 height and width of the part of a level that is not padding."""
+    def valid_sizes(self) -> Tensor:
+        """(N, L, 2) float32 height and width of the part of each map that is not padding."""
         if self.valid_shapes_tensor is not None:
-            return self.valid_shapes_tensor[:, level]
-        sizes = [image[level] for image in self.valid_shapes]
-        device = self.features.device
-        return torch.tensor(sizes, dtype=torch.float32, device=device).reshape(-1, 2)
+            return self.valid_shapes_tensor
+        return _as_tensor(self.valid_shapes, len(self.spatial_shapes), self.features.device)
 
     def finest(self, num_levels: int) -> "Memory":
         """The tokens of the ``num_levels`` finest levels."""
@@ -234,7 +229,7 @@ class PixelEncoder(nn.Module):
         if padded:
             memory = memory._replace(padding_mask=_padding_mask(memory))
         position = self._positions(memory)
-        reference_points = _reference_points(memory)
+        reference_points = _of_sizes(memory, _reference_points)
         tokens = memory.features
         for layer in self.layers:
             tokens = layer(tokens, position, reference_points, spatial_shapes, memory.padding_mask)
@@ -242,40 +237,92 @@ class PixelEncoder(nn.Module):
 
     def _positions(self, memory: Memory) -> Tensor:
         """(N or 1, S, C) sine encoding of the place plus the learned embedding of the level."""
-        positions = []
         alike = (
             memory.valid_shapes_tensor is None and len(set(map(tuple, memory.valid_shapes))) == 1
         )
-        for level, shape in enumerate(memory.spatial_shapes):
-            valid = memory.valid_sizes(level)
-            if alike:  # so are the places
-                valid = valid[:1]
-            sine = sine_position_encoding(shape, valid, self.dim, device=valid.device)
-            positions.append(sine.flatten(1, 2) + self.level_embed[level])
+        if alike:  # so are the places
+            memory = memory._replace(valid_shapes=memory.valid_shapes[:1])
+        sines = _of_sizes(memory, _sines, self.dim)
+        positions = [sine + self.level_embed[level] for level, sine in enumerate(sines)]
         return torch.cat(positions, dim=1).to(memory.features.dtype)
+
+
+# Positions of all images up to which what depends on sizes alone is kept for the next batch: at
+# COCO's sizes it would take memory, and little of the time.
+FEW_POSITIONS = 1 << 12
+
+T = TypeVar("T")
+
+
+def _of_sizes(memory: Memory, function: Callable[..., T], *args: int) -> T:
+    """``function(spatial_shapes, valid_sizes, *args)``; the result is not to be changed."""
+    few = len(memory.features) * memory.features.shape[1] <= FEW_POSITIONS
+    plain = type(memory.features) is Tensor and memory.valid_shapes_tensor is None
+    if not few or not plain or torch.compiler.is_compiling():
+        return function(memory.spatial_shapes, memory.valid_sizes(), *args)
+    shapes, valid = tuple(memory.spatial_shapes), tuple(map(tuple, memory.valid_shapes))
+    return cast(T, _kept(function, shapes, valid, memory.features.device, *args))
+
+
+@functools.lru_cache(maxsize=16)
+def _kept(
+    function: Callable[..., Any],
+    shapes: tuple[Shape, ...],
+    valid: tuple[tuple[Shape, ...], ...],
+    device: torch.device,
+    *args: int,
+) -> Any:
+    with torch.inference_mode(False), torch.no_grad():  # for training, too
+        return function(shapes, _as_tensor(valid, len(shapes), device), *args)
+
+
+def _as_tensor(
+    valid_shapes: Sequence[Sequence[Shape]], num_levels: int, device: torch.device
+) -> Tensor:
+    """N x L x (h, w) to (N, L, 2) float32."""
+    sizes = torch.tensor(valid_shapes, dtype=torch.float32, device=device)
+    return sizes.view(len(valid_shapes), num_levels, 2)  # N may be 0
+
+
+def _valid_ratios(shapes: Sequence[Shape], valid: Tensor) -> Tensor:
+    """(N, L, 2) of :attr:`Memory.valid_ratios`."""
+    ratios = [
+        torch.stack([valid[:, level, 1] / width, valid[:, level, 0] / height], dim=-1)
+        for level, (height, width) in enumerate(shapes)
+    ]
+    return torch.stack(ratios, dim=1)
+
+
+def _sines(shapes: Sequence[Shape], valid: Tensor, dim: int) -> list[Tensor]:
+    """L x (N, H_l * W_l, C) sine encodings."""
+    return [
+        sine_position_encoding(shape, valid[:, level], dim, device=valid.device).flatten(1, 2)
+        for level, shape in enumerate(shapes)
+    ]
 
 
 def _padding_mask(memory: Memory) -> Tensor:
     """(N, S) bool, True on padding."""
     masks = []
+    sizes = memory.valid_sizes()
     for level, (height, width) in enumerate(memory.spatial_shapes):
-        valid = memory.valid_sizes(level)
+        valid = sizes[:, level]
         rows = torch.arange(height, device=valid.device) >= valid[:, :1]  # (N, H_l)
         columns = torch.arange(width, device=valid.device) >= valid[:, 1:]  # (N, W_l)
         masks.append((rows[:, :, None] | columns[:, None]).flatten(1))
     return torch.cat(masks, dim=1)
 
 
-def _reference_points(memory: Memory) -> Tensor:
+def _reference_points(shapes: Sequence[Shape], valid: Tensor) -> Tensor:
     """(N, S, L, 2) the centre of every token (x, y), in units of each level's padded map."""
-    device = memory.features.device
+    device = valid.device
     centres = []
-    for level, (height, width) in enumerate(memory.spatial_shapes):
-        valid = memory.valid_sizes(level)
-        y = (torch.arange(height, device=device) + 0.5) / valid[:, :1]  # (N, H_l), > 1 in padding
-        x = (torch.arange(width, device=device) + 0.5) / valid[:, 1:]
+    for level, (height, width) in enumerate(shapes):
+        own = valid[:, level]
+        y = (torch.arange(height, device=device) + 0.5) / own[:, :1]  # (N, H_l), > 1 in padding
+        x = (torch.arange(width, device=device) + 0.5) / own[:, 1:]
         grid = torch.stack(
             [x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=-1
         )
         centres.append(grid.flatten(1, 2))  # (N, H_l * W_l, 2)
-    return torch.cat(centres, dim=1)[:, :, None] * memory.valid_ratios[:, None]
+    return torch.cat(centres, dim=1)[:, :, None] * _valid_ratios(shapes, valid)[:, None]

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from psf.modeling import pixel_encoder
 from psf.modeling.pixel_encoder import InputProjection, PixelEncoder
 
 DIM, SHAPES = 32, [(6, 8), (3, 4), (2, 2)]
@@ -49,6 +50,33 @@ def test_padding_changes_nothing_in_the_valid_part(encoder):
     assert valid.sum() == 4 * 5 + 2 * 3 + 1 * 2
     torch.testing.assert_close(together.features[0, valid], alone.features[0], atol=1e-5, rtol=1e-5)
     assert together.features.isfinite().all()
+
+
+def test_what_is_kept_of_sizes_is_what_would_be_computed(encoder, monkeypatch):
+    small = [(4, 5), (2, 3), (1, 2)]
+    own = maps(2)
+    batches = [[SHAPES, SHAPES], [small, SHAPES], [SHAPES, small], [SHAPES, SHAPES]]
+
+    def features():
+        memories = [encoder(own, valid) for valid in batches]
+        return [(memory.features, memory.valid_ratios) for memory in memories]
+
+    kept = features()
+    assert pixel_encoder._kept.cache_info().hits > 0
+    monkeypatch.setattr(pixel_encoder, "FEW_POSITIONS", 0)
+    before = pixel_encoder._kept.cache_info()
+    for expected, given in zip(features(), kept, strict=True):
+        assert torch.equal(expected[0], given[0])
+        assert torch.equal(expected[1], given[1])
+    assert pixel_encoder._kept.cache_info() == before
+
+
+def test_training_after_inference_mode(encoder):
+    pixel_encoder._kept.cache_clear()
+    with torch.inference_mode():
+        encoder(maps(1), [SHAPES])
+    encoder(maps(1), [SHAPES]).features.sum().backward()
+    assert encoder.level_embed.grad is not None
 
 
 def test_position_tells_equal_pixels_apart(encoder):
