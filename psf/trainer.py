@@ -39,7 +39,7 @@ from psf.evaluation.pictures import (
 )
 from psf.finetuning import ClassCheckpointer
 from psf.layers.host_memory import keep_freed_memory
-from psf.layers.linear import multiply_by_convolutions
+from psf.layers.linear import convolutions_pay_in_training, multiply_by_convolutions
 from psf.layers.total_norm import total_norm
 from psf.modeling.location_decoder import LocationDecoderLayer
 from psf.modeling.mask_decoder import MaskDecoderLayer
@@ -245,8 +245,8 @@ class Trainer(DefaultTrainer):
         on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
         if on_cpu:
             keep_freed_memory()
-            # The compiler has its own ways; with AVX2, products are the faster ones backward.
-            if not cfg.SOLVER.COMPILE and torch.backends.cpu.get_cpu_capability() == "AVX512":
+            # The compiler has its own ways.
+            if not cfg.SOLVER.COMPILE and convolutions_pay_in_training():
                 multiply_by_convolutions(model)
         model = create_ddp_model(
             model,

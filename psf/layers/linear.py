@@ -42,6 +42,11 @@ class ConvolutionalLinear(nn.Module):
         return not half and x.numel() >= LEAST_ROWS * x.shape[-1]
 
 
+def convolutions_pay_in_training() -> bool:
+    """Whether that is faster backward, too: where processors have AVX2 alone, it is slower."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def multiply_by_convolutions(model: nn.Module) -> None:
     """Let the large linear layers of a model on a CPU run so; its weights and names stay."""
     if torch.backends.mkldnn.is_available():
