@@ -41,6 +41,7 @@ void layer_norm_backward(
     A* grad_bias) {
   const int64_t channels = call.channels;
   const A share = A(1) / static_cast<A>(channels);
+  const A* weight = call.weight;
   for (int64_t row = begin; row < end; ++row) {
     const A* grad = call.grad_output + row * channels;
     const A* normalised = call.normalised + row * channels;
@@ -49,18 +50,17 @@ void layer_norm_backward(
     A product = 0;
 #pragma omp simd reduction(+ : sum, product)
     for (int64_t i = 0; i < channels; ++i) {
-      const A scaled = grad[i] * call.weight[i];
-      sum += scaled;
-      product += scaled * normalised[i];
-      grad_weight[i] += grad[i] * normalised[i];
-      grad_bias[i] += grad[i];
+      sum += grad[i] * weight[i];
+      product += grad[i] * weight[i] * normalised[i];
     }
     const A mean = sum * share;
     const A slope = product * share;
     const A inverse = call.inverse_deviation[row];
 #pragma omp simd
     for (int64_t i = 0; i < channels; ++i) {
-      grad_input[i] = inverse * (grad[i] * call.weight[i] - mean - normalised[i] * slope);
+      grad_input[i] = inverse * (grad[i] * weight[i] - mean - normalised[i] * slope);
+      grad_weight[i] += grad[i] * normalised[i];
+      grad_bias[i] += grad[i];
     }
   }
 }
