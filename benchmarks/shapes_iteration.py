@@ -65,7 +65,11 @@ def main() -> None:
     write_result(
         args.name,
         {
-            "machine": {**environment("torch"), "threads": args.threads},
+            "machine": {
+                **environment("torch"),
+                "instruction set": torch.backends.cpu.get_cpu_capability(),
+                "threads": args.threads,
+            },
             "iterations": args.rounds * args.turn,
             "results": {name: summarise(turns, name) for name in children},
             "commits": {name: _commit(path) for name, path in checkouts.items()},
