@@ -2,8 +2,9 @@
 
 Each is defined by the modules it is made of. In training on a CPU it runs as one operator of
 ``psf._C``, forward and backward: small models spend more time on the dozen calls of a block than on
-its arithmetic. Modules that are not what they are here (with hooks, of a subclass, with dropout at
-work) run themselves, as they do under autocast, on other devices and when traced or compiled.
+its arithmetic. Modules that are not what they are here (with hooks, of a subclass, without a bias,
+with dropout at work) run themselves, as they do under autocast, on other devices and when traced or
+compiled.
 
 Shapes: N images, Q queries, S positions, C channels, L levels.
 """
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from psf.layers.linear import ConvolutionalLinear
 from psf.layers.ms_deform_attn import MSDeformAttn, has_extension
@@ -32,30 +34,55 @@ def runs_as_one(x: Tensor, norm: nn.LayerNorm, layers: Sequence[nn.Module]) -> b
         and type(x) is Tensor
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
-        and x.dtype == norm.weight.dtype
         and has_extension()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
+        and not _has_any_global_hook()
         and _is_plain(norm)
+        and norm.weight.dtype == x.dtype
+        and norm.weight.shape == x.shape[-1:]
         and all(map(_is_plain, layers))
     )
 
 
-_PLAIN = (
-    *(nn.LayerNorm, nn.Linear, nn.ReLU, nn.GELU, nn.MultiheadAttention),
-    *(nn.modules.linear.NonDynamicallyQuantizableLinear, ConvolutionalLinear, MSDeformAttn),
-    FeedForward,
-)
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of the module does more, or other things, than ``forward`` of its class."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+# The modules that blocks are made of, and the parameters that none of them may lack.
+_PLAIN: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.LayerNorm: ("weight", "bias"),
+    nn.Linear: ("weight", "bias"),
+    nn.modules.linear.NonDynamicallyQuantizableLinear: ("weight", "bias"),
+    ConvolutionalLinear: ("weight", "bias"),
+    nn.MultiheadAttention: ("in_proj_weight", "in_proj_bias"),
+    **dict.fromkeys((nn.ReLU, nn.GELU, nn.Dropout, MSDeformAttn, FeedForward), ()),
+}
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether the module does what its class says, and nothing else."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+    """Whether the module does what blocks take it to do, and nothing else."""
+    names = _PLAIN.get(type(module))
+    if names is None or is_hooked(module):
         return False
+    for name in names:
+        if module._parameters.get(name) is None:
+            return False
     if isinstance(module, nn.Dropout):
         return module.p == 0 or not module.training
-    return type(module) in _PLAIN
+    if isinstance(module, nn.GELU):
+        return module.approximate == "none"
+    if isinstance(module, nn.MultiheadAttention):
+        return module.bias_k is None and not module.add_zero_attn
+    return True
 
 
 def feed_forward_block(x: Tensor, ffn: FeedForward, norm: nn.LayerNorm) -> Tensor:
@@ -100,7 +127,7 @@ def self_attention_block(
     layers = [module, module.out_proj, *([] if dropout is None else [dropout])]
     own_dropout = module.dropout > 0 and module.training
     if own_dropout or not runs_as_one(query, norm, layers):
-        attended = self_attention(module, query if position is None else query + position, query)
+        attended = _attended(module, query if position is None else query + position, query)
         return norm(query + (attended if dropout is None else dropout(attended)))
     return torch.ops.psf.self_attention_block.default(
         query,
@@ -114,6 +141,13 @@ def self_attention_block(
         norm.eps,
         module.num_heads,
     )
+
+
+def _attended(module: nn.MultiheadAttention, query: Tensor, value: Tensor) -> Tensor:
+    """Attention of queries to themselves, in few calls unless the module is to be called itself."""
+    if _is_plain(module) and not _has_any_global_hook():
+        return self_attention(module, query, value)
+    return module(query, query, value, need_weights=False)[0]
 
 
 def deformable_attention_block(

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from psf.layers.blocks import feed_forward_block, runs_as_one, self_attention_block
+from psf.layers.blocks import (
+    feed_forward_block,
+    is_hooked,
+    runs_as_one,
+    self_attention_block,
+)
 from psf.layers.linear import ConvolutionalLinear
 from psf.layers.transformer import (
     ClassHead,
@@ -272,6 +277,7 @@ class MaskDecoderLayer(nn.Module):
         layers = [attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj]
         if (
             type(attention) is not MaskAttention
+            or is_hooked(attention)
             or features.dtype != query.dtype
             or not runs_as_one(query, norm, layers)
         ):

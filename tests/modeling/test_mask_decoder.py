@@ -2,12 +2,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from psf.layers import blocks
+from psf.layers.ms_deform_attn import has_extension
+from psf.modeling import mask_decoder
 from psf.modeling.location_decoder import Locations
 from psf.modeling.mask_decoder import (
     AttentionMaps,
     DecoupledMaskDecoder,
     JointMaskDecoder,
     MaskAttention,
+    MaskDecoderLayer,
     MaskQueries,
 )
 from psf.modeling.pixel_encoder import Memory
@@ -272,3 +276,65 @@ def test_padding_changes_nothing(any_decoder):
     assert [m.shape for m in b_maps] == [(7, 4, 5), (7, 8, 6)]
     torch.testing.assert_close(b_maps[0], a_maps[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(b.stuff_logits[:1], a.stuff_logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not has_extension(), reason="needs the extension")
+@pytest.mark.parametrize("used", ["queries", "masks", "both"])
+@pytest.mark.parametrize("self_attention", [False, True])
+def test_layer_in_training_is_its_modules(self_attention, used, monkeypatch):
+    """As operators of the extension: values, and gradients of queries, memory and parameters."""
+    layer = MaskDecoderLayer(
+        dim=DIM,
+        num_heads=HEADS,
+        num_levels=len(SHAPES),
+        feedforward_dim=24,
+        self_attention=self_attention,
+    ).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    tokens = memory(2)
+    features = tokens.features.double().requires_grad_()
+    padding_mask = torch.zeros(features.shape[:2], dtype=torch.bool)
+    padding_mask[1, 5:20] = True
+    tokens = tokens._replace(features=features, padding_mask=padding_mask)
+    query = torch.randn(2, 7, DIM, dtype=torch.float64, requires_grad=True)
+    wanted = [torch.tensor([0, 3, 6]), torch.tensor([2])]
+
+    def run():
+        refined, maps = layer(query, tokens, wanted)
+        outputs = {"queries": [refined], "masks": maps, "both": [refined, *maps]}[used]
+        grads = [torch.linspace(-1, 2, x.numel()).view(x.shape).double() for x in outputs]
+        leaves = [query, features, *layer.parameters()]
+        return [
+            *outputs,
+            *torch.autograd.grad(outputs, leaves, grads, allow_unused=True, materialize_grads=True),
+        ]
+
+    operator, calls = torch.ops.psf.cross_attention_block.default, []
+
+    def spy(*args):
+        calls.append(args)
+        return operator(*args)
+
+    monkeypatch.setattr(torch.ops.psf.cross_attention_block, "default", spy)
+    found = run()
+    assert len(calls) == 1
+    for module in (blocks, mask_decoder):
+        monkeypatch.setattr(module, "runs_as_one", lambda *_: False)
+    for x, y in zip(found, run(), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-12 * max(1.0, y.abs().max().item()))
+    assert len(calls) == 1
+
+
+def test_layer_with_another_attention_runs_it():
+    class Silent(MaskAttention):
+        def forward(self, query, features, padding_mask):
+            attended = super().forward(query, features, padding_mask)
+            return attended._replace(query=torch.zeros_like(query))
+
+    layer = MaskDecoderLayer(dim=DIM, num_heads=HEADS, num_levels=3, feedforward_dim=24)
+    layer.cross_attn = Silent(dim=DIM, num_heads=HEADS, num_levels=3)
+    query, tokens = torch.randn(2, 5, DIM), memory(2)
+    refined, _ = layer(query, tokens, None)
+    expected = layer.norm1(query)
+    torch.testing.assert_close(refined, layer.norm2(expected + layer.ffn(expected)))

@@ -54,15 +54,17 @@ struct LinearGradients {
 constexpr int64_t kLeastConvolvedRows = 512;  // LEAST_ROWS of psf/layers/linear.py
 
 bool convolves(const Linear& layer, const Tensor& rows) {
-  return layer.convolve && rows.size(0) >= kLeastConvolvedRows;
+  return layer.convolve && rows.scalar_type() == at::kFloat &&
+      rows.size(0) >= kLeastConvolvedRows;
 }
 
 Tensor as_pixels(const Tensor& rows) {
   return rows.view({1, 1, rows.size(0), rows.size(1)}).permute({0, 3, 1, 2});
 }
 
+// Contiguous, whatever the order in memory that the convolution chose.
 Tensor as_rows(const Tensor& pixels) {
-  return pixels.permute({0, 2, 3, 1}).reshape({pixels.size(3), pixels.size(1)});
+  return pixels.permute({0, 2, 3, 1}).contiguous().view({pixels.size(3), pixels.size(1)});
 }
 
 Tensor as_kernel(const Tensor& weight) {
@@ -123,7 +125,7 @@ class FeedForwardBlock : public torch::autograd::Function<FeedForwardBlock> {
     const Tensor output = linear({weight2, bias2, convolve}, hidden);
     const LayerNorm norm = layer_norm(rows, output, norm_weight, norm_bias, eps);
     ctx->save_for_backward(
-        {rows, gelu ? first : Tensor(), hidden, norm.normalised, norm.inverse, weight1, weight2,
+        {x, gelu ? first : Tensor(), hidden, norm.normalised, norm.inverse, weight1, weight2,
          norm_weight});
     ctx->saved_data["convolve"] = convolve;
     return norm.output.view(x.sizes());
@@ -133,7 +135,7 @@ class FeedForwardBlock : public torch::autograd::Function<FeedForwardBlock> {
     refuse_second_derivative();
     at::AutoDispatchBelowADInplaceOrView guard;
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor& rows = saved[0];
+    const Tensor rows = rows_of(saved[0]);
     const Tensor& before_gelu = saved[1];
     const Tensor& hidden = saved[2];
     const bool convolve = ctx->saved_data["convolve"].toBool();
@@ -151,13 +153,9 @@ class FeedForwardBlock : public torch::autograd::Function<FeedForwardBlock> {
   }
 };
 
-// The rows of query + position.
-Tensor add_position(const Tensor& query, const optional<Tensor>& position) {
-  return position ? rows_of(at::add(query, *position)) : rows_of(query);
-}
-
+// The gradient of a position, which may broadcast, from that of the rows of query + position.
 Tensor position_gradient(const Tensor& grad_rows, const Tensor& position, at::IntArrayRef sizes) {
-  return position.defined() ? at::sum_to(grad_rows.view(sizes), position.sizes()) : Tensor();
+  return at::sum_to(grad_rows.view(sizes), position.sizes());
 }
 
 // LayerNorm(x + attention of x + position to itself, with values x).
@@ -180,7 +178,7 @@ class SelfAttentionBlock : public torch::autograd::Function<SelfAttentionBlock> 
     const int64_t queries = query.size(1);
     const int64_t dim = query.size(2);
     const Tensor rows = rows_of(query);
-    const Tensor placed = add_position(query, position);
+    const Tensor placed = position ? rows_of(at::add(query, *position)) : rows;
     const auto part = [&](int64_t start, int64_t size, const Tensor& x) {
       return at::addmm(in_bias.narrow(0, start, size), x, in_weight.narrow(0, start, size).t());
     };
@@ -191,7 +189,8 @@ class SelfAttentionBlock : public torch::autograd::Function<SelfAttentionBlock> 
     const Tensor output = linear({out_weight, out_bias, false}, rows_of(attended));
     const LayerNorm norm = layer_norm(rows, output, norm_weight, norm_bias, eps);
     ctx->save_for_backward(
-        {rows, placed, position.value_or(Tensor()), qk, v, attended, log_sum, norm.normalised, norm.inverse, in_weight, out_weight, norm_weight});
+        {query, position ? placed : Tensor(), position.value_or(Tensor()), qk, v, attended,
+         log_sum, norm.normalised, norm.inverse, in_weight, out_weight, norm_weight});
     return norm.output.view(query.sizes());
   }
 
@@ -199,9 +198,9 @@ class SelfAttentionBlock : public torch::autograd::Function<SelfAttentionBlock> 
     refuse_second_derivative();
     at::AutoDispatchBelowADInplaceOrView guard;
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor& rows = saved[0];
-    const Tensor& placed = saved[1];
+    const Tensor rows = rows_of(saved[0]);
     const Tensor& position = saved[2];
+    const Tensor& placed = position.defined() ? saved[1] : rows;
     const Tensor& qk = saved[3];
     const Tensor& v = saved[4];
     const Tensor& in_weight = saved[9];
@@ -225,7 +224,8 @@ class SelfAttentionBlock : public torch::autograd::Function<SelfAttentionBlock> 
         at::addmm(norm.input, grad_values, in_weight.narrow(0, 2 * dim, dim)).add_(grad_placed);
     return {
         grad_query.view(grad_outputs[0].sizes()),
-        position_gradient(grad_placed, position, grad_outputs[0].sizes()),
+        position.defined() ? position_gradient(grad_placed, position, grad_outputs[0].sizes())
+                           : Tensor(),
         grad_weight, at::cat({grad_qk.sum(0), grad_values.sum(0)}),
         out.weight, out.bias, norm.weight, norm.bias, Tensor(), Tensor()};
   }
@@ -264,9 +264,9 @@ class CrossAttentionBlock : public torch::autograd::Function<CrossAttentionBlock
     const Tensor output = linear({out_weight, out_bias, false}, rows_of(attended));
     const LayerNorm norm = layer_norm(rows, output, norm_weight, norm_bias, eps);
     ctx->save_for_backward(
-        {rows, keys, q, k, v, attended, log_sum, norm.normalised, norm.inverse,
+        {query, features, q, k, v, attended, log_sum, norm.normalised, norm.inverse,
          q_weight, k_weight, v_weight, out_weight, norm_weight,
-         visible ? *visible : Tensor()});
+         visible.value_or(Tensor())});
     ctx->saved_data["heads"] = heads;
     ctx->saved_data["convolve"] = convolve;
     return {norm.output.view(query.sizes()), q, k};
@@ -276,8 +276,8 @@ class CrossAttentionBlock : public torch::autograd::Function<CrossAttentionBlock
     refuse_second_derivative();
     at::AutoDispatchBelowADInplaceOrView guard;
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor& rows = saved[0];
-    const Tensor& keys = saved[1];
+    const Tensor rows = rows_of(saved[0]);
+    const Tensor keys = rows_of(saved[1]);
     const Tensor& q = saved[2];
     const Tensor& k = saved[3];
     const int64_t heads = ctx->saved_data["heads"].toInt();
@@ -350,7 +350,7 @@ class DeformableAttentionBlock : public torch::autograd::Function<DeformableAtte
   static Tensor forward(
       AutogradContext* ctx,
       const Tensor& query,
-      const optional<Tensor>& position,
+      const Tensor& position,
       const Tensor& reference_points,
       const Tensor& features,
       at::IntArrayRef spatial_shapes,
@@ -374,10 +374,9 @@ class DeformableAttentionBlock : public torch::autograd::Function<DeformableAtte
     const int64_t levels = static_cast<int64_t>(spatial_shapes.size()) / 2;
     const int64_t points = logit_weight.size(0) / (heads * levels);
     const Tensor rows = rows_of(query);
-    const Tensor placed = add_position(query, position);
-    const Tensor feature_rows = rows_of(features);
+    const Tensor placed = rows_of(at::add(query, position));
     Tensor value = split_heads(
-        linear({value_weight, value_bias, convolve}, feature_rows).view(features.sizes()), heads);
+        linear({value_weight, value_bias, convolve}, rows_of(features)).view(features.sizes()), heads);
     if (padding_mask) {
       value.masked_fill_(padding_mask->unsqueeze(-1).unsqueeze(-1), 0);
     }
@@ -389,9 +388,9 @@ class DeformableAttentionBlock : public torch::autograd::Function<DeformableAtte
     const Tensor output = linear({out_weight, out_bias, convolve}, rows_of(sampled));
     const LayerNorm norm = layer_norm(rows, output, norm_weight, norm_bias, eps);
     ctx->save_for_backward(
-        {placed, position.value_or(Tensor()), reference_points, feature_rows, value, offsets, logits, sampled,
+        {placed, position, reference_points, features, value, offsets, logits, sampled,
          norm.normalised, norm.inverse, offset_weight, logit_weight, value_weight, out_weight,
-         norm_weight, padding_mask ? *padding_mask : Tensor()});
+         norm_weight, padding_mask.value_or(Tensor())});
     ctx->saved_data["spatial_shapes"] = spatial_shapes;
     ctx->saved_data["convolve"] = convolve;
     return norm.output.view(query.sizes());
@@ -402,7 +401,7 @@ class DeformableAttentionBlock : public torch::autograd::Function<DeformableAtte
     at::AutoDispatchBelowADInplaceOrView guard;
     const variable_list saved = ctx->get_saved_variables();
     const Tensor& placed = saved[0];
-    const Tensor& feature_rows = saved[3];
+    const Tensor feature_rows = rows_of(saved[3]);
     const Tensor& value = saved[4];
     const int64_t dim = placed.size(1);
     const bool convolve = ctx->saved_data["convolve"].toBool();
@@ -487,6 +486,15 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_block(
     double eps,
     int64_t heads,
     bool convolve) {
+  TORCH_CHECK(
+      query.dim() == 3 && features.dim() == 3 && query.size(0) == features.size(0) &&
+          query.size(2) == features.size(2),
+      "cross_attention_block: query must be (N, Q, C) and features (N, S, C), got ", query.sizes(),
+      " and ", features.sizes());
+  TORCH_CHECK(
+      !visible || visible->sizes() == features.sizes().slice(0, 2),
+      "cross_attention_block: visible must be (N, S) = ", features.sizes().slice(0, 2), ", got ",
+      visible ? visible->sizes() : at::IntArrayRef());
   const variable_list outputs = CrossAttentionBlock::apply(
       query, features, visible, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, out_weight,
       out_bias, norm_weight, norm_bias, eps, heads, convolve);
@@ -495,7 +503,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_block(
 
 Tensor deformable_attention_block(
     const Tensor& query,
-    const optional<Tensor>& position,
+    const Tensor& position,
     const Tensor& reference_points,
     const Tensor& features,
     at::IntArrayRef spatial_shapes,
@@ -535,7 +543,7 @@ TORCH_LIBRARY_FRAGMENT(psf, m) {
       "Tensor out_weight, Tensor out_bias, Tensor norm_weight, Tensor norm_bias, float eps, "
       "int heads, bool convolve) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "deformable_attention_block(Tensor query, Tensor? position, Tensor reference_points, "
+      "deformable_attention_block(Tensor query, Tensor position, Tensor reference_points, "
       "Tensor features, int[] spatial_shapes, Tensor? padding_mask, Tensor offset_weight, "
       "Tensor offset_bias, Tensor logit_weight, Tensor logit_bias, Tensor value_weight, "
       "Tensor value_bias, Tensor out_weight, Tensor out_bias, Tensor norm_weight, "

@@ -37,8 +37,13 @@ void for_rows(int64_t rows, const F& f) {
 }  // namespace
 
 LayerNorm layer_norm(
-    const Tensor& x, const Tensor& y, const Tensor& weight, const Tensor& bias, double eps) {
+    const Tensor& x, const Tensor& y, const Tensor& weight_in, const Tensor& bias_in, double eps) {
+  const Tensor weight = weight_in.contiguous(), bias = bias_in.contiguous();
   const int64_t channels = x.size(-1);
+  TORCH_CHECK(
+      x.sizes() == y.sizes() && weight.numel() == channels && bias.numel() == channels,
+      "layer_norm: weight and bias must be (C,) for two (rows, C), got ", weight.sizes(), " and ",
+      bias.sizes(), " for ", x.sizes(), " and ", y.sizes());
   const int64_t rows = channels == 0 ? 0 : x.numel() / channels;
   Tensor output = at::empty_like(x, at::MemoryFormat::Contiguous);
   Tensor normalised = at::empty_like(output);
@@ -65,7 +70,8 @@ LayerNormGradients layer_norm_backward(
     const Tensor& grad_output,
     const Tensor& normalised,
     const Tensor& inverse,
-    const Tensor& weight) {
+    const Tensor& weight_in) {
+  const Tensor weight = weight_in.contiguous();
   const int64_t channels = weight.numel();
   const int64_t rows = inverse.numel();
   Tensor grad_input = at::empty_like(normalised);
