@@ -17,7 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from psf.layers.linear import ConvolutionalLinear
 from psf.layers.ms_deform_attn import MSDeformAttn, has_extension
-from psf.layers.transformer import FeedForward, self_attention
+from psf.layers.transformer import FEW_CHANNELS, FeedForward, self_attention
 
 
 def runs_as_one(x: Tensor, norm: nn.LayerNorm, layers: Sequence[nn.Module]) -> bool:
@@ -87,7 +87,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 def feed_forward_block(x: Tensor, ffn: FeedForward, norm: nn.LayerNorm) -> Tensor:
     """``norm(x + ffn(x))`` for x (N, Q, C)."""
-    if not runs_as_one(x, norm, [ffn, *ffn]):
+    if not runs_as_one(x, norm, [ffn, *ffn.children()]):
         return norm(x + ffn(x))
     first, activation, _, second, _ = ffn
     return torch.ops.psf.feed_forward_block.default(
@@ -124,9 +124,10 @@ def self_attention_block(
     Returns:
         (N, Q, C).
     """
-    layers = [module, module.out_proj, *([] if dropout is None else [dropout])]
+    layers = [module, *module.children(), *([] if dropout is None else [dropout])]
     own_dropout = module.dropout > 0 and module.training
-    if own_dropout or not runs_as_one(query, norm, layers):
+    few_channels = module.head_dim <= FEW_CHANNELS
+    if own_dropout or not few_channels or not runs_as_one(query, norm, layers):
         attended = _attended(module, query if position is None else query + position, query)
         return norm(query + (attended if dropout is None else dropout(attended)))
     return torch.ops.psf.self_attention_block.default(
@@ -178,10 +179,7 @@ def deformable_attention_block(
     Returns:
         (N, Q, C).
     """
-    layers = [
-        *(module, module.sampling_offsets, module.attention_weights),
-        *(module.value_proj, module.output_proj, dropout),
-    ]
+    layers = [module, *module.children(), dropout]
     if features.dtype != query.dtype or not runs_as_one(query, norm, layers):
         attended = module(
             query + position, reference_points, features, spatial_shapes, padding_mask

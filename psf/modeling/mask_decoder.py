@@ -23,6 +23,7 @@ from psf.layers.blocks import (
 )
 from psf.layers.linear import ConvolutionalLinear
 from psf.layers.transformer import (
+    FEW_CHANNELS,
     ClassHead,
     FeedForward,
     attention,
@@ -278,6 +279,7 @@ class MaskDecoderLayer(nn.Module):
         if (
             type(attention) is not MaskAttention
             or is_hooked(attention)
+            or query.shape[-1] > FEW_CHANNELS * attention.num_heads
             or features.dtype != query.dtype
             or not runs_as_one(query, norm, layers)
         ):
