@@ -124,11 +124,13 @@ class Criterion:
                 sum(len(target.stuff_labels) for target in targets),
                 locations.logits.device,
             )
-        return {
-            key if layer == len(values) - 1 else f"{key}_{layer}": value
+        names = [
+            key if layer == len(values) - 1 else f"{key}_{layer}"
             for key, values in sums.items()
-            for layer, value in enumerate((values / num_segments).unbind())
-        }
+            for layer in range(len(values))
+        ]
+        losses = torch.cat(list(sums.values())) / num_segments
+        return dict(zip(names, losses.unbind(), strict=True))
 
     def _location_losses(
         self,
@@ -147,12 +149,12 @@ class Criterion:
         boxes = boxes.unflatten(0, (len(assignments), -1))
         expected = pairs.box.unflatten(0, (len(assignments), -1))
         giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(expected))
+        distance = (boxes - expected).abs().sum(-1)
         focal = sigmoid_focal_loss(logits, class_targets).sum((1, 2, 3))  # (layers,)
-        distance = (boxes - expected).abs().sum((1, 2))
         scale = weights.things_weight
         return {
             "loss_class": scale * weights.class_weight * focal,
-            "loss_bbox": scale * weights.l1_weight * distance,
+            "loss_bbox": scale * weights.l1_weight * distance.sum(1),
             "loss_giou": scale * weights.giou_weight * (1 - giou).sum(1),
         }
 
@@ -165,15 +167,15 @@ class Criterion:
         """Of every layer of the mask decoder that classifies, (layers,): as above."""
         weights = self.loss_weights
         losses: dict[str, Tensor] = {}
-        if predictions.thing_logits:
-            logits = torch.stack(predictions.thing_logits).float()  # (layers, N, Q, K)
+        if len(predictions.thing_logits):
+            logits = predictions.thing_logits.float()
             classes = torch.zeros_like(logits[0])
             pairs = _pairs_of_layers([assignments], targets)
             classes[pairs.row, pairs.query, pairs.label] = 1
             focal = sigmoid_focal_loss(logits, classes).sum((1, 2, 3))
             losses["loss_thing_class"] = weights.things_weight * weights.class_weight * focal
-        if predictions.stuff_logits:
-            logits = torch.stack(predictions.stuff_logits).float()  # (layers, N, T)
+        if len(predictions.stuff_logits):
+            logits = predictions.stuff_logits.float()
             classes = torch.zeros_like(logits[0])
             present = [target.stuff_labels for target in targets]
             classes[_image_of_each(present), torch.cat(present)] = 1
