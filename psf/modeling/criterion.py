@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from psf.layers.boxes import cxcywh_to_xyxy, generalized_box_iou
+from psf.layers.boxes import compare_boxes
 from psf.modeling.location_decoder import Locations
 from psf.modeling.losses import shrink_masks, sigmoid_focal_loss, upsampled_dice_loss
 from psf.modeling.mask_decoder import DeepPredictions, MaskQueries
@@ -148,8 +148,7 @@ class Criterion:
         boxes = locations.boxes.flatten(0, 1)[pairs.row, pairs.query].float()
         boxes = boxes.unflatten(0, (len(assignments), -1))
         expected = pairs.box.unflatten(0, (len(assignments), -1))
-        giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(expected))
-        distance = (boxes - expected).abs().sum(-1)
+        distance, giou = compare_boxes(boxes, expected)  # (layers, n)
         focal = sigmoid_focal_loss(logits, class_targets).sum((1, 2, 3))  # (layers,)
         scale = weights.things_weight
         return {
