@@ -113,9 +113,12 @@ class Criterion:
             the official code's normalisers times its dynamic weights of things and stuff.
         """
         matched = assignments[-1]
+        pairs = _pairs_of_layers(assignments, targets)
+        classes = torch.zeros_like(locations.logits, dtype=torch.float32)
+        classes.flatten(0, 1)[pairs.row, pairs.query, pairs.label] = 1
         sums = {
-            **self._location_losses(locations, targets, assignments),
-            **self._class_losses(predictions, targets, matched),
+            **self._location_losses(locations, pairs, classes),
+            **self._class_losses(predictions, targets, classes[-1]),
             **self._mask_losses(locations, predictions, targets, matched),
         }
         if num_segments is None:
@@ -133,23 +136,21 @@ class Criterion:
         return dict(zip(names, losses.unbind(), strict=True))
 
     def _location_losses(
-        self,
-        locations: Locations,
-        targets: Sequence[Targets],
-        assignments: list[list[Assignment]],
+        self, locations: Locations, pairs: "_Pairs", classes: Tensor
     ) -> dict[str, Tensor]:
-        """Detection losses of Deformable DETR, (layers,): sums, not yet normalised."""
+        """
+        Detection losses of Deformable DETR, (layers,): sums, not yet normalised.
+
+        Args:
+            locations: of the location decoder.
+            pairs: of all its layers, as many in each.
+            classes: (layers, N, Q, K) in {0, 1}, 1 for the classes of the pairs.
+        """
         weights = self.loss_weights
-        logits = locations.logits.float()
-        pairs = _pairs_of_layers(assignments, targets)
-        class_targets = torch.zeros_like(logits)
-        class_targets.flatten(0, 1)[pairs.row, pairs.query, pairs.label] = 1
-        # (layers, n, 4): as many pairs in every layer.
         boxes = locations.boxes.flatten(0, 1)[pairs.row, pairs.query].float()
-        boxes = boxes.unflatten(0, (len(assignments), -1))
-        expected = pairs.box.unflatten(0, (len(assignments), -1))
-        distance, giou = compare_boxes(boxes, expected)  # (layers, n)
-        focal = sigmoid_focal_loss(logits, class_targets).sum((1, 2, 3))  # (layers,)
+        distance, giou = compare_boxes(boxes, pairs.box)  # (layers * n,)
+        distance, giou = (x.view(len(classes), -1) for x in (distance, giou))
+        focal = sigmoid_focal_loss(locations.logits.float(), classes).sum((1, 2, 3))  # (layers,)
         scale = weights.things_weight
         return {
             "loss_class": scale * weights.class_weight * focal,
@@ -161,17 +162,21 @@ class Criterion:
         self,
         predictions: DeepPredictions,
         targets: Sequence[Targets],
-        assignments: Sequence[Assignment],
+        thing_classes: Tensor,
     ) -> dict[str, Tensor]:
-        """Of every layer of the mask decoder that classifies, (layers,): as above."""
+        """
+        Of every layer of the mask decoder that classifies, (layers,): as above.
+
+        Args:
+            predictions: of the mask decoder.
+            targets: one an image.
+            thing_classes: (N, Q, K) in {0, 1}, 1 for the classes of matched queries.
+        """
         weights = self.loss_weights
         losses: dict[str, Tensor] = {}
         if len(predictions.thing_logits):
             logits = predictions.thing_logits.float()
-            classes = torch.zeros_like(logits[0])
-            pairs = _pairs_of_layers([assignments], targets)
-            classes[pairs.row, pairs.query, pairs.label] = 1
-            focal = sigmoid_focal_loss(logits, classes).sum((1, 2, 3))
+            focal = sigmoid_focal_loss(logits, thing_classes).sum((1, 2, 3))
             losses["loss_thing_class"] = weights.things_weight * weights.class_weight * focal
         if len(predictions.stuff_logits):
             logits = predictions.stuff_logits.float()
