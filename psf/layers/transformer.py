@@ -4,7 +4,8 @@ Shapes: N images, C channels, H_l x W_l the size of a feature level.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -173,6 +174,34 @@ class ClassHead(nn.Linear):
         nn.init.constant_(self.bias, -math.log((1 - probability) / probability))
 
 
+def class_logits(heads: Iterable[nn.Module], queries: Tensor) -> Tensor:
+    """
+    Logits of several layers, each by its own head.
+
+    Args:
+        heads: layers x modules, as a rule :class:`ClassHead`, of C channels to K classes.
+        queries: (layers, N, Q, C).
+
+    Returns:
+        (layers, N, Q, K).
+    """
+    layers = list(heads)
+    if not torch.is_grad_enabled() or not all(map(_is_plain_head, layers)):
+        pairs = zip(layers, queries.unbind(), strict=True)
+        return torch.stack([head(query) for head, query in pairs])
+    # In training one product of all layers: with small models its calls are what takes time.
+    plain = cast(Sequence[ClassHead], layers)
+    weight = torch.stack([head.weight for head in plain])  # (layers, K, C)
+    bias = torch.stack([head.bias for head in plain])
+    rows = queries.flatten(1, 2)  # (layers, N * Q, C)
+    return torch.baddbmm(bias[:, None], rows, weight.mT).unflatten(1, queries.shape[1:3])
+
+
+def _is_plain_head(head: nn.Module) -> bool:
+    hooks = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks
+    return type(head) is ClassHead and not hooks
+
+
 class BoxHead(nn.Sequential):
     """Three linear layers that give four numbers: the change of a reference box (DETR)."""
 
@@ -188,15 +217,14 @@ class BoxHead(nn.Sequential):
         nn.init.zeros_(last.weight)
         last.bias = nn.Parameter(torch.tensor([0.0, 0.0, size_bias, size_bias]))
 
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, Q, C) to (N, Q, 4), as rows: no layer has to reshape them."""
+        out: Tensor = super().forward(x.flatten(0, 1))
+        return out.unflatten(0, x.shape[:2])
+
 
 def init_linear_weights(module: nn.Module) -> None:
     """Xavier-uniform weights for every linear layer in ``module`` (DETR's initialisation)."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
             nn.init.xavier_uniform_(child.weight)
-
-
-def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """The logit of x in [0, 1], with x and 1 - x kept above ``eps`` (Deformable DETR's form)."""
-    x = x.clamp(0, 1)
-    return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()

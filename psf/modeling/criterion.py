@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from psf.layers.boxes import cxcywh_to_xyxy, generalized_box_iou
+from psf.layers.boxes import compare_boxes
 from psf.modeling.location_decoder import Locations
 from psf.modeling.losses import shrink_masks, sigmoid_focal_loss, upsampled_dice_loss
 from psf.modeling.mask_decoder import DeepPredictions, MaskQueries
@@ -113,9 +113,12 @@ class Criterion:
             the official code's normalisers times its dynamic weights of things and stuff.
         """
         matched = assignments[-1]
+        pairs = _pairs_of_layers(assignments, targets)
+        classes = torch.zeros_like(locations.logits, dtype=torch.float32)
+        classes.flatten(0, 1)[pairs.row, pairs.query, pairs.label] = 1
         sums = {
-            **self._location_losses(locations, targets, assignments),
-            **self._class_losses(predictions, targets, matched),
+            **self._location_losses(locations, pairs, classes),
+            **self._class_losses(predictions, targets, classes[-1]),
             **self._mask_losses(locations, predictions, targets, matched),
         }
         if num_segments is None:
@@ -124,35 +127,34 @@ class Criterion:
                 sum(len(target.stuff_labels) for target in targets),
                 locations.logits.device,
             )
-        return {
-            key if layer == len(values) - 1 else f"{key}_{layer}": value
+        names = [
+            key if layer == len(values) - 1 else f"{key}_{layer}"
             for key, values in sums.items()
-            for layer, value in enumerate((values / num_segments).unbind())
-        }
+            for layer in range(len(values))
+        ]
+        losses = torch.cat(list(sums.values())) / num_segments
+        return dict(zip(names, losses.unbind(), strict=True))
 
     def _location_losses(
-        self,
-        locations: Locations,
-        targets: Sequence[Targets],
-        assignments: list[list[Assignment]],
+        self, locations: Locations, pairs: "_Pairs", classes: Tensor
     ) -> dict[str, Tensor]:
-        """Detection losses of Deformable DETR, (layers,): sums, not yet normalised."""
+        """
+        Detection losses of Deformable DETR, (layers,): sums, not yet normalised.
+
+        Args:
+            locations: of the location decoder.
+            pairs: of all its layers, as many in each.
+            classes: (layers, N, Q, K) in {0, 1}, 1 for the classes of the pairs.
+        """
         weights = self.loss_weights
-        logits = locations.logits.float()
-        pairs = _pairs_of_layers(assignments, targets)
-        class_targets = torch.zeros_like(logits)
-        class_targets.flatten(0, 1)[pairs.row, pairs.query, pairs.label] = 1
-        # (layers, n, 4): as many pairs in every layer.
         boxes = locations.boxes.flatten(0, 1)[pairs.row, pairs.query].float()
-        boxes = boxes.unflatten(0, (len(assignments), -1))
-        expected = pairs.box.unflatten(0, (len(assignments), -1))
-        giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(expected))
-        focal = sigmoid_focal_loss(logits, class_targets).sum((1, 2, 3))  # (layers,)
-        distance = (boxes - expected).abs().sum((1, 2))
+        distance, giou = compare_boxes(boxes, pairs.box)  # (layers * n,)
+        distance, giou = (x.view(len(classes), -1) for x in (distance, giou))
+        focal = sigmoid_focal_loss(locations.logits.float(), classes).sum((1, 2, 3))  # (layers,)
         scale = weights.things_weight
         return {
             "loss_class": scale * weights.class_weight * focal,
-            "loss_bbox": scale * weights.l1_weight * distance,
+            "loss_bbox": scale * weights.l1_weight * distance.sum(1),
             "loss_giou": scale * weights.giou_weight * (1 - giou).sum(1),
         }
 
@@ -160,20 +162,24 @@ class Criterion:
         self,
         predictions: DeepPredictions,
         targets: Sequence[Targets],
-        assignments: Sequence[Assignment],
+        thing_classes: Tensor,
     ) -> dict[str, Tensor]:
-        """Of every layer of the mask decoder that classifies, (layers,): as above."""
+        """
+        Of every layer of the mask decoder that classifies, (layers,): as above.
+
+        Args:
+            predictions: of the mask decoder.
+            targets: one an image.
+            thing_classes: (N, Q, K) in {0, 1}, 1 for the classes of matched queries.
+        """
         weights = self.loss_weights
         losses: dict[str, Tensor] = {}
-        if predictions.thing_logits:
-            logits = torch.stack(predictions.thing_logits).float()  # (layers, N, Q, K)
-            classes = torch.zeros_like(logits[0])
-            pairs = _pairs_of_layers([assignments], targets)
-            classes[pairs.row, pairs.query, pairs.label] = 1
-            focal = sigmoid_focal_loss(logits, classes).sum((1, 2, 3))
+        if len(predictions.thing_logits):
+            logits = predictions.thing_logits.float()
+            focal = sigmoid_focal_loss(logits, thing_classes).sum((1, 2, 3))
             losses["loss_thing_class"] = weights.things_weight * weights.class_weight * focal
-        if predictions.stuff_logits:
-            logits = torch.stack(predictions.stuff_logits).float()  # (layers, N, T)
+        if len(predictions.stuff_logits):
+            logits = predictions.stuff_logits.float()
             classes = torch.zeros_like(logits[0])
             present = [target.stuff_labels for target in targets]
             classes[_image_of_each(present), torch.cat(present)] = 1

@@ -4,10 +4,12 @@ Paper, section 3.3; Deformable DETR's decoder with iterative box refinement. Sha
 Q thing queries, K thing classes, L levels, S positions, C channels.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from psf.layers.blocks import (
     deformable_attention_block,
@@ -15,13 +17,11 @@ from psf.layers.blocks import (
     self_attention_block,
 )
 from psf.layers.ms_deform_attn import MSDeformAttn
-from psf.layers.transformer import (
-    BoxHead,
-    ClassHead,
-    FeedForward,
-    inverse_sigmoid,
-)
+from psf.layers.transformer import BoxHead, ClassHead, FeedForward, class_logits
 from psf.modeling.pixel_encoder import Memory
+
+# Boxes are refined from logits within this: coordinates from 1e-5 to 1 - 1e-5 (Deformable DETR).
+GREATEST_LOGIT = math.log(1e5)
 
 
 class Locations(NamedTuple):
@@ -148,20 +148,18 @@ class LocationDecoder(nn.Module):
         """
         batch_size = len(memory.features)
         position, query = self.query_embed.weight.expand(batch_size, -1, -1).chunk(2, dim=-1)
-        reference = self.reference_points(position).float().sigmoid()  # (N, Q, 2)
+        reference = self.reference_points(position).float()  # (N, Q, 2) logits of points
         ratios = memory.valid_ratios[:, None]  # (N, 1, L, 2)
-        logits, boxes = [], []
-        for layer, class_head, box_head in zip(
-            self.layers, self.class_heads, self.box_heads, strict=True
-        ):
+        queries, boxes = [], []
+        for layer, box_head in zip(self.layers, self.box_heads, strict=True):
             scale = ratios.repeat(1, 1, 1, reference.shape[-1] // 2)
-            query = layer(query, position, reference[:, :, None] * scale, memory)
-            delta = box_head(query).float()  # (N, Q, 4)
-            anchor = inverse_sigmoid(reference)
+            query = layer(query, position, reference.sigmoid()[:, :, None] * scale, memory)
+            anchor = reference.clamp(-GREATEST_LOGIT, GREATEST_LOGIT)
             if anchor.shape[-1] == 2:  # a point has no size yet
-                anchor = torch.cat([anchor, torch.zeros_like(anchor)], dim=-1)
-            box = (delta + anchor).sigmoid()
-            logits.append(class_head(query))
+                anchor = F.pad(anchor, (0, 2))
+            box = box_head(query).float() + anchor  # (N, Q, 4) logits
+            queries.append(query)
             boxes.append(box)
             reference = box.detach()
-        return Locations(query, torch.stack(logits), torch.stack(boxes))
+        logits = class_logits(self.class_heads, torch.stack(queries))
+        return Locations(query, logits, torch.stack(boxes).sigmoid())

@@ -27,6 +27,7 @@ from psf.layers.transformer import (
     ClassHead,
     FeedForward,
     attention,
+    class_logits,
     init_linear_weights,
 )
 from psf.modeling.location_decoder import Locations
@@ -51,8 +52,8 @@ class DeepPredictions(NamedTuple):
     There may be more layers with masks than with classes.
     """
 
-    thing_logits: list[Tensor]  # layers x (N, Q, K)
-    stuff_logits: list[Tensor]  # layers x (N, T), each stuff query for its own class
+    thing_logits: Tensor  # (layers, N, Q, K), layers may be 0
+    stuff_logits: Tensor  # (layers, N, T), each stuff query for its own class
     thing_maps: list[list[Tensor]]  # layers x N x (R_things, h, w) at the finest level, unpadded
     stuff_maps: list[list[Tensor]]  # layers x N x (R_stuff, h, w)
     activation: Callable[[Tensor], Tensor]  # turns maps, once resized, into soft masks >= 0
@@ -63,6 +64,16 @@ class Projections(NamedTuple):
 
     q: Tensor  # (N, M, queries, D)
     k: Tensor  # (N, M, S, D)
+
+
+class MaskGroup(NamedTuple):
+    """The queries whose masks are wanted, of n images whose maps have one valid size."""
+
+    images: list[int]  # n
+    query: Tensor  # (n, R) int64 queries, filled up to the most of an image with query 0
+    rows: Tensor | None  # int64 in [0, n * R), those that are no filling; None: there is none
+    places: list[int]  # of every part of them, in the list that was given to group_queries
+    counts: list[int]  # queries of every part
 
 
 class ClassPredictions(NamedTuple):
@@ -108,7 +119,7 @@ class AttentionMaps(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def maps(
-        self, projections: Projections, memory: Memory, mask_queries: Sequence[Tensor]
+        self, projections: Projections, memory: Memory, groups: Sequence[MaskGroup]
     ) -> list[Tensor]:
         """
         Make masks.
@@ -116,29 +127,26 @@ class AttentionMaps(nn.Module):
         Args:
             projections: of :meth:`project`.
             memory: the encoder's tokens, which were projected.
-            mask_queries: N x (R,) int64 indices of the queries whose masks are wanted.
+            groups: of :func:`group_queries`.
 
         Returns:
-            N x (R, h, w), before any activation.
+            N * parts x (R, h, w), before any activation, in the order of the queries given there.
         """
         q, k = projections
         weights = self._head_weights()
-        maps: list[Tensor] = [q.new_empty(0)] * len(mask_queries)
-        for members in _images_of_one_size(memory):
-            wanted = [mask_queries[i] for i in members]
-            # Filled up to the most queries of an image, with query 0.
-            index = pad_sequence(wanted, batch_first=True)[:, None, :, None]
-            together = len(members) == len(q)  # as nearly always: nothing to copy
-            queries = (q if together else q[members]).gather(
-                2, index.expand(-1, q.shape[1], -1, q.shape[-1])
-            )  # (n, M, R, D)
-            keys = k if together else k[members]
-            levels = Levels(tuple(memory.spatial_shapes), tuple(memory.valid_shapes[members[0]]))
-            fused = mask_maps(queries, keys, levels, weights)
-            own = _without_filling(fused, [len(i) for i in wanted])
-            for image, image_maps in zip(members, own, strict=True):
-                maps[image] = image_maps
-        return maps
+        maps: dict[int, Tensor] = {}
+        for group in groups:
+            index = group.query[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[-1])
+            together = len(group.images) == len(q)  # as nearly always: nothing to copy
+            queries = (q if together else q[group.images]).gather(2, index)  # (n, M, R, D)
+            keys = k if together else k[group.images]
+            valid = tuple(memory.valid_shapes[group.images[0]])
+            levels = Levels(tuple(memory.spatial_shapes), valid)
+            filled = mask_maps(queries, keys, levels, weights).flatten(0, 1)
+            # One gather and one split: their gradients are a kernel each, that of slices is many.
+            own = filled if group.rows is None else filled.index_select(0, group.rows)
+            maps.update(zip(group.places, own.split(group.counts), strict=True))
+        return [maps[place] for place in sorted(maps)]
 
     def _head_weights(self) -> HeadWeights:
         layers = cast(Iterable[nn.Linear], self.level_projs)
@@ -182,19 +190,17 @@ class MaskAttention(AttentionMaps):
 class MaskTail(AttentionMaps):
     """Only the masks of an attention: what the released decoder has after its last layer."""
 
-    def forward(
-        self, query: Tensor, memory: Memory, mask_queries: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def forward(self, query: Tensor, memory: Memory, groups: Sequence[MaskGroup]) -> list[Tensor]:
         """
         Args:
             query: (N, Q, C).
             memory: the encoder's tokens.
-            mask_queries: N x (R,) int64 indices of the queries whose masks are wanted.
+            groups: the queries whose masks are wanted.
 
         Returns:
-            N x (R, h, w), before any activation.
+            As :meth:`maps`.
         """
-        return self.maps(self.project(query, memory.features), memory, mask_queries)
+        return self.maps(self.project(query, memory.features), memory, groups)
 
 
 class MaskDecoderLayer(nn.Module):
@@ -229,18 +235,18 @@ class MaskDecoderLayer(nn.Module):
             self.norm3 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
 
     def forward(
-        self, query: Tensor, memory: Memory, mask_queries: Sequence[Tensor] | None
+        self, query: Tensor, memory: Memory, groups: Sequence[MaskGroup] | None
     ) -> tuple[Tensor, list[Tensor]]:
         """
         Args:
             query: (N, Q, C).
             memory: the encoder's tokens.
-            mask_queries: N x (R,) int64 queries whose masks are wanted, or None.
+            groups: the queries whose masks are wanted, or None.
 
         Returns:
-            Refined queries (N, Q, C), and N x (R, h, w) maps.
+            Refined queries (N, Q, C), and the maps of :meth:`AttentionMaps.maps`.
         """
-        return self.cross_attended(self.self_attended(query), memory, mask_queries)
+        return self.cross_attended(self.self_attended(query), memory, groups)
 
     def self_attended(self, query: Tensor) -> Tensor:
         """(N, Q, C) to (N, Q, C): the queries after they have seen each other, if they do."""
@@ -249,13 +255,13 @@ class MaskDecoderLayer(nn.Module):
         return self_attention_block(query, None, self.self_attn, None, self.norm3)
 
     def cross_attended(
-        self, query: Tensor, memory: Memory, mask_queries: Sequence[Tensor] | None
+        self, query: Tensor, memory: Memory, groups: Sequence[MaskGroup] | None
     ) -> tuple[Tensor, list[Tensor]]:
         """The rest of :meth:`forward`; masks are made of the queries that come in here."""
         refined, projections = self.refine(query, memory.features, memory.padding_mask)
-        if mask_queries is None:
+        if groups is None:
             return refined, []
-        return refined, self.cross_attn.maps(projections, memory, mask_queries)
+        return refined, self.cross_attn.maps(projections, memory, groups)
 
     def refine(self, query: Tensor, features: Tensor, padding_mask: Tensor | None) -> Attended:
         """
@@ -355,18 +361,21 @@ class JointMaskDecoder(nn.Module):
         """
         memory = memory.finest(self.num_levels)
         query = self._queries(locations)
-        num_things = locations.query.shape[1]
-        wanted = list(zip(mask_queries.things, mask_queries.stuff, strict=True))
-        index = [torch.cat([things, num_things + stuff]) for things, stuff in wanted]
-        predictions = DeepPredictions([], [], [], [], torch.sigmoid)
-        for i, layer in enumerate(self.layers):
-            query, maps = layer(query, memory, index)
-            predictions.thing_logits.append(self.thing_heads[i](query[:, :num_things]))
-            predictions.stuff_logits.append(self.stuff_heads[i](query[:, num_things:]).squeeze(-1))
-            split = [m.tensor_split([len(w[0])]) for m, w in zip(maps, wanted, strict=True)]
-            predictions.thing_maps.append([things for things, _ in split])
-            predictions.stuff_maps.append([stuff for _, stuff in split])
-        return predictions
+        groups = _groups_of_both(memory, mask_queries, locations.query.shape[1])
+        queries, maps = [], []
+        for layer in self.layers:
+            query, both = layer(query, memory, groups)
+            queries.append(query)
+            maps.append(both)
+        num_queries = [locations.query.shape[1], self.stuff_query.num_embeddings]
+        things, stuff = torch.stack(queries).split(num_queries, dim=2)
+        return DeepPredictions(
+            thing_logits=class_logits(self.thing_heads, things),
+            stuff_logits=class_logits(self.stuff_heads, stuff).squeeze(-1),
+            thing_maps=[both[::2] for both in maps],
+            stuff_maps=[both[1::2] for both in maps],
+            activation=torch.sigmoid,
+        )
 
     @property
     def activation(self) -> Callable[[Tensor], Tensor]:
@@ -426,14 +435,12 @@ class JointMaskDecoder(nn.Module):
             N x (R_things + R_stuff, h, w) maps of the last used layer at the finest level,
             unpadded, for :attr:`activation`.
         """
+        memory = memory.finest(self.num_levels)
         num_things = predictions.thing_logits.shape[1]
         pairs = zip(wanted.things, wanted.stuff, strict=True)
+        groups = group_queries(memory, [torch.cat([t, num_things + s]) for t, s in pairs])
         layer = cast(MaskDecoderLayer, self.layers[self._last(num_layers)])
-        return layer.cross_attn.maps(
-            predictions.projections,
-            memory.finest(self.num_levels),
-            [torch.cat([things, num_things + stuff]) for things, stuff in pairs],
-        )
+        return layer.cross_attn.maps(predictions.projections, memory, groups)
 
     def _last(self, num_layers: int | None) -> int:
         return (num_layers or self.num_layers) - 1
@@ -508,16 +515,17 @@ class MaskDecoderStack(nn.Module):
                 all.
         """
         layers = self.layers[:num_layers]
+        groups = group_queries(memory, mask_queries)
         with_tail = self.mask_attention(num_layers) is self.tail
         output = StackOutput([], [])
         for i, layer in enumerate(layers, start=1):
             wanted = deep_supervision or (i == len(layers) and not with_tail)
-            query, maps = layer(query + position, memory, mask_queries if wanted else None)
+            query, maps = layer(query + position, memory, groups if wanted else None)
             output.queries.append(query)
             if wanted:
                 output.maps.append([m.relu() for m in maps])
         if with_tail:
-            maps = self.tail(query + position, memory, mask_queries)
+            maps = self.tail(query + position, memory, groups)
             output.maps.append([m.relu() for m in maps])
         return output
 
@@ -582,10 +590,9 @@ class DecoupledMaskDecoder(nn.Module):
         thing_query, index = _chosen(locations.query, mask_queries.things)
         things = self.things(thing_query, 0.0, memory, index, deep_supervision=True)
         stuff = self.stuff(query, position, memory, mask_queries.stuff, deep_supervision=True)
-        heads = zip(self.stuff_heads, stuff.queries, strict=True)
         return DeepPredictions(
-            thing_logits=[],
-            stuff_logits=[head(query).squeeze(-1) for head, query in heads],
+            thing_logits=locations.logits[:0],
+            stuff_logits=class_logits(self.stuff_heads, torch.stack(stuff.queries)).squeeze(-1),
             thing_maps=things.maps,
             stuff_maps=stuff.maps,
             activation=as_they_are,
@@ -641,7 +648,7 @@ class DecoupledMaskDecoder(nn.Module):
             query, 0.0, memory, index, deep_supervision=False, num_layers=num_layers
         )
         stuff = self.stuff.mask_attention(num_layers).maps(
-            predictions.projections, memory, wanted.stuff
+            predictions.projections, memory, group_queries(memory, wanted.stuff)
         )
         maps = zip(things.maps[-1], stuff, strict=True)
         return [torch.cat([t, s.relu()]) for t, s in maps]
@@ -655,21 +662,49 @@ class DecoupledMaskDecoder(nn.Module):
 MaskDecoder = JointMaskDecoder | DecoupledMaskDecoder
 
 
+def group_queries(
+    memory: Memory, mask_queries: Sequence[Tensor], parts: int = 1
+) -> list[MaskGroup]:
+    """
+    Prepare which masks are made, for all layers at once.
+
+    Args:
+        memory: of the images.
+        mask_queries: N * parts x (R,) int64 indices of queries, the parts of an image in a row.
+        parts: whose masks are to come as tensors of their own.
+
+    Returns:
+        Groups of images of one size.
+    """
+    groups = []
+    for images in _images_of_one_size(memory):
+        places = [image * parts + part for image in images for part in range(parts)]
+        counts = [len(mask_queries[place]) for place in places]
+        wanted = [
+            torch.cat(list(mask_queries[image * parts : (image + 1) * parts])) for image in images
+        ]
+        index = pad_sequence(wanted, batch_first=True)
+        rows = None
+        if sum(counts) < index.numel():
+            own = [i * index.shape[1] + j for i, row in enumerate(wanted) for j in range(len(row))]
+            rows = torch.tensor(own, dtype=torch.int64, device=index.device)
+        groups.append(MaskGroup(images, index, rows, places, counts))
+    return groups
+
+
+def _groups_of_both(memory: Memory, wanted: MaskQueries, num_things: int) -> list[MaskGroup]:
+    """Of thing and stuff queries that follow each other, in two parts."""
+    pairs = zip(wanted.things, wanted.stuff, strict=True)
+    parts = [part for things, stuff in pairs for part in (things, num_things + stuff)]
+    return group_queries(memory, parts, parts=2)
+
+
 def _images_of_one_size(memory: Memory) -> list[list[int]]:
     """The images whose maps have one valid size, in groups."""
     groups: dict[tuple[Shape, ...], list[int]] = {}
     for image, shapes in enumerate(memory.valid_shapes):
         groups.setdefault(tuple(shapes), []).append(image)
     return list(groups.values())
-
-
-def _without_filling(maps: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
-    """n x (R_i, h, w): the first ``counts[i]`` of the maps (n, R, h, w) of every image."""
-    if all(count == maps.shape[1] for count in counts):
-        return maps.unbind()
-    # One gather for all images: its gradient is one kernel, that of slices one for each.
-    rows = torch.cat([torch.arange(count) + i * maps.shape[1] for i, count in enumerate(counts)])
-    return maps.flatten(0, 1).index_select(0, rows.to(maps.device)).split(list(counts))
 
 
 def _chosen(query: Tensor, index: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

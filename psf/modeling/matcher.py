@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from psf.layers.boxes import cxcywh_to_xyxy, generalized_box_iou
-from psf.modeling.losses import dice_cost, focal_cost
+from psf.layers.boxes import cxcywh_to_xyxy, generalized_box_iou, has_box_kernels
+from psf.modeling.losses import FOCAL_ALPHA, dice_cost, focal_cost
 
 
 class Assignment(NamedTuple):
@@ -82,13 +82,18 @@ def match_things(
     Returns:
         layers x N assignments.
     """
+    sizes = [(logits.shape[2], len(image)) for image in labels]
+    if has_box_kernels(boxes):
+        costs = torch.ops.psf.things_cost.default(
+            *(logits.to(boxes.dtype), boxes, list(labels)),
+            *([image.to(boxes.dtype) for image in gt_boxes], *weights, FOCAL_ALPHA),
+        )
+        return _match_all(costs, sizes)
     # Filled up to the most things of an image; the filling's costs are left aside.
     padded_labels = pad_sequence(list(labels), batch_first=True)  # (N, G)
     padded_boxes = pad_sequence(list(gt_boxes), batch_first=True)  # (N, G, 4)
     cost = detection_cost(logits, boxes, padded_labels, padded_boxes, weights)
-    return _match_all(
-        cost.flatten(2), [(logits.shape[2], len(image)) for image in labels], cost.shape[2:]
-    )
+    return _match_all(cost.flatten(2), sizes, cost.shape[2:])
 
 
 class MaskPairs(NamedTuple):

@@ -302,12 +302,7 @@ class PanopticSegFormer(nn.Module):
         maps: list[list[Tensor]] = [[] for _ in images]  # N x L x (C, h_l, w_l)
         valid_shapes: list[list[Shape]] = [[] for _ in images]
         for size, members in groups.items():
-            batch = ImageList.from_tensors(
-                [images[i] for i in members],
-                self.backbone.size_divisibility,
-                padding_constraints=self.backbone.padding_constraints,
-            ).tensor
-            batch = _pad_to_least_size(batch)
+            batch = _pad_to_least_size(_batch([images[i] for i in members], self.backbone))
             levels = self._levels(batch)
             valid = [_valid_shape(size, batch.shape[-2:], level.shape[-2:]) for level in levels]
             if len(groups) == 1:
@@ -724,6 +719,16 @@ def pad_maps(maps: list[Tensor], pad_to: int) -> list[Tensor]:
         stride = FINEST_STRIDE * 2**level
         h, w = image_map.shape[-2:]
         padded.append(F.pad(image_map, (0, width // stride - w, 0, height // stride - h)))
+    return padded
+
+
+def _batch(images: list[Tensor], backbone: Backbone) -> Tensor:
+    """Images of one size, N x (3, h, w) to (N, 3, H, W), padded as the backbone asks."""
+    sides, constraints = images[0].shape[-2:], backbone.padding_constraints
+    divisor = backbone.size_divisibility
+    if not constraints and all(divisor <= 1 or side % divisor == 0 for side in sides):
+        return torch.stack(images)  # one operation instead of several an image
+    padded: Tensor = ImageList.from_tensors(images, divisor, padding_constraints=constraints).tensor
     return padded
 
 

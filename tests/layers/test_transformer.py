@@ -9,9 +9,10 @@ from psf.layers import transformer
 from psf.layers.ms_deform_attn import has_extension
 from psf.layers.transformer import (
     FEW_CHANNELS,
+    ClassHead,
     attention,
+    class_logits,
     has_operator,
-    inverse_sigmoid,
     self_attention,
     sine_position_encoding,
     writes_scores,
@@ -45,11 +46,28 @@ def test_channels_must_divide_by_four():
         sine_position_encoding((1, 1), [(1, 1)], 6)
 
 
-def test_inverse_sigmoid_is_the_inverse_inside_and_finite_at_the_ends():
-    x = torch.tensor([0.0, 0.1, 0.5, 1.0])
-    y = inverse_sigmoid(x)
-    assert y.isfinite().all()
-    torch.testing.assert_close(y.sigmoid(), x, atol=2e-5, rtol=0)
+@pytest.mark.parametrize("batch_size", [0, 2])
+@pytest.mark.parametrize("change", ["nothing", "hook", "module"])
+def test_class_logits_are_those_of_the_heads(change, batch_size):
+    """Also where a head is no longer what it was built as."""
+    torch.manual_seed(0)
+    heads = torch.nn.ModuleList(ClassHead(6, 3) for _ in range(2)).double()
+    if change == "hook":
+        heads[1].register_forward_hook(lambda module, args, output: 2 * output)
+    elif change == "module":
+        heads[1] = torch.nn.Sequential(heads[1], torch.nn.Tanh())
+    queries = torch.randn(2, batch_size, 5, 6, dtype=torch.float64, requires_grad=True)
+    inputs = [queries, *heads.parameters()]
+    found = class_logits(heads, queries)
+    expected = torch.stack([head(query) for head, query in zip(heads, queries, strict=True)])
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(found)
+    for own, true in zip(
+        torch.autograd.grad((found * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(own, true)
 
 
 OPERATOR = pytest.param(

@@ -49,8 +49,8 @@ def predict(all_targets: list[Targets]) -> tuple[Locations, DeepPredictions, lis
     assignments = CRITERION.assign(locations, all_targets)
     wanted = mask_queries(assignments[-1], all_targets)
     predictions = DeepPredictions(
-        thing_logits=[leaf(n, NUM_QUERIES, NUM_THINGS) for _ in range(LAYERS)],
-        stuff_logits=[leaf(n, NUM_STUFF) for _ in range(LAYERS)],
+        thing_logits=leaf(LAYERS, n, NUM_QUERIES, NUM_THINGS),
+        stuff_logits=leaf(LAYERS, n, NUM_STUFF),
         thing_maps=[[leaf(len(i), 2, 3) for i in wanted.things] for _ in range(LAYERS)],
         stuff_maps=[[leaf(len(i), 2, 3) for i in wanted.stuff] for _ in range(LAYERS)],
         activation=torch.sigmoid,
@@ -78,7 +78,7 @@ def test_losses_are_finite_and_reach_every_prediction(case):
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
     leaves = [locations.logits, locations.boxes]
-    leaves += predictions.thing_logits + predictions.stuff_logits
+    leaves += [predictions.thing_logits, predictions.stuff_logits]
     leaves += [m for layer in predictions.thing_maps + predictions.stuff_maps for m in layer]
     assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
 
@@ -111,7 +111,7 @@ def test_losses_of_perfect_predictions_vanish():
     assert assignments[0][0].query.tolist() == [2]
     maps = [[torch.full((1, 2, 2), 30.0)]]
     predictions = DeepPredictions(
-        [logits[0]], [torch.tensor([[30.0, -30.0]])], maps, maps, torch.sigmoid
+        logits, torch.tensor([[[30.0, -30.0]]]), maps, maps, torch.sigmoid
     )
     losses = CRITERION(locations, predictions, [target], assignments)
     assert sum(losses.values()) < 1e-5
@@ -136,8 +136,8 @@ def test_masks_are_compared_with_their_own_targets():
     losses = {}
     for name, (things, stuff) in (("right", maps), ("wrong", maps[::-1])):
         predictions = DeepPredictions(
-            [torch.zeros(1, NUM_QUERIES, NUM_THINGS)],
-            [torch.zeros(1, NUM_STUFF)],
+            torch.zeros(1, 1, NUM_QUERIES, NUM_THINGS),
+            torch.zeros(1, 1, NUM_STUFF),
             things,
             stuff,
             torch.sigmoid,
@@ -157,7 +157,9 @@ def test_batch_loss_is_the_mean_over_segments():
         alone = CRITERION(
             Locations(*(x[:, i : i + 1] for x in (locations.logits, *locations[1:]))),
             DeepPredictions(
-                *([x[i : i + 1] for x in layers] for layers in predictions[:4]), torch.sigmoid
+                *(logits[:, i : i + 1] for logits in predictions[:2]),
+                *([layer[i : i + 1] for layer in maps] for maps in predictions[2:4]),
+                torch.sigmoid,
             ),
             [target],
             [layer[i : i + 1] for layer in assignments],
@@ -185,8 +187,8 @@ def test_masks_may_be_matched_again():
     )
     assignments = [[Assignment(torch.tensor([1, 3]), torch.tensor([0, 1]))]]
     swapped = DeepPredictions(
-        thing_logits=[],
-        stuff_logits=[torch.zeros(1, NUM_STUFF)],
+        thing_logits=torch.zeros(0, 1, NUM_QUERIES, NUM_THINGS),
+        stuff_logits=torch.zeros(1, 1, NUM_STUFF),
         thing_maps=[[torch.stack([right, left]).float()]],
         stuff_maps=[[torch.zeros(0, 8, 8)]],
         activation=torch.relu,

@@ -70,3 +70,17 @@ def test_references_are_detached_between_layers(decoder):
     decoder(memory(1)).boxes[-1].sum().backward()
     assert decoder.box_heads[0][-1].bias.grad.eq(0).all()
     assert decoder.box_heads[-1][-1].bias.grad.abs().sum() > 0
+
+
+def test_boxes_change_those_of_the_layer_before_in_logits(decoder):
+    """Deformable DETR's refinement; a coordinate at the border counts as 1e-5 away from it."""
+    deltas = []
+    for head in decoder.box_heads:
+        torch.nn.init.normal_(head[-1].weight, std=8.0)
+        head.register_forward_hook(lambda module, args, output: deltas.append(output))
+    boxes = decoder(memory(2)).boxes
+    assert boxes[:2].gt(1 - 1e-6).any(), "no coordinate at the border"
+    for layer in (1, 2):
+        before = boxes[layer - 1].double().clamp(1e-5, 1 - 1e-5)
+        expected = (deltas[layer] + before.logit()).sigmoid()
+        torch.testing.assert_close(boxes[layer].double(), expected, atol=1e-3, rtol=0)

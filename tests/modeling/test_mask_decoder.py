@@ -13,6 +13,7 @@ from psf.modeling.mask_decoder import (
     MaskAttention,
     MaskDecoderLayer,
     MaskQueries,
+    group_queries,
 )
 from psf.modeling.pixel_encoder import Memory
 
@@ -86,7 +87,22 @@ def attend(attention, query, tokens):
     """Attended queries (N, Q, C), and N x (Q, h, w) maps of all of them."""
     attended, projections = attention(query, tokens.features, tokens.padding_mask)
     wanted = [torch.arange(query.shape[1])] * len(query)
-    return attended, attention.maps(projections, tokens, wanted)
+    return attended, attention.maps(projections, tokens, group_queries(tokens, wanted))
+
+
+@pytest.mark.parametrize("small", [SHAPES, [(6, 4), (3, 2), (1, 1)]])
+def test_parts_of_images_come_in_order(attention, small):
+    """Images of one or two sizes, with different numbers of queries in their parts."""
+    tokens = memory(3)
+    tokens = Memory(tokens.features, None, SHAPES, [SHAPES, small, SHAPES])
+    query = torch.randn(3, 5, DIM)
+    projections = attention.project(query, tokens.features)
+    every = attend(attention, query, tokens)[1]
+    parts = [torch.tensor(part, dtype=torch.int64) for part in ([1], [4, 0], [], [3], [2], [])]
+    found = attention.maps(projections, tokens, group_queries(tokens, parts, parts=2))
+    assert len(found) == len(parts)
+    for i, (own, part) in enumerate(zip(found, parts, strict=True)):
+        torch.testing.assert_close(own, every[i // 2][part])
 
 
 @pytest.mark.parametrize("num_queries", [0, 1, 5])
@@ -184,12 +200,12 @@ def test_every_layer_of_the_joint_decoder_classifies_things(decoder):
     every = decoder(tokens, places, all_masks(1))
     assert len(every.thing_logits) == len(every.thing_maps) == LAYERS
     last = decoder.predict_classes(tokens, places)
-    assert torch.equal(last.thing_logits, every.thing_logits[-1])
+    torch.testing.assert_close(last.thing_logits, every.thing_logits[-1])
 
 
 def test_things_of_the_decoupled_decoder_are_classified_by_the_location_decoder(decoupled):
     tokens, places = memory(1), locate(torch.randn(1, 5, DIM))
-    assert decoupled(tokens, places, all_masks(1)).thing_logits == []
+    assert len(decoupled(tokens, places, all_masks(1)).thing_logits) == 0
     last = decoupled.predict_classes(tokens, places)
     assert torch.equal(last.thing_logits, places.logits[-1])
 
@@ -211,9 +227,8 @@ def test_the_position_of_a_stuff_query_accumulates(decoupled):
     for layer in stack.layers:
         by_hand, _ = layer(by_hand + position, tokens, None)
     torch.testing.assert_close(output.queries[-1], by_hand)
-    torch.testing.assert_close(
-        output.maps[-1][0], stack.tail(by_hand + position, tokens, wanted)[0].relu()
-    )
+    (tail,) = stack.tail(by_hand + position, tokens, group_queries(tokens, wanted))
+    torch.testing.assert_close(output.maps[-1][0], tail.relu())
 
 
 def test_coarser_levels_than_a_decoders_are_left_out(any_decoder):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from psf.modeling.losses import dice_cost
+from psf.layers.ms_deform_attn import has_extension
+from psf.modeling.losses import FOCAL_ALPHA, dice_cost
 from psf.modeling.matcher import (
     MaskMatchingWeights,
     MaskPairs,
@@ -74,6 +75,54 @@ def test_every_layer_and_image_is_matched_on_its_own():
             assert len(alone.query) == min(6, count)
             assert torch.equal(alone.query, together[layer][i].query)
             assert torch.equal(alone.segment, together[layer][i].segment)
+
+
+needs_extension = pytest.mark.skipif(not has_extension(), reason="needs the extension")
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("counts", [[3, 0, 7], [0, 0, 0], []])
+def test_the_operators_costs_are_those_of_the_function(counts, dtype):
+    """Whatever the number of threads; logits also where exponentials overflow."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, len(counts), 70, 4, dtype=dtype) * 50
+    boxes = torch.rand(2, len(counts), 70, 4, dtype=dtype)
+    labels = [torch.randint(0, 4, (count,)) for count in counts]
+    gt_boxes = [torch.rand(count, 4, dtype=dtype) for count in counts]
+    costs = things_cost(logits, boxes, labels, gt_boxes)
+    assert costs.shape == (2, len(counts), 70 * max([0, *counts]))
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            assert torch.equal(things_cost(logits, boxes, labels, gt_boxes), costs)
+    finally:
+        torch.set_num_threads(threads)
+    for i, count in enumerate(counts):
+        expected = detection_cost(
+            logits[:, i].float(), boxes[:, i], labels[i], gt_boxes[i].float(), WEIGHTS
+        )
+        own = costs[:, i, : 70 * count].view(2, 70, count)
+        torch.testing.assert_close(own, expected.to(dtype), rtol=1e-5, atol=1e-5)
+
+
+def things_cost(logits, boxes, labels, gt_boxes):
+    return torch.ops.psf.things_cost.default(logits, boxes, labels, gt_boxes, *WEIGHTS, FOCAL_ALPHA)
+
+
+@needs_extension
+def test_the_operator_of_costs_names_what_does_not_fit():
+    logits, boxes = torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 4)
+    for label in (-1, 2):
+        with pytest.raises(IndexError, match=f"label {label} of 2 classes"):
+            things_cost(logits, boxes, [torch.tensor([label])], [torch.zeros(1, 4)])
+    with pytest.raises(RuntimeError, match="things of 1 images, got labels of 2"):
+        things_cost(logits, boxes, [torch.zeros(0)] * 2, [torch.zeros(0, 4)])
+    with pytest.raises(RuntimeError, match=r"labels must be \(G,\) int64"):
+        things_cost(logits, boxes, [torch.zeros(1)], [torch.zeros(1, 4)])
+    with pytest.raises(RuntimeError, match="all must be Float as the first is, got Double"):
+        things_cost(logits, boxes, [torch.tensor([0])], [torch.zeros(1, 4, dtype=torch.float64)])
 
 
 def test_costs_of_a_batch_are_those_of_its_images():
