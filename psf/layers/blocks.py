@@ -41,19 +41,20 @@ def runs_as_one(x: Tensor, norm: nn.LayerNorm, layers: Sequence[nn.Module]) -> b
         and not _has_any_global_hook()
         and _is_plain(norm)
         and norm.weight.dtype == x.dtype
-        and norm.weight.shape == x.shape[-1:]
+        and norm.normalized_shape == (x.shape[-1],)
         and all(map(_is_plain, layers))
     )
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a call of the module does more, or other things, than ``forward`` of its class."""
+    own = module.__dict__  # faster than the attributes, and this runs for every module of a step
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
     )
 
 
@@ -73,12 +74,14 @@ def _is_plain(module: nn.Module) -> bool:
     names = _PLAIN.get(type(module))
     if names is None or is_hooked(module):
         return False
-    for name in names:
-        if module._parameters.get(name) is None:
-            return False
-    if isinstance(module, nn.Dropout):
+    if names:
+        parameters = module._parameters
+        for name in names:
+            if parameters.get(name) is None:
+                return False
+    elif isinstance(module, nn.Dropout):
         return module.p == 0 or not module.training
-    if isinstance(module, nn.GELU):
+    elif isinstance(module, nn.GELU):
         return module.approximate == "none"
     if isinstance(module, nn.MultiheadAttention):
         return module.bias_k is None and not module.add_zero_attn
