@@ -50,7 +50,7 @@ def compare_boxes(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         boxes: (..., 4) cxcywh.
-        others: (..., 4) cxcywh, constants, of the same shape and type.
+        others: (..., 4) cxcywh, constants, of the same shape.
 
     Returns:
         The L1 distance and the generalised IoU of every pair, (...).
@@ -58,7 +58,7 @@ def compare_boxes(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     distance: Tensor
     iou: Tensor
     if has_box_kernels(boxes):
-        distance, iou = torch.ops.psf.compare_boxes.default(boxes, others)
+        distance, iou = torch.ops.psf.compare_boxes.default(boxes, others.to(boxes.dtype))
     else:
         distance = (boxes - others).abs().sum(-1)
         iou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(others))

@@ -114,7 +114,7 @@ class Criterion:
         """
         matched = assignments[-1]
         pairs = _pairs_of_layers(assignments, targets)
-        classes = torch.zeros_like(locations.logits, dtype=torch.float32)
+        classes = torch.zeros_like(locations.logits.float())
         classes.flatten(0, 1)[pairs.row, pairs.query, pairs.label] = 1
         sums = {
             **self._location_losses(locations, pairs, classes),

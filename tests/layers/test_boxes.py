@@ -99,6 +99,12 @@ def test_one_result_of_a_comparison_is_differentiable_alone():
         torch.testing.assert_close(own, true)
 
 
+def test_boxes_of_another_type_are_compared_in_that_of_the_first():
+    boxes, others = random_boxes(4), random_boxes(4, dtype=torch.float32)
+    for own, true in zip(compare_boxes(boxes, others), plain(boxes, others), strict=True):
+        torch.testing.assert_close(own, true)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_comparison_with_what_is_not_finite_is_not(value):
     for coordinate in range(4):
