@@ -313,10 +313,10 @@ def test_layer_in_training_is_its_modules(self_attention, used, monkeypatch):
     padding_mask[1, 5:20] = True
     tokens = tokens._replace(features=features, padding_mask=padding_mask)
     query = torch.randn(2, 7, DIM, dtype=torch.float64, requires_grad=True)
-    wanted = [torch.tensor([0, 3, 6]), torch.tensor([2])]
+    groups = group_queries(tokens, [torch.tensor([0, 3, 6]), torch.tensor([2])])
 
     def run():
-        refined, maps = layer(query, tokens, wanted)
+        refined, maps = layer(query, tokens, groups)
         outputs = {"queries": [refined], "masks": maps, "both": [refined, *maps]}[used]
         grads = [torch.linspace(-1, 2, x.numel()).view(x.shape).double() for x in outputs]
         leaves = [query, features, *layer.parameters()]
