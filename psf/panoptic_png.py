@@ -44,6 +44,16 @@ def has_image_extension() -> bool:
     return image_extension is not None
 
 
+def rgb_png_size(content: bytes) -> tuple[int, int] | None:
+    """(height, width) by the header of an 8-bit RGB PNG that is not interlaced; None: another."""
+    if len(content) < _HEADER.size:
+        return None
+    signature, width, height, *kind = _HEADER.unpack_from(content)
+    if signature != _SIGNATURE or tuple(kind) != _RGB_8_BIT_NOT_INTERLACED:
+        return None
+    return height, width
+
+
 def read_panoptic_ids(path: str) -> NDArray[np.uint32]:
     """
     Read a COCO panoptic PNG.
@@ -72,15 +82,15 @@ def read_panoptic_ids(path: str) -> NDArray[np.uint32]:
 
 
 def _decode(content: bytes) -> NDArray[np.uint32]:
-    if image_extension is not None and len(content) >= _HEADER.size:
-        signature, width, height, *kind = _HEADER.unpack_from(content)
-        if signature == _SIGNATURE and tuple(kind) == _RGB_8_BIT_NOT_INTERLACED:
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit is not None and width * height > 2 * limit:  # as Pillow does
-                raise ValueError(f"its header says {width} x {height} pixels")
-            ids = np.empty((height, width), dtype=np.uint32)
-            image_extension.decode_ids(content, ids, height, width)
-            return ids
+    size = rgb_png_size(content)
+    if image_extension is not None and size is not None:
+        height, width = size
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit is not None and width * height > 2 * limit:  # as Pillow does
+            raise ValueError(f"its header says {width} x {height} pixels")
+        ids = np.empty(size, dtype=np.uint32)
+        image_extension.decode_ids(content, ids, height, width)
+        return ids
     with Image.open(io.BytesIO(content)) as image:
         rgba = np.asarray(image.convert("RGBA"))
     return rgba.view(np.dtype("<u4"))[:, :, 0] & np.uint32(0xFFFFFF)

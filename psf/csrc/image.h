@@ -11,6 +11,12 @@ namespace psf {
 void decode_panoptic_png(
     const uint8_t* png, size_t png_size, uint32_t* ids, size_t height, size_t width);
 
+// Writes the pixels (height, width, 3) of an 8-bit RGB PNG, not interlaced, of the given size, as RGB
+// or BGR. Throws std::runtime_error with the reason when the data are damaged, or have a chunk that
+// may change what is shown: transparency, animation, EXIF, or anything unknown.
+void decode_plain_png(
+    const uint8_t* png, size_t png_size, uint8_t* pixels, size_t height, size_t width, bool bgr);
+
 struct Size {
   size_t height, width;
 };

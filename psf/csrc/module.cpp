@@ -60,6 +60,30 @@ PyObject* decode_ids(PyObject*, PyObject* args) {
   return result;
 }
 
+PyObject* decode_pixels(PyObject*, PyObject* args) {
+  Py_buffer png, pixels;
+  Py_ssize_t height, width;
+  int bgr;
+  if (!PyArg_ParseTuple(args, "y*w*nnp", &png, &pixels, &height, &width, &bgr)) return nullptr;
+  PyObject* result = nullptr;
+  if (png.len < 8 || !holds(pixels, height, width, 3)) {
+    result = refuse("the output is smaller than the image");
+  } else {
+    result = call([&] {
+      psf::decode_plain_png(
+          static_cast<const uint8_t*>(png.buf),
+          static_cast<size_t>(png.len),
+          static_cast<uint8_t*>(pixels.buf),
+          static_cast<size_t>(height),
+          static_cast<size_t>(width),
+          bgr != 0);
+    });
+  }
+  PyBuffer_Release(&png);
+  PyBuffer_Release(&pixels);
+  return result;
+}
+
 PyObject* resize_bilinear(PyObject*, PyObject* args) {
   Py_buffer image, out;
   Py_ssize_t h, w, new_h, new_w, y, x, out_h, out_w;
@@ -104,6 +128,10 @@ PyMethodDef methods[] = {
      decode_ids,
      METH_VARARGS,
      "decode_ids(png, ids, height, width): write R + 256 G + 65536 B of every pixel to ids (uint32)."},
+    {"decode_pixels",
+     decode_pixels,
+     METH_VARARGS,
+     "decode_pixels(png, pixels, height, width, bgr): write (height, width, 3) bytes; plain PNGs only."},
     {"resize_bilinear",
      resize_bilinear,
      METH_VARARGS,

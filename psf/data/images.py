@@ -10,6 +10,8 @@ from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from psf.panoptic_png import image_extension, rgb_png_size
+
 # What Pillow raises on files that are no images, truncated or damaged.
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
@@ -24,7 +26,8 @@ def read_image(path: str, image_format: str = "BGR", *, fast: bool = False) -> N
 
     Grayscale, palette and CMYK images are converted to colours, an alpha channel is dropped (as
     ``detectron2.data.detection_utils.read_image`` does), and 16-bit grayscale is scaled to 8 bits
-    (0..65535 to 0..255; Detectron2's reader clips it at 255).
+    (0..65535 to 0..255; Detectron2's reader clips it at 255). Plain PNGs are decoded by
+    ``psf._image`` where it is in use, to the same pixels as by Pillow.
 
     Args:
         path: the image file.
@@ -46,6 +49,9 @@ def read_image(path: str, image_format: str = "BGR", *, fast: bool = False) -> N
         pixels = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), flag)
         if pixels is not None:  # else Pillow says what is wrong
             return np.asarray(pixels, dtype=np.uint8)
+    plain = _decode_plain_png(content, image_format)
+    if plain is not None:
+        return plain
     with _name_damaged(path):
         image: Image.Image = Image.open(io.BytesIO(content))
         image.load()
@@ -62,6 +68,21 @@ def _read(path: str) -> bytes:
         )
     with PathManager.open(path, "rb") as file:
         return file.read()
+
+
+def _decode_plain_png(content: bytes, image_format: str) -> NDArray[np.uint8] | None:
+    """Its pixels (H, W, 3), or None if it is no plain PNG, or damaged, or very large."""
+    size = rgb_png_size(content)
+    if image_extension is None or size is None:
+        return None
+    if Image.MAX_IMAGE_PIXELS is not None and size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
+        return None  # Pillow warns, or refuses it
+    pixels = np.empty((*size, 3), dtype=np.uint8)
+    try:
+        image_extension.decode_pixels(content, pixels, *size, image_format == "BGR")
+    except ValueError:
+        return None  # Pillow says what is wrong, or takes what chunks say into account
+    return pixels
 
 
 def _is_whole_color_jpeg(content: bytes) -> bool:
