@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from psf.layers.linear import ConvolutionalLinear
-from psf.layers.ms_deform_attn import MSDeformAttn, has_extension
+from psf.layers.ms_deform_attn import MSDeformAttn
+from psf.layers.native import has_cpu_kernels, is_hooked
 from psf.layers.transformer import FEW_CHANNELS, FeedForward, self_attention
 
 
@@ -31,30 +31,11 @@ def runs_as_one(x: Tensor, norm: nn.LayerNorm, layers: Sequence[nn.Module]) -> b
     """
     return (
         torch.is_grad_enabled()
-        and type(x) is Tensor
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
-        and has_extension()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not _has_any_global_hook()
         and _is_plain(norm)
-        and norm.weight.dtype == x.dtype
+        and has_cpu_kernels(x, norm.weight)
         and norm.normalized_shape == (x.shape[-1],)
         and all(map(_is_plain, layers))
-    )
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of the module does more, or other things, than ``forward`` of its class."""
-    own = module.__dict__  # faster than the attributes, and this runs for every module of a step
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
     )
 
 
@@ -149,7 +130,7 @@ def self_attention_block(
 
 def _attended(module: nn.MultiheadAttention, query: Tensor, value: Tensor) -> Tensor:
     """Attention of queries to themselves, in few calls unless the module is to be called itself."""
-    if _is_plain(module) and not _has_any_global_hook():
+    if _is_plain(module):
         return self_attention(module, query, value)
     return module(query, query, value, need_weights=False)[0]
 

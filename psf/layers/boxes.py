@@ -7,7 +7,7 @@ number of leading dimensions, broadcast where two tensors are given.
 import torch
 from torch import Tensor
 
-from psf.layers.ms_deform_attn import has_extension
+from psf.layers.native import has_cpu_kernels
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
@@ -57,23 +57,12 @@ def compare_boxes(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """
     distance: Tensor
     iou: Tensor
-    if has_box_kernels(boxes):
+    if has_cpu_kernels(boxes):
         distance, iou = torch.ops.psf.compare_boxes.default(boxes, others.to(boxes.dtype))
     else:
         distance = (boxes - others).abs().sum(-1)
         iou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(others))
     return distance, iou
-
-
-def has_box_kernels(boxes: Tensor) -> bool:
-    """Whether the extension's operators take such boxes."""
-    floating = boxes.dtype in (torch.float32, torch.float64)
-    return (
-        boxes.device.type == "cpu"
-        and floating
-        and has_extension()
-        and not torch.compiler.is_compiling()
-    )
 
 
 def _area(size: Tensor) -> Tensor:

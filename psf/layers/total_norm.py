@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from psf.layers.ms_deform_attn import has_extension
+from psf.layers.native import has_cpu_kernels
 
 
 @torch.no_grad()
@@ -22,14 +22,6 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     Returns:
         (), of their type.
     """
-    if has_extension() and _are_alike_on_cpu(gradients):
+    if gradients and has_cpu_kernels(*gradients):
         return torch.ops.psf.total_norm.default(gradients)
     return nn.utils.get_total_norm(gradients, foreach=True)
-
-
-def _are_alike_on_cpu(tensors: Sequence[Tensor]) -> bool:
-    """Whether there are any, all dense and of one type that the extension takes."""
-    if not tensors or tensors[0].dtype not in (torch.float32, torch.float64):
-        return False
-    dtype = tensors[0].dtype
-    return all(x.is_cpu and x.layout == torch.strided and x.dtype == dtype for x in tensors)

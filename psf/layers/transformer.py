@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from psf.layers.ms_deform_attn import has_extension
+from psf.layers.native import has_cpu_kernels, is_hooked
 
 # Channels a head up to which the operator of the extension was measured to be faster on a CPU.
 FEW_CHANNELS = 32
@@ -66,12 +66,8 @@ def sine_position_encoding(
 
 def has_operator(q: Tensor, dropout: float) -> bool:
     """Whether attention of (N, Q, M, D) is left to the operator of the extension: in training."""
-    if not torch.is_grad_enabled():  # forward alone, torch's own is as fast
-        return False
-    plain = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
-    floating = q.dtype in (torch.float32, torch.float64)
-    small = q.device.type == "cpu" and floating and q.shape[-1] <= FEW_CHANNELS
-    return small and not plain and dropout == 0 and has_extension()
+    plain = torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled()  # as fast forward alone
+    return not plain and dropout == 0 and q.shape[-1] <= FEW_CHANNELS and has_cpu_kernels(q)
 
 
 def writes_scores(q: Tensor, k: Tensor) -> bool:
@@ -198,8 +194,7 @@ def class_logits(heads: Iterable[nn.Module], queries: Tensor) -> Tensor:
 
 
 def _is_plain_head(head: nn.Module) -> bool:
-    hooks = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks
-    return type(head) is ClassHead and not hooks
+    return type(head) is ClassHead and not is_hooked(head)
 
 
 class BoxHead(nn.Sequential):

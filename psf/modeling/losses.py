@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from psf.layers.ms_deform_attn import has_extension
+from psf.layers.native import has_cpu_kernels
 from psf.modeling.postprocessing import as_they_are, resize_maps
 
 # RetinaNet's constants, kept by Deformable DETR and the paper (section 3.6).
@@ -119,14 +119,7 @@ def upsampled_dice_loss(
 
 
 def _has_dice_kernel(maps: Tensor, targets: Tensor, activation: Callable[[Tensor], Tensor]) -> bool:
-    return (
-        has_extension()
-        and maps.device.type == targets.device.type == "cpu"
-        and maps.dtype == targets.dtype
-        and maps.dtype in (torch.float32, torch.float64)
-        and activation in (torch.sigmoid, as_they_are)
-        and not torch.compiler.is_compiling()
-    )
+    return activation in (torch.sigmoid, as_they_are) and has_cpu_kernels(maps, targets)
 
 
 class _UpsampledDiceLoss(torch.autograd.Function):

@@ -17,11 +17,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from psf.layers.blocks import (
     feed_forward_block,
-    is_hooked,
     runs_as_one,
     self_attention_block,
 )
 from psf.layers.linear import ConvolutionalLinear
+from psf.layers.native import is_hooked
 from psf.layers.transformer import (
     FEW_CHANNELS,
     ClassHead,

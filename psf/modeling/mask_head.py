@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from psf.layers.ms_deform_attn import has_extension
+from psf.layers.native import has_cpu_kernels
 from psf.modeling.pixel_encoder import Shape
 
 # Attention logits (over images, heads, queries and positions) that exist at a time: 32 MiB in
@@ -79,7 +79,7 @@ def mask_maps(q: Tensor, k: Tensor, levels: Levels, weights: HeadWeights) -> Ten
     Returns:
         (n, R, h, w) maps at the finest level, without activation; at least float32.
     """
-    if _has_kernel(q, k, weights):
+    if has_cpu_kernels(q, k, *weights):
         native: Tensor = _NativeMaskMaps.apply(q, k, levels, *weights)
         return native
     scaled = q * q.shape[-1] ** -0.5
@@ -87,16 +87,6 @@ def mask_maps(q: Tensor, k: Tensor, levels: Levels, weights: HeadWeights) -> Ten
     bias = weights.mask_bias.to(torch.promote_types(q.dtype, torch.float32))
     maps: Tensor = _MaskMaps.apply(scaled, k, levels, *parameters, bias)
     return maps
-
-
-def _has_kernel(q: Tensor, k: Tensor, weights: HeadWeights) -> bool:
-    return (
-        has_extension()
-        and q.is_cpu
-        and q.dtype in (torch.float32, torch.float64)
-        and all(x.dtype == q.dtype for x in (k, *weights))
-        and not torch.compiler.is_compiling()
-    )
 
 
 class _NativeMaskMaps(torch.autograd.Function):

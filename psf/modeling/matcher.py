@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from psf.layers.boxes import cxcywh_to_xyxy, generalized_box_iou, has_box_kernels
+from psf.layers.boxes import cxcywh_to_xyxy, generalized_box_iou
+from psf.layers.native import has_cpu_kernels
 from psf.modeling.losses import FOCAL_ALPHA, dice_cost, focal_cost
 
 
@@ -49,16 +50,8 @@ def match(cost: Tensor) -> Assignment:
             and infinite entries count as dearer than all others: a diverged model gets some
             assignment, and a non-finite loss that the trainer names.
     """
-    query, segment = linear_sum_assignment(_finite(cost))
-    return Assignment(
-        torch.as_tensor(query, dtype=torch.int64), torch.as_tensor(segment, dtype=torch.int64)
-    )
-
-
-def _finite(cost: Tensor) -> np.ndarray:
-    """Costs on the CPU, without NaN and infinities; see :func:`match`."""
-    finite: np.ndarray = cost.nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6).cpu().numpy()
-    return finite
+    ((assignment,),) = _match_all(cost.flatten()[None, None], [(cost.shape[0], cost.shape[1])])
+    return assignment
 
 
 @torch.no_grad()
@@ -83,7 +76,7 @@ def match_things(
         layers x N assignments.
     """
     sizes = [(logits.shape[2], len(image)) for image in labels]
-    if has_box_kernels(boxes):
+    if has_cpu_kernels(boxes):
         costs = torch.ops.psf.things_cost.default(
             *(logits.to(boxes.dtype), boxes, list(labels)),
             *([image.to(boxes.dtype) for image in gt_boxes], *weights, FOCAL_ALPHA),
@@ -163,7 +156,8 @@ def _match_all(
     """
     # NumPy from here on: a tensor operation takes about as long as one of these problems.
     found = []
-    for layer in _finite(costs):
+    finite = costs.nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6)  # see match()
+    for layer in finite.cpu().numpy():
         for row, (num_queries, num_segments) in zip(layer, sizes, strict=True):
             if padded is None:
                 matrix = row[: num_queries * num_segments].reshape(num_queries, num_segments)

@@ -13,7 +13,7 @@ from torch.nn.modules import module as global_hooks
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
-from psf.layers import blocks
+from psf.layers import blocks, native
 from psf.layers.blocks import (
     deformable_attention_block,
     feed_forward_block,
@@ -648,7 +648,7 @@ def test_where_no_block_runs(name, calls, monkeypatch):
         },
     )
     assert outputs_of(half)[0].dtype == torch.bfloat16
-    monkeypatch.setattr(blocks, "has_extension", lambda: False)
+    monkeypatch.setattr(native, "has_extension", lambda: False)
     torch.testing.assert_close(outputs_of(case)[0], expected)
     assert not calls
 

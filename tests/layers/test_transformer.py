@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from psf.layers import transformer
+from psf.layers import native, transformer
 from psf.layers.ms_deform_attn import has_extension
 from psf.layers.transformer import (
     FEW_CHANNELS,
@@ -115,7 +115,7 @@ def test_attention_to_no_keys_is_zero(way):
 
 
 def test_operator_is_for_plain_numbers_of_a_cpu_in_few_channels(monkeypatch):
-    monkeypatch.setattr(transformer, "has_extension", lambda: True)
+    monkeypatch.setattr(native, "has_extension", lambda: True)
     q = torch.randn(2, 3, 4, FEW_CHANNELS)
     assert has_operator(q, 0.0)
     assert has_operator(q.double(), 0.0)
@@ -128,7 +128,7 @@ def test_operator_is_for_plain_numbers_of_a_cpu_in_few_channels(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not has_operator(q, 0.0)
     monkeypatch.undo()
-    monkeypatch.setattr(transformer, "has_extension", lambda: False)
+    monkeypatch.setattr(native, "has_extension", lambda: False)
     assert not has_operator(q, 0.0)
 
 

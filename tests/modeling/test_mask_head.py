@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from psf.layers.ms_deform_attn import has_extension
+from psf.layers.native import has_cpu_kernels
 from psf.modeling import mask_head
 from psf.modeling.mask_head import HeadWeights, Levels, mask_maps, mask_maps_reference
 
@@ -23,13 +24,13 @@ needs_extension = pytest.mark.skipif(not has_extension(), reason="psf._C is not 
 def way(request, monkeypatch):
     """Of computing it: plain PyTorch, or the kernels, which are taken where they can be."""
     if request.param == "plain":
-        monkeypatch.setattr(mask_head, "_has_kernel", lambda *_: False)
+        monkeypatch.setattr(mask_head, "has_cpu_kernels", lambda *_: False)
     return request.param
 
 
 @pytest.fixture
 def plain(monkeypatch):
-    monkeypatch.setattr(mask_head, "_has_kernel", lambda *_: False)
+    monkeypatch.setattr(mask_head, "has_cpu_kernels", lambda *_: False)
 
 
 def arguments(
@@ -189,10 +190,10 @@ def test_not_a_number_spreads_to_maps_and_gradients():
 @needs_extension
 def test_kernels_run_only_for_what_they_are_made_for():
     q, k, weights = arguments()
-    assert mask_head._has_kernel(q, k, weights)
-    assert not mask_head._has_kernel(q.bfloat16(), k.bfloat16(), weights)
-    assert not mask_head._has_kernel(q, k, weights._replace(bias=weights.bias.float()))
-    assert not mask_head._has_kernel(q.to("meta"), k.to("meta"), weights)
+    assert has_cpu_kernels(q, k, *weights)
+    assert not has_cpu_kernels(q.bfloat16(), k.bfloat16())
+    assert not has_cpu_kernels(q, k, *weights._replace(bias=weights.bias.float()))
+    assert not has_cpu_kernels(q.to("meta"), k.to("meta"))
 
 
 @needs_extension

@@ -252,6 +252,15 @@ class CrossAttentionBlock : public torch::autograd::Function<CrossAttentionBlock
       double eps,
       int64_t heads,
       bool convolve) {
+    TORCH_CHECK(
+        query.dim() == 3 && features.dim() == 3 && query.size(0) == features.size(0) &&
+            query.size(2) == features.size(2),
+        "cross_attention_block: query must be (N, Q, C) and features (N, S, C), got ", query.sizes(),
+        " and ", features.sizes());
+    TORCH_CHECK(
+        !visible || visible->sizes() == features.sizes().slice(0, 2),
+        "cross_attention_block: visible must be (N, S) = ", features.sizes().slice(0, 2), ", got ",
+        visible ? visible->sizes() : at::IntArrayRef());
     at::AutoDispatchBelowADInplaceOrView guard;
     ctx->set_materialize_grads(false);
     const Tensor rows = rows_of(query);
@@ -438,93 +447,18 @@ class DeformableAttentionBlock : public torch::autograd::Function<DeformableAtte
   }
 };
 
-Tensor feed_forward_block(
-    const Tensor& x,
-    const Tensor& weight1,
-    const Tensor& bias1,
-    const Tensor& weight2,
-    const Tensor& bias2,
-    const Tensor& norm_weight,
-    const Tensor& norm_bias,
-    double eps,
-    bool gelu,
-    bool convolve) {
-  return FeedForwardBlock::apply(
-      x, weight1, bias1, weight2, bias2, norm_weight, norm_bias, eps, gelu, convolve);
+// The function that an operator is registered as: Block::apply with the arguments of Block::forward.
+template <typename Block, typename... Args>
+auto operator_of(Tensor (*)(AutogradContext*, Args...)) {
+  return +[](Args... args) -> Tensor { return Block::apply(args...); };
 }
 
-Tensor self_attention_block(
-    const Tensor& query,
-    const optional<Tensor>& position,
-    const Tensor& in_weight,
-    const Tensor& in_bias,
-    const Tensor& out_weight,
-    const Tensor& out_bias,
-    const Tensor& norm_weight,
-    const Tensor& norm_bias,
-    double eps,
-    int64_t heads) {
-  return SelfAttentionBlock::apply(
-      query, position, in_weight, in_bias, out_weight, out_bias, norm_weight,
-      norm_bias, eps, heads);
-}
-
-std::tuple<Tensor, Tensor, Tensor> cross_attention_block(
-    const Tensor& query,
-    const Tensor& features,
-    const optional<Tensor>& visible,
-    const Tensor& q_weight,
-    const Tensor& q_bias,
-    const Tensor& k_weight,
-    const Tensor& k_bias,
-    const Tensor& v_weight,
-    const Tensor& v_bias,
-    const Tensor& out_weight,
-    const Tensor& out_bias,
-    const Tensor& norm_weight,
-    const Tensor& norm_bias,
-    double eps,
-    int64_t heads,
-    bool convolve) {
-  TORCH_CHECK(
-      query.dim() == 3 && features.dim() == 3 && query.size(0) == features.size(0) &&
-          query.size(2) == features.size(2),
-      "cross_attention_block: query must be (N, Q, C) and features (N, S, C), got ", query.sizes(),
-      " and ", features.sizes());
-  TORCH_CHECK(
-      !visible || visible->sizes() == features.sizes().slice(0, 2),
-      "cross_attention_block: visible must be (N, S) = ", features.sizes().slice(0, 2), ", got ",
-      visible ? visible->sizes() : at::IntArrayRef());
-  const variable_list outputs = CrossAttentionBlock::apply(
-      query, features, visible, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, out_weight,
-      out_bias, norm_weight, norm_bias, eps, heads, convolve);
-  return {outputs[0], outputs[1], outputs[2]};
-}
-
-Tensor deformable_attention_block(
-    const Tensor& query,
-    const Tensor& position,
-    const Tensor& reference_points,
-    const Tensor& features,
-    at::IntArrayRef spatial_shapes,
-    const optional<Tensor>& padding_mask,
-    const Tensor& offset_weight,
-    const Tensor& offset_bias,
-    const Tensor& logit_weight,
-    const Tensor& logit_bias,
-    const Tensor& value_weight,
-    const Tensor& value_bias,
-    const Tensor& out_weight,
-    const Tensor& out_bias,
-    const Tensor& norm_weight,
-    const Tensor& norm_bias,
-    double eps,
-    int64_t heads,
-    bool convolve) {
-  return DeformableAttentionBlock::apply(
-      query, position, reference_points, features, spatial_shapes, padding_mask,
-      offset_weight, offset_bias, logit_weight, logit_bias, value_weight, value_bias, out_weight,
-      out_bias, norm_weight, norm_bias, eps, heads, convolve);
+template <typename Block, typename... Args>
+auto operator_of(variable_list (*)(AutogradContext*, Args...)) {
+  return +[](Args... args) -> std::tuple<Tensor, Tensor, Tensor> {
+    const variable_list outputs = Block::apply(args...);
+    return {outputs[0], outputs[1], outputs[2]};
+  };
 }
 
 }  // namespace
@@ -551,10 +485,10 @@ TORCH_LIBRARY_FRAGMENT(psf, m) {
 }
 
 void register_blocks(torch::Library& m) {
-  m.impl("feed_forward_block", &feed_forward_block);
-  m.impl("self_attention_block", &self_attention_block);
-  m.impl("cross_attention_block", &cross_attention_block);
-  m.impl("deformable_attention_block", &deformable_attention_block);
+  m.impl("feed_forward_block", operator_of<FeedForwardBlock>(&FeedForwardBlock::forward));
+  m.impl("self_attention_block", operator_of<SelfAttentionBlock>(&SelfAttentionBlock::forward));
+  m.impl("cross_attention_block", operator_of<CrossAttentionBlock>(&CrossAttentionBlock::forward));
+  m.impl("deformable_attention_block", operator_of<DeformableAttentionBlock>(&DeformableAttentionBlock::forward));
 }
 
 TORCH_LIBRARY_IMPL(psf, AutogradCPU, m) {
