@@ -21,6 +21,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -109,9 +110,10 @@ def default_architectures(home: str) -> str:
     return ";".join(names) + "+PTX"  # which newer devices compile for themselves
 
 
-# Files of kernels that are compiled for more than the platform's least processor, by the end of
-# their names; which of them runs is decided when it runs.
+# Flags of the files of kernels, by the end of their names: the platform's least processor and, on
+# x86-64, better ones; which of them runs is decided when it runs.
 ISA_FLAGS = {
+    "_baseline": [],
     "_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512": [
         *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"),
@@ -134,21 +136,31 @@ def extension_arguments() -> dict:
         os.environ["CUDA_HOME"] = home  # before torch.utils.cpp_extension looks for one
     from torch.utils import cpp_extension
 
+    x86 = has_x86_kernels()
+
     class BuildKernels(cpp_extension.BuildExtension):
         """Builds the files of :data:`ISA_FLAGS` with their own flags, which setuptools cannot."""
 
         def build_extension(self, extension: Extension) -> None:
-            if has_x86_kernels():
-                for end, isa_flags in ISA_FLAGS.items():
-                    sources = [s for s in extension.sources if Path(s).stem.endswith(end)]
-                    if not sources:  # psf._image
-                        continue
+            groups = {end: sources_of(extension, end) for end in ISA_FLAGS} if x86 else {}
+            if any(groups.values()):  # not psf._image
+                # At once, since one file takes nearly all the time of its group. None includes
+                # torch, so they need little memory.
+                with ThreadPoolExecutor() as pool:
+                    builds = [
+                        pool.submit(self.build_isa, extension, end, sources)
+                        for end, sources in groups.items()
+                    ]
+                for build, sources in zip(builds, groups.values(), strict=True):
+                    extension.extra_objects += build.result()
                     extension.sources = [s for s in extension.sources if s not in sources]
-                    flags = ["-std=c++17", *extension.extra_compile_args["cxx"], *isa_flags]
-                    extension.extra_objects += self.compiler.compile(
-                        sources, output_dir=self.build_temp, extra_postargs=flags
-                    )
             super().build_extension(extension)
+
+        def build_isa(self, extension: Extension, end: str, sources: list[str]) -> list[str]:
+            flags = [*extension.extra_compile_args["cxx"], "-std=c++17", *ISA_FLAGS[end]]
+            # Folders of their own, since ninja's files stand in them.
+            folder = Path(self.build_temp) / end.lstrip("_")
+            return self.compiler.compile(sources, output_dir=str(folder), extra_postargs=flags)
 
     sources = [path for path in CSRC.glob("*.cpp") if cuda or not is_cuda(path)]
     flags = {"cxx": compile_args()}
@@ -175,6 +187,10 @@ def extension_arguments() -> dict:
         else ["-O3", "-std=c++17"],
     )
     return {"ext_modules": [extension, image], "cmdclass": {"build_ext": BuildKernels}}
+
+
+def sources_of(extension: Extension, end: str) -> list[str]:
+    return [source for source in extension.sources if Path(source).stem.endswith(end)]
 
 
 def is_cuda(path: Path) -> bool:

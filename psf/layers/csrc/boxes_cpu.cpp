@@ -1,12 +1,9 @@
 // Comparisons of boxes on a CPU, which are two dozen small operations in PyTorch: the losses of
 // matched pairs with their gradient, and the matching cost of all pairs.
+#include "training_cpu.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
@@ -17,8 +14,6 @@ namespace psf {
 namespace {
 
 using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 // Least union and least hull, see generalized_box_iou in psf/layers/boxes.py.
 constexpr double kLeastArea = 1e-6;
@@ -110,81 +105,6 @@ void check_pairs(const Tensor& boxes, const Tensor& others) {
   check_types(others, boxes, "compare_boxes");
 }
 
-// The distances, the IoUs, both (...), and the IoUs' gradient by the boxes if it is needed.
-std::tuple<Tensor, Tensor, Tensor> compare(
-    const Tensor& boxes, const Tensor& others, bool needs_gradient) {
-  Tensor distance = at::empty(boxes.sizes().slice(0, boxes.dim() - 1), boxes.options());
-  Tensor iou = at::empty_like(distance);
-  Tensor gradient = needs_gradient ? at::empty_like(boxes) : Tensor();
-  AT_DISPATCH_FLOATING_TYPES(boxes.scalar_type(), "compare_boxes", [&] {
-    const auto* box = boxes.const_data_ptr<scalar_t>();
-    const auto* other = others.const_data_ptr<scalar_t>();
-    auto* distances = distance.data_ptr<scalar_t>();
-    auto* ious = iou.data_ptr<scalar_t>();
-    auto* gradients = needs_gradient ? gradient.data_ptr<scalar_t>() : nullptr;
-    for (int64_t i = 0; i < distance.numel(); ++i) {
-      distances[i] = l1_distance(box + 4 * i, other + 4 * i);
-      ious[i] = generalized_iou(
-          box + 4 * i, other + 4 * i, needs_gradient ? gradients + 4 * i : nullptr);
-    }
-  });
-  return {distance, iou, gradient};
-}
-
-// The gradient by the boxes, from those by distances and IoUs.
-Tensor compare_backward(
-    const Tensor& by_distance,
-    const Tensor& by_iou,
-    const Tensor& boxes,
-    const Tensor& others,
-    const Tensor& iou_gradient) {
-  Tensor gradient = at::empty_like(boxes);
-  AT_DISPATCH_FLOATING_TYPES(boxes.scalar_type(), "compare_boxes_backward", [&] {
-    const auto* box = boxes.const_data_ptr<scalar_t>();
-    const auto* other = others.const_data_ptr<scalar_t>();
-    const auto* distances = by_distance.const_data_ptr<scalar_t>();
-    const auto* ious = by_iou.const_data_ptr<scalar_t>();
-    const auto* iou_gradients = iou_gradient.const_data_ptr<scalar_t>();
-    auto* gradients = gradient.data_ptr<scalar_t>();
-    for (int64_t i = 0; i < boxes.numel(); ++i) {
-      const scalar_t sign = static_cast<scalar_t>((box[i] > other[i]) - (box[i] < other[i]));
-      gradients[i] = distances[i / 4] * sign + ious[i / 4] * iou_gradients[i];
-    }
-  });
-  return gradient;
-}
-
-class CompareBoxes : public torch::autograd::Function<CompareBoxes> {
- public:
-  static variable_list forward(AutogradContext* ctx, const Tensor& boxes, const Tensor& others) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor own = boxes.contiguous();
-    const Tensor expected = others.contiguous();
-    const auto [distance, iou, gradient] = compare(own, expected, true);
-    ctx->save_for_backward({own, expected, gradient});
-    return {distance, iou};
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-    const variable_list saved = ctx->get_saved_variables();
-    const Tensor gradient = compare_backward(
-        grad_outputs[0].contiguous(), grad_outputs[1].contiguous(), saved[0], saved[1], saved[2]);
-    return {gradient, Tensor()};
-  }
-};
-
-std::tuple<Tensor, Tensor> compare_boxes_cpu(const Tensor& boxes, const Tensor& others) {
-  check_pairs(boxes, others);
-  const auto [distance, iou, _] = compare(boxes.contiguous(), others.contiguous(), false);
-  return {distance, iou};
-}
-
-std::tuple<Tensor, Tensor> compare_boxes_autograd(const Tensor& boxes, const Tensor& others) {
-  check_pairs(boxes, others);
-  const variable_list outputs = CompareBoxes::apply(boxes, others);
-  return {outputs[0], outputs[1]};
-}
-
 // See focal_cost in psf/modeling/losses.py; its gamma is 2.
 template <typename A>
 A focal_cost(A logit, A alpha) {
@@ -238,8 +158,55 @@ void check_things(
 // Queries of a task.
 constexpr int64_t kQueries = 64;
 
-// (layers, N, Q * most things of an image): every row begins with the (Q, G) costs of an image.
-Tensor things_cost_cpu(
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> compare_boxes(
+    const Tensor& boxes_in, const Tensor& others_in, bool needs_gradient) {
+  check_pairs(boxes_in, others_in);
+  const Tensor boxes = boxes_in.contiguous(), others = others_in.contiguous();
+  Tensor distance = boxes.new_empty(boxes.sizes().slice(0, boxes.dim() - 1));
+  Tensor iou = distance.new_empty(distance.sizes());
+  Tensor gradient = needs_gradient ? boxes.new_empty(boxes.sizes()) : Tensor();
+  AT_DISPATCH_FLOATING_TYPES(boxes.scalar_type(), "compare_boxes", [&] {
+    const auto* box = boxes.const_data_ptr<scalar_t>();
+    const auto* other = others.const_data_ptr<scalar_t>();
+    auto* distances = distance.data_ptr<scalar_t>();
+    auto* ious = iou.data_ptr<scalar_t>();
+    auto* gradients = needs_gradient ? gradient.data_ptr<scalar_t>() : nullptr;
+    for (int64_t i = 0; i < distance.numel(); ++i) {
+      distances[i] = l1_distance(box + 4 * i, other + 4 * i);
+      ious[i] = generalized_iou(
+          box + 4 * i, other + 4 * i, needs_gradient ? gradients + 4 * i : nullptr);
+    }
+  });
+  return {distance, iou, gradient};
+}
+
+Tensor compare_boxes_backward(
+    const Tensor& by_distance_in,
+    const Tensor& by_iou_in,
+    const Tensor& boxes_in,
+    const Tensor& others_in,
+    const Tensor& iou_gradient) {
+  const Tensor by_distance = by_distance_in.contiguous(), by_iou = by_iou_in.contiguous();
+  const Tensor boxes = boxes_in.contiguous(), others = others_in.contiguous();
+  Tensor gradient = boxes.new_empty(boxes.sizes());
+  AT_DISPATCH_FLOATING_TYPES(boxes.scalar_type(), "compare_boxes_backward", [&] {
+    const auto* box = boxes.const_data_ptr<scalar_t>();
+    const auto* other = others.const_data_ptr<scalar_t>();
+    const auto* distances = by_distance.const_data_ptr<scalar_t>();
+    const auto* ious = by_iou.const_data_ptr<scalar_t>();
+    const auto* iou_gradients = iou_gradient.const_data_ptr<scalar_t>();
+    auto* gradients = gradient.data_ptr<scalar_t>();
+    for (int64_t i = 0; i < boxes.numel(); ++i) {
+      const scalar_t sign = static_cast<scalar_t>((box[i] > other[i]) - (box[i] < other[i]));
+      gradients[i] = distances[i / 4] * sign + ious[i / 4] * iou_gradients[i];
+    }
+  });
+  return gradient;
+}
+
+Tensor things_cost(
     const Tensor& logits,
     const Tensor& boxes,
     at::TensorList labels,
@@ -255,7 +222,7 @@ Tensor things_cost_cpu(
   std::vector<Tensor> held;  // what the pointers below point to
   int64_t most = 0;
   for (const Tensor& image : labels) most = std::max(most, image.size(0));
-  Tensor cost = at::zeros({logits.size(0), num_images, num_queries * most}, logits.options());
+  Tensor cost = logits.new_zeros({logits.size(0), num_images, num_queries * most});
   AT_DISPATCH_FLOATING_TYPES(logits.scalar_type(), "things_cost", [&] {
     std::vector<Things<scalar_t>> things;
     for (int64_t image = 0; image < num_images; ++image) {
@@ -287,24 +254,6 @@ Tensor things_cost_cpu(
     });
   });
   return cost;
-}
-
-}  // namespace
-
-TORCH_LIBRARY_FRAGMENT(psf, m) {
-  m.def("compare_boxes(Tensor boxes, Tensor others) -> (Tensor, Tensor)");
-  m.def(
-      "things_cost(Tensor logits, Tensor boxes, Tensor[] labels, Tensor[] gt_boxes, "
-      "float class_weight, float l1_weight, float iou_weight, float alpha) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(psf, CPU, m) {
-  m.impl("compare_boxes", &compare_boxes_cpu);
-  m.impl("things_cost", &things_cost_cpu);
-}
-
-TORCH_LIBRARY_IMPL(psf, AutogradCPU, m) {
-  m.impl("compare_boxes", &compare_boxes_autograd);
 }
 
 }  // namespace psf

@@ -1,15 +1,13 @@
 #include "cpu_capability.h"
 
 #include <c10/util/Exception.h>
-#include <torch/library.h>
 
 #include <cstdlib>
 #include <string>
 
 namespace psf {
-namespace {
 
-const char* name(Capability capability) {
+const char* name_of(Capability capability) {
   switch (capability) {
     case Capability::kAvx512:
       return "avx512";
@@ -19,6 +17,8 @@ const char* name(Capability capability) {
       return "baseline";
   }
 }
+
+namespace {
 
 Capability of_processor() {
 #ifdef PSF_X86_KERNELS
@@ -43,7 +43,7 @@ Capability choose_capability() {
     return best;
   }
   for (const auto capability : {Capability::kBaseline, Capability::kAvx2, Capability::kAvx512}) {
-    if (wanted == std::string(name(capability)) && capability <= best) {
+    if (wanted == std::string(name_of(capability)) && capability <= best) {
       return capability;
     }
   }
@@ -52,19 +52,11 @@ Capability choose_capability() {
       best >= Capability::kAvx2 ? ", avx2" : "", best >= Capability::kAvx512 ? ", avx512" : "");
 }
 
-std::string cpu_capability() {
-  return name(capability());
-}
-
 }  // namespace
 
 Capability capability() {
   static const Capability chosen = choose_capability();
   return chosen;
-}
-
-TORCH_LIBRARY_FRAGMENT(psf, m) {
-  m.def("cpu_capability() -> str", &cpu_capability);
 }
 
 }  // namespace psf

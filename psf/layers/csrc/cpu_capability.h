@@ -9,6 +9,9 @@ enum class Capability { kBaseline, kAvx2, kAvx512 };
 // benchmarks.
 Capability capability();
 
+// As PSF_CPU_CAPABILITY is written.
+const char* name_of(Capability capability);
+
 // Calls f(name) of the chosen set; `template` names cannot be values, hence the macro.
 #ifdef PSF_X86_KERNELS
 #define PSF_CALL_KERNEL(NAME, ...)       \

@@ -1,15 +1,11 @@
-// Dice loss of upsampled maps on a CPU: the operator and its gradient, which store nothing of the
-// upsampled size but the targets.
+// Dice loss of upsampled maps on a CPU: splits the maps among threads. Nothing of the upsampled size
+// is stored but the targets.
 #include "cpu_capability.h"
 #include "dice_cpu.h"
+#include "training_cpu.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros_like.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <tuple>
@@ -19,8 +15,6 @@ namespace psf {
 namespace {
 
 using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 // What a ResizeAxis points to.
 template <typename A>
@@ -76,12 +70,30 @@ void for_maps(
   });
 }
 
-// The loss, twice the sum of mask * target, and the squared sums, each (layers, segments).
-std::tuple<Tensor, Tensor, Tensor> forward(
-    const Tensor& maps, const Tensor& targets, bool sigmoid, double eps) {
-  Tensor loss = at::empty({maps.size(0), maps.size(1)}, maps.options());
-  Tensor overlap = at::empty_like(loss);
-  Tensor norms = at::empty_like(loss);
+void check(const Tensor& maps, const Tensor& targets) {
+  TORCH_CHECK(
+      maps.dim() == 4 && targets.dim() == 3 && maps.size(1) == targets.size(0),
+      "upsampled_dice_loss: maps must be (layers, G, h, w) and targets (G, H, W), got ",
+      maps.sizes(), " and ", targets.sizes());
+  for (const int64_t size : {maps.size(2), maps.size(3), targets.size(1), targets.size(2)}) {
+    TORCH_CHECK(
+        size > 0 && size < (int64_t(1) << 31), "upsampled_dice_loss: sides must be in [1, 2^31), got ",
+        maps.sizes(), " and ", targets.sizes());
+  }
+  TORCH_CHECK(
+      maps.scalar_type() == targets.scalar_type(), "upsampled_dice_loss: targets must be ",
+      maps.scalar_type(), " as the maps are, got ", targets.scalar_type());
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> dice_forward(
+    const Tensor& maps_in, const Tensor& targets_in, bool sigmoid, double eps) {
+  check(maps_in, targets_in);
+  const Tensor maps = maps_in.contiguous(), targets = targets_in.contiguous();
+  Tensor loss = maps.new_empty({maps.size(0), maps.size(1)});
+  Tensor overlap = loss.new_empty(loss.sizes());
+  Tensor norms = loss.new_empty(loss.sizes());
   AT_DISPATCH_FLOATING_TYPES(maps.scalar_type(), "upsampled_dice_loss", [&] {
     scalar_t* losses = loss.data_ptr<scalar_t>();
     scalar_t* overlaps = overlap.data_ptr<scalar_t>();
@@ -99,14 +111,16 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   return {loss, overlap, norms};
 }
 
-Tensor backward(
-    const Tensor& grad,
-    const Tensor& maps,
-    const Tensor& targets,
+Tensor dice_backward(
+    const Tensor& grad_in,
+    const Tensor& maps_in,
+    const Tensor& targets_in,
     const Tensor& overlap,
     const Tensor& norms,
     bool sigmoid) {
-  Tensor grad_maps = at::zeros_like(maps);
+  const Tensor grad = grad_in.contiguous();
+  const Tensor maps = maps_in.contiguous(), targets = targets_in.contiguous();
+  Tensor grad_maps = maps.new_zeros(maps.sizes());
   AT_DISPATCH_FLOATING_TYPES(maps.scalar_type(), "upsampled_dice_loss_backward", [&] {
     const scalar_t* grads = grad.const_data_ptr<scalar_t>();
     const scalar_t* overlaps = overlap.const_data_ptr<scalar_t>();
@@ -123,74 +137,6 @@ Tensor backward(
         });
   });
   return grad_maps;
-}
-
-class UpsampledDiceLoss : public torch::autograd::Function<UpsampledDiceLoss> {
- public:
-  static Tensor forward(
-      AutogradContext* ctx,
-      const Tensor& maps,
-      const Tensor& targets,
-      bool sigmoid,
-      double eps) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const Tensor own = maps.contiguous();
-    const Tensor expected = targets.contiguous();
-    const auto [loss, overlap, norms] = psf::forward(own, expected, sigmoid, eps);
-    ctx->save_for_backward({own, expected, overlap, norms});
-    ctx->saved_data["sigmoid"] = sigmoid;
-    return loss;
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-    const variable_list saved = ctx->get_saved_variables();
-    const Tensor grad = psf::backward(
-        grad_outputs[0].contiguous(), saved[0], saved[1], saved[2], saved[3],
-        ctx->saved_data["sigmoid"].toBool());
-    return {grad, Tensor(), Tensor(), Tensor()};
-  }
-};
-
-void check(const Tensor& maps, const Tensor& targets) {
-  TORCH_CHECK(
-      maps.dim() == 4 && targets.dim() == 3 && maps.size(1) == targets.size(0),
-      "upsampled_dice_loss: maps must be (layers, G, h, w) and targets (G, H, W), got ",
-      maps.sizes(), " and ", targets.sizes());
-  for (const int64_t size : {maps.size(2), maps.size(3), targets.size(1), targets.size(2)}) {
-    TORCH_CHECK(
-        size > 0 && size < (int64_t(1) << 31), "upsampled_dice_loss: sides must be in [1, 2^31), got ",
-        maps.sizes(), " and ", targets.sizes());
-  }
-  TORCH_CHECK(
-      maps.scalar_type() == targets.scalar_type(), "upsampled_dice_loss: targets must be ",
-      maps.scalar_type(), " as the maps are, got ", targets.scalar_type());
-}
-
-Tensor upsampled_dice_loss_cpu(
-    const Tensor& maps, const Tensor& targets, bool sigmoid, double eps) {
-  check(maps, targets);
-  return std::get<0>(forward(maps.contiguous(), targets.contiguous(), sigmoid, eps));
-}
-
-Tensor upsampled_dice_loss_autograd(
-    const Tensor& maps, const Tensor& targets, bool sigmoid, double eps) {
-  check(maps, targets);
-  return UpsampledDiceLoss::apply(maps, targets, sigmoid, eps);
-}
-
-}  // namespace
-
-TORCH_LIBRARY_FRAGMENT(psf, m) {
-  m.def(
-      "upsampled_dice_loss(Tensor maps, Tensor targets, bool sigmoid, float eps) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(psf, CPU, m) {
-  m.impl("upsampled_dice_loss", &upsampled_dice_loss_cpu);
-}
-
-TORCH_LIBRARY_IMPL(psf, AutogradCPU, m) {
-  m.impl("upsampled_dice_loss", &upsampled_dice_loss_autograd);
 }
 
 }  // namespace psf

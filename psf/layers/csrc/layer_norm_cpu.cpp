@@ -1,13 +1,10 @@
 // Layer normalisation of a sum on a CPU: splits the rows among threads.
-#include "blocks_cpu.h"
 #include "cpu_capability.h"
 #include "layer_norm_cpu.h"
+#include "training_cpu.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <tuple>
@@ -45,9 +42,9 @@ LayerNorm layer_norm(
       "layer_norm: weight and bias must be (C,) for two (rows, C), got ", weight.sizes(), " and ",
       bias.sizes(), " for ", x.sizes(), " and ", y.sizes());
   const int64_t rows = channels == 0 ? 0 : x.numel() / channels;
-  Tensor output = at::empty_like(x, at::MemoryFormat::Contiguous);
-  Tensor normalised = at::empty_like(output);
-  Tensor inverse = at::empty({rows}, x.options());
+  Tensor output = x.new_empty(x.sizes());
+  Tensor normalised = output.new_empty(output.sizes());
+  Tensor inverse = x.new_empty({rows});
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "add_layer_norm", [&] {
     const LayerNormCall<scalar_t> call{
         channels,
@@ -74,9 +71,9 @@ LayerNormGradients layer_norm_backward(
   const Tensor weight = weight_in.contiguous();
   const int64_t channels = weight.numel();
   const int64_t rows = inverse.numel();
-  Tensor grad_input = at::empty_like(normalised);
+  Tensor grad_input = normalised.new_empty(normalised.sizes());
   // (tasks, 2, channels): what each task adds to the gradients of weight and bias.
-  Tensor parts = at::zeros({tasks_of(rows), 2, channels}, normalised.options());
+  Tensor parts = normalised.new_zeros({tasks_of(rows), 2, channels});
   AT_DISPATCH_FLOATING_TYPES(normalised.scalar_type(), "add_layer_norm_backward", [&] {
     const LayerNormBackwardCall<scalar_t> call{
         channels,

@@ -1,16 +1,12 @@
-// Masks from attention logits on a CPU: the operators psf::mask_maps and psf::mask_maps_backward.
+// Masks from attention logits on a CPU: splits levels and maps among threads.
 //
 // Shapes: see mask_head_cpu.h; h_l and w_l are the sizes of a level without padding.
 #include "cpu_capability.h"
 #include "mask_head_cpu.h"
+#include "training_cpu.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
@@ -257,7 +253,7 @@ Tensor pad_channels(const Tensor& q) {
   if (padded == channels) {
     return dense;
   }
-  Tensor result = at::zeros({q.size(0), q.size(1), q.size(2), padded}, q.options());
+  Tensor result = q.new_zeros({q.size(0), q.size(1), q.size(2), padded});
   const A* from = dense.const_data_ptr<A>();
   A* to = result.data_ptr<A>();
   for (int64_t row = 0; row < q.numel() / channels; ++row) {
@@ -314,7 +310,9 @@ std::vector<MaskLevel<A>> to_calls(
   return calls;
 }
 
-Tensor mask_maps_cpu(
+}  // namespace
+
+Tensor mask_maps(
     const Tensor& q,
     const Tensor& keys,
     IntArrayRef padded,
@@ -331,7 +329,7 @@ Tensor mask_maps_cpu(
       mask_bias.sizes(), " ", mask_bias.scalar_type());
   const Size target = levels.all[0].valid;
   const int64_t count = q.size(0) * q.size(2);
-  Tensor maps = at::empty({q.size(0), q.size(2), target.height, target.width}, q.options());
+  Tensor maps = q.new_empty({q.size(0), q.size(2), target.height, target.width});
   if (count == 0) {
     return maps;
   }
@@ -339,7 +337,7 @@ Tensor mask_maps_cpu(
   const Tensor own_projection = projection.contiguous();
   const Tensor own_bias = bias.contiguous();
   const Tensor own_weight = weight.contiguous();
-  Tensor coarse = at::empty({count, levels.coarse}, q.options());
+  Tensor coarse = q.new_empty({count, levels.coarse});
   AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "mask_maps", [&] {
     const Tensor padded_q = pad_channels<scalar_t>(q);
     const MaskCall<scalar_t> call = to_call<scalar_t>(padded_q, k);
@@ -363,6 +361,8 @@ Tensor mask_maps_cpu(
   });
   return maps;
 }
+
+namespace {
 
 // The sum of (count, height, width), rows first so that little is lost; maps in order.
 template <typename A>
@@ -424,7 +424,9 @@ void sum_parameters(
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mask_maps_backward_cpu(
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mask_maps_backward(
     const Tensor& grad_maps,
     const Tensor& q,
     const Tensor& keys,
@@ -442,18 +444,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mask_maps_backward_cp
       "mask_maps_backward: the gradient must be as the maps, got ", grad_maps.sizes(), " ",
       grad_maps.scalar_type());
   const int64_t count = q.size(0) * q.size(2);
-  Tensor grad_q = at::empty(q.sizes(), q.options());
+  Tensor grad_q = q.new_empty(q.sizes());
   const Tensor k = with_dense_rows(keys);
   // As k, so that the gradient of a transposed view is dense for what it is a view of; but the
   // kernels want its last dimension dense.
-  const auto layout =
-      k.is_non_overlapping_and_dense() ? at::MemoryFormat::Preserve : at::MemoryFormat::Contiguous;
-  Tensor grad_k = levels.is_padded() || count == 0 ? at::zeros_like(k, k.options(), layout)
-                                                   : at::empty_like(k, k.options(), layout);
-  Tensor grad_projection = at::zeros(projection.sizes(), projection.options());
-  Tensor grad_bias = at::zeros(bias.sizes(), bias.options());
-  Tensor grad_weight = at::zeros(weight.sizes(), weight.options());
-  Tensor grad_mask_bias = at::zeros({1}, q.options());
+  Tensor grad_k = k.is_non_overlapping_and_dense() ? k.new_empty_strided(k.sizes(), k.strides())
+                                                   : k.new_empty(k.sizes());
+  if (levels.is_padded() || count == 0) {
+    grad_k.zero_();
+  }
+  Tensor grad_projection = projection.new_zeros(projection.sizes());
+  Tensor grad_bias = bias.new_zeros(bias.sizes());
+  Tensor grad_weight = weight.new_zeros(weight.sizes());
+  Tensor grad_mask_bias = q.new_zeros({1});
   if (count == 0) {
     return {grad_q, grad_k, grad_projection, grad_bias, grad_weight, grad_mask_bias};
   }
@@ -464,8 +467,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mask_maps_backward_cp
   const std::vector<Task> tasks = to_tasks(levels, q.size(0));
   const int64_t num_tasks = static_cast<int64_t>(tasks.size());
   const int64_t heads = q.size(1);
-  Tensor coarse = at::empty({count, levels.coarse}, q.options());
-  Tensor parameter_parts = at::zeros({num_tasks, heads, heads + 2}, q.options());
+  Tensor coarse = q.new_empty({count, levels.coarse});
+  Tensor parameter_parts = q.new_zeros({num_tasks, heads, heads + 2});
   AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "mask_maps_backward", [&] {
     const Tensor padded_q = pad_channels<scalar_t>(q);
     MaskCall<scalar_t> call = to_call<scalar_t>(padded_q, k);
@@ -484,8 +487,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mask_maps_backward_cp
           scalar_t* to = scores + map * levels.coarse + resize.level.coarse_start;
           PSF_CALL_KERNEL(mask_downsample, resize.view(), from, rows, to)
         });
-    Tensor query_parts = at::zeros(
-        {num_tasks, heads, call.queries, call.padded_channels}, q.options());
+    Tensor query_parts = q.new_zeros({num_tasks, heads, call.queries, call.padded_channels});
     scalar_t* own_queries = query_parts.data_ptr<scalar_t>();
     scalar_t* own_parameters = parameter_parts.data_ptr<scalar_t>();
     for_tasks(
@@ -504,23 +506,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mask_maps_backward_cp
         sum_of(grad.const_data_ptr<scalar_t>(), count * target.height, target.width);
   });
   return {grad_q, grad_k, grad_projection, grad_bias, grad_weight, grad_mask_bias};
-}
-
-}  // namespace
-
-TORCH_LIBRARY_FRAGMENT(psf, m) {
-  m.def(
-      "mask_maps(Tensor q, Tensor k, int[] padded, int[] valid, Tensor projection, Tensor bias, "
-      "Tensor weight, Tensor mask_bias) -> Tensor");
-  m.def(
-      "mask_maps_backward(Tensor grad, Tensor q, Tensor k, int[] padded, int[] valid, "
-      "Tensor projection, Tensor bias, Tensor weight) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(psf, CPU, m) {
-  m.impl("mask_maps", &mask_maps_cpu);
-  m.impl("mask_maps_backward", &mask_maps_backward_cpu);
 }
 
 }  // namespace psf

@@ -26,7 +26,7 @@ using at::Tensor;
 
 // ---- the call --------------------------------------------------------------------------------
 
-// Rows of at most so many bytes are padded to a multiple of 4 channels, others to one of 16.
+// Rows of at most so many channels are padded to a multiple of kLeastLanes, others to one of 16.
 constexpr int64_t kShortRow = 8;
 constexpr int64_t kRowMultiple = 16;
 // Samples a task should have at least, to be worth a thread.
@@ -148,12 +148,14 @@ int64_t round_up(int64_t x, int64_t multiple) {
 }
 
 int64_t padded_channels(int64_t channels) {
-  return round_up(channels, channels <= kShortRow ? 4 : kRowMultiple);
+  return round_up(channels, channels <= kShortRow ? kLeastLanes : kRowMultiple);
 }
 
-// Whether copying the value rows pays: the samples of the queries outnumber the rows.
-bool pays_to_pack(const Sizes& sizes) {
-  return sizes.queries * sizes.levels * sizes.points * 4 >= kSamplesPerRow * sizes.positions;
+// Whether to copy the value rows: where the kernels need padding, and where it pays, since the samples
+// of the queries outnumber the rows.
+bool must_pack(const Sizes& sizes) {
+  return sizes.channels % kLeastLanes != 0 ||
+      sizes.queries * sizes.levels * sizes.points * 4 >= kSamplesPerRow * sizes.positions;
 }
 
 // Memory whose vectors do not straddle lines of the cache, from which they could not be read back
@@ -355,7 +357,7 @@ void for_groups(const Arguments& arguments, const F& f) {
   const int64_t padded_samples = round_up(sizes.levels * sizes.points, kSamplePadding);
   const Table<A> table(arguments.inputs, padded_samples);
   const OriginArrays<A> origins(arguments.inputs, arguments.reference);
-  if (!pays_to_pack(sizes) && fits<A>(sizes, sizes.heads * sizes.channels)) {
+  if (!must_pack(sizes) && fits<A>(sizes, sizes.heads * sizes.channels)) {
     const Tensor value = arguments.value.contiguous();
     auto call = make_call<Storage<T>, Storage<T>, A>(arguments, table, origins, padded_samples);
     call.channels = sizes.channels;

@@ -881,20 +881,19 @@ void backward_queries(
 template <typename V, typename O, typename A, typename F>
 void with_constants(const Call<V, O, A>& call, const F& f) {
   using Any = std::integral_constant<int, 0>;
-  if (call.channels % kFull<A> == 0) {
-    std::integral_constant<int, kFull<A>> lanes;
+  if constexpr (kFull<A> > kLeastLanes) {
+    if (call.channels % kFull<A> != 0) {
+      return f(std::integral_constant<int, kLeastLanes>{}, Any{});
+    }
+  }
+  std::integral_constant<int, kFull<A>> lanes;
+  if constexpr (std::is_same_v<V, A>) {  // rows in half precision are of few queries: not worth the code
     constexpr int64_t kLeast = array_size(kSamplePadding);
     if (call.padded_samples == kSamplePadding) {
       return f(lanes, std::integral_constant<int, kLeast>{});
     }
-    return f(lanes, Any{});
   }
-  if constexpr (kFull<A> > 4) {
-    if (call.channels % 4 == 0) {
-      return f(std::integral_constant<int, 4>{}, Any{});
-    }
-  }
-  f(std::integral_constant<int, 1>{}, Any{});
+  f(lanes, Any{});
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // The norm of all gradients of a model on a CPU: one operator, however many tensors they are.
+#include "training_cpu.h"
+
 #include <ATen/Parallel.h>
-#include <ATen/ops/scalar_tensor.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
@@ -64,7 +64,9 @@ double norm_of(const std::vector<Tensor>& tensors) {
   return std::sqrt(std::accumulate(sums.begin(), sums.end(), 0.0));
 }
 
-Tensor total_norm_cpu(at::TensorList tensors) {
+}  // namespace
+
+Tensor total_norm(at::TensorList tensors) {
   const at::ScalarType type = tensors[0].scalar_type();  // there is one, or it would not come here
   TORCH_CHECK(
       type == at::kFloat || type == at::kDouble, "total_norm: tensors must be float or double, got ",
@@ -79,17 +81,7 @@ Tensor total_norm_cpu(at::TensorList tensors) {
     dense.push_back(tensor.is_non_overlapping_and_dense() ? tensor : tensor.contiguous());
   }
   const double norm = type == at::kFloat ? norm_of<float>(dense) : norm_of<double>(dense);
-  return at::scalar_tensor(norm, at::TensorOptions().dtype(type));
-}
-
-}  // namespace
-
-TORCH_LIBRARY_FRAGMENT(psf, m) {
-  m.def("total_norm(Tensor[] tensors) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(psf, CPU, m) {
-  m.impl("total_norm", &total_norm_cpu);
+  return tensors[0].new_full({}, norm);
 }
 
 }  // namespace psf

@@ -1,11 +1,15 @@
-// Blocks of a transformer on a CPU, each with its residual and layer normalisation as one node of the
-// autograd graph: a block of a small model is a dozen calls of microseconds each, of which most is
-// dispatch and bookkeeping. The gradients are written out.
+// Operators of training on a CPU as nodes of the autograd graph, and their registration: losses,
+// attention, and blocks of a transformer, each with its residual and layer normalisation as one node.
+// A block of a small model is a dozen calls of microseconds each, of which most is dispatch and
+// bookkeeping, hence gradients that are written out. psf/layers/ decides what runs here.
 //
-// Tensors are (N, Q, C) in float32 or float64; psf/layers/blocks.py decides when a block runs here.
-#include "attention_cpu_entry.h"
-#include "blocks_cpu.h"
+// All in one file, since the headers of autograd take longer to compile than what stands here; the
+// arithmetic is in the files that training_cpu.h declares, which do without them.
+//
+// Tensors are float32 or float64, those of blocks (N, Q, C).
+#include "cpu_capability.h"
 #include "ms_deform_attn_inputs.h"
+#include "training_cpu.h"
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/ops/add.h>
@@ -23,6 +27,7 @@
 #include <torch/library.h>
 
 #include <array>
+#include <string>
 #include <tuple>
 
 namespace psf {
@@ -33,11 +38,104 @@ using std::optional;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-Tensor rows_of(const Tensor& x) {
-  return x.contiguous().view({-1, x.size(-1)});
+// ---- losses and attention --------------------------------------------------------------------
+
+class Attention : public torch::autograd::Function<Attention> {
+ public:
+  static variable_list forward(
+      AutogradContext* ctx,
+      const Tensor& q,
+      const Tensor& k,
+      const Tensor& v,
+      const optional<Tensor>& visible) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto [output, log_sum] = attention_forward(q, k, v, visible);
+    ctx->save_for_backward({q, k, v, visible.value_or(Tensor()), output, log_sum});
+    ctx->mark_non_differentiable({log_sum});
+    return {output, log_sum};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const variable_list saved = ctx->get_saved_variables();
+    const optional<Tensor> visible = saved[3].defined() ? optional<Tensor>(saved[3]) : std::nullopt;
+    const auto [grad_q, grad_k, grad_v] = attention_backward(
+        grad_outputs[0], saved[0], saved[1], saved[2], visible, saved[4], saved[5]);
+    return {grad_q, grad_k, grad_v, Tensor()};
+  }
+};
+
+std::tuple<Tensor, Tensor> attention_autograd(
+    const Tensor& q, const Tensor& k, const Tensor& v, const optional<Tensor>& visible) {
+  const variable_list results = Attention::apply(q, k, v, visible);
+  return {results[0], results[1]};
+}
+
+class UpsampledDiceLoss : public torch::autograd::Function<UpsampledDiceLoss> {
+ public:
+  static Tensor forward(
+      AutogradContext* ctx,
+      const Tensor& maps,
+      const Tensor& targets,
+      bool sigmoid,
+      double eps) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto [loss, overlap, norms] = dice_forward(maps, targets, sigmoid, eps);
+    ctx->save_for_backward({maps, targets, overlap, norms});
+    ctx->saved_data["sigmoid"] = sigmoid;
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor grad = dice_backward(
+        grad_outputs[0], saved[0], saved[1], saved[2], saved[3],
+        ctx->saved_data["sigmoid"].toBool());
+    return {grad, Tensor(), Tensor(), Tensor()};
+  }
+};
+
+Tensor upsampled_dice_loss_cpu(
+    const Tensor& maps, const Tensor& targets, bool sigmoid, double eps) {
+  return std::get<0>(dice_forward(maps, targets, sigmoid, eps));
+}
+
+Tensor upsampled_dice_loss_autograd(
+    const Tensor& maps, const Tensor& targets, bool sigmoid, double eps) {
+  return UpsampledDiceLoss::apply(maps, targets, sigmoid, eps);
+}
+
+class CompareBoxes : public torch::autograd::Function<CompareBoxes> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const Tensor& boxes, const Tensor& others) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto [distance, iou, gradient] = compare_boxes(boxes, others, true);
+    ctx->save_for_backward({boxes, others, gradient});
+    return {distance, iou};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor gradient = compare_boxes_backward(
+        grad_outputs[0], grad_outputs[1], saved[0], saved[1], saved[2]);
+    return {gradient, Tensor()};
+  }
+};
+
+std::tuple<Tensor, Tensor> compare_boxes_cpu(const Tensor& boxes, const Tensor& others) {
+  const auto [distance, iou, _] = compare_boxes(boxes, others, false);
+  return {distance, iou};
+}
+
+std::tuple<Tensor, Tensor> compare_boxes_autograd(const Tensor& boxes, const Tensor& others) {
+  const variable_list outputs = CompareBoxes::apply(boxes, others);
+  return {outputs[0], outputs[1]};
 }
 
 // ---- linear layers ---------------------------------------------------------------------------
+
+Tensor rows_of(const Tensor& x) {
+  return x.contiguous().view({-1, x.size(-1)});
+}
 
 struct Linear {
   Tensor weight;  // (C', C)
@@ -89,8 +187,6 @@ LinearGradients gradients(const Linear& layer, const Tensor& rows, const Tensor&
       {0, 0}, {1, 1}, false, {0, 0}, 1, {true, true, true});
   return {as_rows(input), weight.view_as(layer.weight), bias};
 }
-
-// ---- attention -------------------------------------------------------------------------------
 
 Tensor split_heads(const Tensor& x, int64_t heads) {
   return x.view({x.size(0), x.size(1), heads, x.size(2) / heads});
@@ -447,6 +543,8 @@ class DeformableAttentionBlock : public torch::autograd::Function<DeformableAtte
   }
 };
 
+// ---- registration ----------------------------------------------------------------------------
+
 // The function that an operator is registered as: Block::apply with the arguments of Block::forward.
 template <typename Block, typename... Args>
 auto operator_of(Tensor (*)(AutogradContext*, Args...)) {
@@ -461,9 +559,38 @@ auto operator_of(variable_list (*)(AutogradContext*, Args...)) {
   };
 }
 
+void register_blocks(torch::Library& m) {
+  m.impl("feed_forward_block", operator_of<FeedForwardBlock>(&FeedForwardBlock::forward));
+  m.impl("self_attention_block", operator_of<SelfAttentionBlock>(&SelfAttentionBlock::forward));
+  m.impl("cross_attention_block", operator_of<CrossAttentionBlock>(&CrossAttentionBlock::forward));
+  m.impl("deformable_attention_block", operator_of<DeformableAttentionBlock>(&DeformableAttentionBlock::forward));
+}
+
+std::string cpu_capability() {
+  return name_of(capability());
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(psf, m) {
+  m.def("cpu_capability() -> str", &cpu_capability);
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? visible) -> (Tensor, Tensor)");
+  m.def(
+      "attention_backward(Tensor grad_output, Tensor q, Tensor k, Tensor v, Tensor? visible, "
+      "Tensor output, Tensor log_sum) -> (Tensor, Tensor, Tensor)");
+  m.def("upsampled_dice_loss(Tensor maps, Tensor targets, bool sigmoid, float eps) -> Tensor");
+  m.def("compare_boxes(Tensor boxes, Tensor others) -> (Tensor, Tensor)");
+  m.def(
+      "things_cost(Tensor logits, Tensor boxes, Tensor[] labels, Tensor[] gt_boxes, "
+      "float class_weight, float l1_weight, float iou_weight, float alpha) -> Tensor");
+  m.def(
+      "mask_maps(Tensor q, Tensor k, int[] padded, int[] valid, Tensor projection, Tensor bias, "
+      "Tensor weight, Tensor mask_bias) -> Tensor");
+  m.def(
+      "mask_maps_backward(Tensor grad, Tensor q, Tensor k, int[] padded, int[] valid, "
+      "Tensor projection, Tensor bias, Tensor weight) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("total_norm(Tensor[] tensors) -> Tensor");
   m.def(
       "feed_forward_block(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, "
       "Tensor norm_weight, Tensor norm_bias, float eps, bool gelu, bool convolve) -> Tensor");
@@ -484,18 +611,22 @@ TORCH_LIBRARY_FRAGMENT(psf, m) {
       "Tensor norm_bias, float eps, int heads, bool convolve) -> Tensor");
 }
 
-void register_blocks(torch::Library& m) {
-  m.impl("feed_forward_block", operator_of<FeedForwardBlock>(&FeedForwardBlock::forward));
-  m.impl("self_attention_block", operator_of<SelfAttentionBlock>(&SelfAttentionBlock::forward));
-  m.impl("cross_attention_block", operator_of<CrossAttentionBlock>(&CrossAttentionBlock::forward));
-  m.impl("deformable_attention_block", operator_of<DeformableAttentionBlock>(&DeformableAttentionBlock::forward));
+TORCH_LIBRARY_IMPL(psf, CPU, m) {
+  m.impl("attention", &attention_forward);
+  m.impl("attention_backward", &attention_backward);
+  m.impl("upsampled_dice_loss", &upsampled_dice_loss_cpu);
+  m.impl("compare_boxes", &compare_boxes_cpu);
+  m.impl("things_cost", &things_cost);
+  m.impl("mask_maps", &mask_maps);
+  m.impl("mask_maps_backward", &mask_maps_backward);
+  m.impl("total_norm", &total_norm);
+  register_blocks(m);  // tensors of torch.inference_mode
 }
 
 TORCH_LIBRARY_IMPL(psf, AutogradCPU, m) {
-  register_blocks(m);
-}
-
-TORCH_LIBRARY_IMPL(psf, CPU, m) {  // tensors of torch.inference_mode
+  m.impl("attention", &attention_autograd);
+  m.impl("upsampled_dice_loss", &upsampled_dice_loss_autograd);
+  m.impl("compare_boxes", &compare_boxes_autograd);
   register_blocks(m);
 }
 
