@@ -22,12 +22,11 @@ from tabulate import tabulate
 
 from psf.panoptic_png import read_panoptic_ids, write_panoptic_ids
 
-from .annotations import PanopticAnnotations
+from .ground_truth import AnnotatedImage, PanopticAnnotations, read_annotations
 from .outputs import require_output
 from .panoptic_quality import (
     ClassQuality,
     ImageRecord,
-    TruthSegment,
     add_up,
     average_quality,
     class_qualities,
@@ -56,11 +55,9 @@ class PanopticEvaluator(DatasetEvaluator):
     """
     PQ, SQ and RQ of ``panoptic_seg``, equal to panopticapi's on a single core to the last bit.
 
-    Each prediction is compared as it comes, and only its matches are kept. The annotations stay in
-    their file but for the place of each, which takes less than the matches. Unlike Detectron2's
-    evaluator the metrics do not depend on the number of processes, neither things nor stuff need
-    occur in the data set (their PQ is then NaN), and images of the same name in different folders
-    are told apart.
+    Each prediction is compared at once, and only its matches are kept. Unlike Detectron2's
+    evaluator, the metrics do not depend on the number of processes, the PQ of things or stuff is
+    NaN if the data set has none, and images of the same name may be in different folders.
     """
 
     def __init__(
@@ -112,7 +109,7 @@ class PanopticEvaluator(DatasetEvaluator):
         self.reset()
 
     def reset(self) -> None:
-        """Forget all predictions, and where the annotations are, which is found when needed."""
+        """Forget all predictions and the annotations, which are read when needed."""
         self._predicted: list[_Predicted] = []
         self._annotations: PanopticAnnotations | None = None
 
@@ -130,12 +127,12 @@ class PanopticEvaluator(DatasetEvaluator):
                 its category is unknown, or the data set has no such image.
         """
         require_output(inputs, outputs, "panoptic_seg", "PANOPTIC_ON")
-        annotations = self._find_annotations()
+        annotations = self._read_annotations()
         for record, output in zip(inputs, outputs, strict=True):
             panoptic_seg, segments_info = output["panoptic_seg"]
             ids = panoptic_seg.cpu().numpy().astype(np.uint32)
             pred = {int(info["id"]): self._dataset_id(record, info) for info in segments_info}
-            self._predicted.append(self._compare(record, ids, pred, annotations))
+            self._predicted.append(self._compare(record, ids, pred, annotations.images))
 
     def _dataset_id(self, record: Mapping[str, Any], info: Mapping[str, Any]) -> int:
         """The data set's category id of a predicted segment."""
@@ -153,20 +150,18 @@ class PanopticEvaluator(DatasetEvaluator):
         record: Mapping[str, Any],
         ids: NDArray[np.uint32],
         pred: dict[int, int],
-        annotations: PanopticAnnotations,
+        images: Mapping[Any, AnnotatedImage] | None,
     ) -> _Predicted:
         image_id = record["image_id"]
         quality = boundary_quality = annotation = None
         png = f"{Path(record['file_name']).stem}.png"
-        if annotations.are_given:
-            if image_id not in annotations.image_ids:
+        if images is not None:
+            if image_id not in images:
                 raise KeyError(
                     f"'{self._metadata.panoptic_json}' has no annotation of image {image_id!r} "
                     f"('{record['file_name']}'). Evaluate a data set with its own loader."
                 )
-            annotated = annotations.read(image_id)
-            png = annotated["file_name"]
-            truth = {s["id"]: self._truth(s, image_id) for s in annotated["segments_info"]}
+            png, truth = images[image_id].file_name, images[image_id].segments
             truth_ids = read_panoptic_ids(os.path.join(self._metadata.panoptic_root, png))
             quality = compare(truth_ids, truth, ids, pred, image_id=image_id)
             if self._boundary:
@@ -186,21 +181,12 @@ class PanopticEvaluator(DatasetEvaluator):
         infos = [{"id": i, "category_id": category_id} for i, category_id in pred.items()]
         return json.dumps({"image_id": image_id, "file_name": png, "segments_info": infos})
 
-    def _truth(self, info: Mapping[str, Any], image_id: Any) -> TruthSegment:
-        if "area" not in info:
-            raise ValueError(
-                f"'{self._metadata.panoptic_json}': segment {info['id']} of image {image_id!r} has "
-                "no 'area', which PQ needs. Complete the JSON (tools/check_dataset.py says what it "
-                "lacks)."
-            )
-        return TruthSegment(info["category_id"], info["area"], info.get("iscrowd") == 1)
-
-    def _find_annotations(self) -> PanopticAnnotations:
-        """Look through the JSON, at the first call."""
+    def _read_annotations(self) -> PanopticAnnotations:
+        """Read the JSON, at the first call."""
         if self._annotations is None:
             path = self._metadata.panoptic_json
-            annotations = PanopticAnnotations(path)
-            if not annotations.are_given and not self._save:
+            annotations = read_annotations(path)
+            if annotations.images is None and not self._save:
                 raise ValueError(
                     f"'{path}' has no annotations, as the test sets of a benchmark. Evaluate on a "
                     "validation set (DATASETS.TEST), or set MODEL.PSF.TEST.SAVE_PREDICTIONS True "
@@ -225,14 +211,14 @@ class PanopticEvaluator(DatasetEvaluator):
         if not comm.is_main_process():
             self.reset()
             return None
-        annotations = self._find_annotations()
+        annotations = self._read_annotations()
         predicted = {p.image_id: p for p in itertools.chain(*gathered)}
         if self._save:
             saved = [p.annotation for p in predicted.values() if p.annotation is not None]
             self._write_predictions(saved, annotations.categories)
         results: OrderedDict[str, dict[str, float]] = OrderedDict()
-        if annotations.are_given:
-            in_order = self._in_order(predicted, annotations.image_ids)
+        if annotations.images is not None:
+            in_order = self._in_order(predicted, annotations.images)
             categories = annotations.categories
             results["panoptic_seg"] = self._measure([p.record for p in in_order], categories, "")
             if self._boundary:

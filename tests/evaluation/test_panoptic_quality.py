@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import math
 import pickle
 from pathlib import Path
@@ -236,34 +235,3 @@ def test_a_shifted_square_has_a_lower_boundary_quality():
     ((_, mask_iou),) = pair.record().matches
     ((_, boundary_iou),) = pair.record(boundary=True).matches
     assert boundary_iou < mask_iou
-
-
-def test_hotcoco_agrees(tmp_path):
-    """Another implementation, where it is installed: means equal but for the order of additions."""
-    hotcoco = pytest.importorskip("hotcoco.panoptic")
-    rng = np.random.default_rng(0)
-    pairs = [random_pair(rng) for _ in range(20)]
-    for pair in pairs:  # hotcoco refuses a segment listed twice
-        pair.truth = list({s["id"]: s for s in pair.truth}.values())
-    both = [pair.annotations(tmp_path, i) for i, pair in enumerate(pairs)]
-    images = [
-        {
-            "id": i,
-            "file_name": f"{i}.jpg",
-            "height": p.truth_ids.shape[0],
-            "width": p.truth_ids.shape[1],
-        }
-        for i, p in enumerate(pairs)
-    ]
-    for k, kind in enumerate(("truth", "pred")):
-        content = {"images": images, "categories": CATEGORIES, "annotations": [b[k] for b in both]}
-        (tmp_path / f"{kind}.json").write_text(json.dumps(content))
-    result = hotcoco.pq_compute(
-        str(tmp_path / "truth.json"),
-        str(tmp_path / "pred.json"),
-        str(tmp_path / "truth"),
-        str(tmp_path / "pred"),
-    )
-    counts = add_up((pair.record(i) for i, pair in enumerate(pairs)), BY_ID)
-    ours = average_quality(counts, CATEGORIES, "all", None)
-    assert ours.pq == pytest.approx(100 * result["All"]["pq"], rel=1e-12)
