@@ -14,9 +14,8 @@ from detectron2.structures import Boxes, Instances
 from miniatures import HEIGHT, WIDTH, make_ade20k, make_cityscapes, make_coco, zip_folder
 from PIL import Image
 
-from psf.data import ClassMap, register_builtin
+from psf.data import ClassMap, coco_writer, register_builtin
 from psf.data.coco_panoptic import datasets_root
-from psf.data.prepare import writing
 from psf.data.prepare.__main__ import main
 from psf.data.prepare.archives import unpack
 from psf.evaluation import PanopticEvaluator, build_evaluators
@@ -198,13 +197,13 @@ def test_an_interrupted_run_goes_on(tmp_path, prepare, monkeypatch):
     make_cityscapes(tmp_path, num_images=3)
     written = []
 
-    def write(path, ids, whole=writing.write_panoptic_ids):
+    def write(path, ids, whole=coco_writer.write_panoptic_ids):
         written.append(Path(path).name)
         if len(written) == 3:
             raise KeyboardInterrupt
         whole(path, ids)
 
-    monkeypatch.setattr(writing, "write_panoptic_ids", write)
+    monkeypatch.setattr(coco_writer, "write_panoptic_ids", write)
     with pytest.raises(KeyboardInterrupt):
         prepare("cityscapes", "--allow-partial")
     truth = tmp_path / "cityscapes" / "gtFine"

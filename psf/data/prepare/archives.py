@@ -10,7 +10,7 @@ import tqdm  # type: ignore[import-untyped]
 
 def unpack(archive: Path, folder: Path, *, members: str = "") -> None:
     """
-    Unpack the files of a .zip or .tar, except those that exist with the right size.
+    Unpack the files of a .zip or .tar, if it exists, except those that have the right size already.
 
     Args:
         archive: the file.
@@ -20,6 +20,8 @@ def unpack(archive: Path, folder: Path, *, members: str = "") -> None:
     Raises:
         ValueError: the archive is damaged, or a member would be written outside ``folder``.
     """
+    if not archive.is_file():
+        return
     progress = partial(tqdm.tqdm, desc=archive.name, unit=" files", disable=None)
     try:
         if archive.suffix == ".zip":
