@@ -14,9 +14,10 @@ import numpy as np
 import pycocotools.mask
 import tqdm  # type: ignore[import-untyped]
 from numpy.typing import NDArray
-from scipy.ndimage import find_objects
 
 from psf.panoptic_png import write_panoptic_ids
+
+from .index_masks import tight_boxes
 
 logger = logging.getLogger(__name__)
 
@@ -135,18 +136,17 @@ def write_image(split: Split, image: PanopticImage) -> Entries:
 
     things = {c["id"] for c in split.categories if c["isthing"]}
     areas = np.bincount(image.index_map.ravel(), minlength=len(ids)).tolist()
-    extents = find_objects(image.index_map, max_label=len(segments))
+    boxes = tight_boxes(image.index_map, len(segments)).tolist()
     infos, instances = [], []
-    for i, (segment, extent) in enumerate(zip(segments, extents, strict=True), start=1):
-        if extent is None:
+    for i, (segment, (x0, y0, x1, y1)) in enumerate(zip(segments, boxes, strict=True), start=1):
+        if not areas[i]:
             continue
-        y, x = extent
         info = {
             "id": segment.id,
             "category_id": segment.category_id,
             "iscrowd": segment.iscrowd,
             "area": areas[i],
-            "bbox": [x.start, y.start, x.stop - x.start, y.stop - y.start],
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
         }
         infos.append(info)
         if segment.category_id in things:

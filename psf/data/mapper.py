@@ -24,7 +24,7 @@ from .augmentation import build_augmentations, distort_colors
 from .class_map import ClassMap
 from .coco_panoptic import register_listed
 from .images import read_image
-from .index_masks import IndexMasks, TargetInstances
+from .index_masks import IndexMasks, TargetInstances, tight_boxes
 from .resampling import augment, transform_index_map
 
 
@@ -222,33 +222,3 @@ def _to_instances(index_map: Tensor, classes: Sequence[int]) -> Instances:
     instances.gt_boxes = Boxes(torch.from_numpy(extents[visible].astype(np.float32)))
     instances.gt_masks = IndexMasks(index_map, tuple((visible + 1).tolist()))
     return instances
-
-
-def tight_boxes(index_map: NDArray[np.integer], count: int) -> NDArray[np.int64]:
-    """
-    The box around the pixels of each index, in one pass over runs of equal pixels.
-
-    Args:
-        index_map: (h, w), in 0..count; 0 is none.
-        count: of indices G.
-
-    Returns:
-        (G, 4), x0, y0, x1, y1, ends excluded; of index i + 1 in row i, zeros where it is absent.
-    """
-    height, width = index_map.shape
-    flat = np.ascontiguousarray(index_map).ravel()
-    is_start = np.empty(flat.size, dtype=bool)
-    np.not_equal(flat[1:], flat[:-1], out=is_start[1:])
-    is_start[::width] = True  # runs end with their row
-    starts = np.flatnonzero(is_start)
-    rows, columns = np.divmod(starts, width)
-    ends = columns + np.diff(starts, append=flat.size)
-    indices = flat[starts]
-    boxes = np.zeros((count + 1, 4), dtype=np.int64)
-    boxes[:, :2] = [width, height]
-    np.minimum.at(boxes[:, 0], indices, columns)
-    np.minimum.at(boxes[:, 1], indices, rows)
-    np.maximum.at(boxes[:, 2], indices, ends)
-    np.maximum.at(boxes[:, 3], indices, rows + 1)
-    boxes[boxes[:, 2] == 0] = 0
-    return boxes[1:]

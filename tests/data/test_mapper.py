@@ -25,8 +25,7 @@ from psf.data import (
     register_panoptic,
 )
 from psf.data.augmentation import distort_colors
-from psf.data.index_masks import TargetInstances
-from psf.data.mapper import tight_boxes
+from psf.data.index_masks import TargetInstances, tight_boxes
 from psf.data.resampling import transform_image, transform_index_map
 from psf.panoptic_png import read_panoptic_ids
 
