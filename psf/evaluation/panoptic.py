@@ -28,16 +28,14 @@ from .panoptic_quality import (
     ClassQuality,
     ImageRecord,
     add_up,
-    average_quality,
-    class_qualities,
     compare,
+    quality_rows,
 )
 from .pictures import write_quality_bars
 
 logger = logging.getLogger(__name__)
 
-# Detectron2's suffixes of the averages, the rows of the table, and the selection by ``isthing``.
-_AVERAGES = {"": ("all", None), "_th": ("things", True), "_st": ("stuff", False)}
+_SUFFIXES = ("", "_th", "_st")  # Detectron2's, of the means over all classes, things and stuff
 
 PREDICTIONS = "predictions"
 
@@ -248,16 +246,12 @@ class PanopticEvaluator(DatasetEvaluator):
     ) -> dict[str, float]:
         """Add up, report, and give Detectron2's names to the numbers."""
         counts = add_up((r for r in records if r is not None), self._known)
-        classes = class_qualities(counts, categories)
-        averages = {
-            suffix: average_quality(counts, categories, name, isthing)
-            for suffix, (name, isthing) in _AVERAGES.items()
-        }
-        self._report([*averages.values(), *classes], prefix)
+        rows = quality_rows(counts, categories)
+        self._report(rows, prefix)
         results: dict[str, float] = {}
-        for suffix, row in averages.items():
+        for suffix, row in zip(_SUFFIXES, rows, strict=False):
             results |= {f"PQ{suffix}": row.pq, f"SQ{suffix}": row.sq, f"RQ{suffix}": row.rq}
-        return results | {f"PQ-{row.name}": row.pq for row in classes}
+        return results | {f"PQ-{row.name}": row.pq for row in rows[len(_SUFFIXES) :]}
 
     def _report(self, rows: Sequence[ClassQuality], prefix: str) -> None:
         table = quality_table(rows)

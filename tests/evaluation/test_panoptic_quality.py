@@ -17,10 +17,9 @@ from psf.evaluation.panoptic_quality import (
     ImageRecord,
     TruthSegment,
     add_up,
-    average_quality,
-    class_qualities,
     compare,
     count_overlaps,
+    quality_rows,
 )
 
 CATEGORIES = [{"id": i, "name": str(i), "isthing": int(i % 2)} for i in (3, 4, 7, 20, 21)]
@@ -77,15 +76,15 @@ def assert_equals_panopticapi(pairs, folder):
     for category_id in BY_ID:
         theirs = expected[category_id]
         assert counts[category_id] == (float(theirs.iou), theirs.tp, theirs.fp, theirs.fn)
-    for isthing in (None, True, False):
-        group = average_quality(counts, CATEGORIES, "group", isthing)
+    rows = quality_rows(counts, CATEGORIES)
+    for group, isthing in zip(rows, (None, True, False), strict=False):
         if math.isnan(group.pq):
             with pytest.raises(ZeroDivisionError):
                 expected.pq_average(BY_ID, isthing)
             continue
         means, by_class = expected.pq_average(BY_ID, isthing)
         assert (group.pq, group.sq, group.rq) == tuple(100 * means[k] for k in ("pq", "sq", "rq"))
-        for row, category in zip(class_qualities(counts, CATEGORIES), CATEGORIES, strict=True):
+        for row, category in zip(rows[3:], CATEGORIES, strict=True):
             if category["id"] in by_class and row.tp + row.fp + row.fn:
                 assert row.pq == 100 * by_class[category["id"]]["pq"]
 
@@ -125,9 +124,7 @@ def test_random_maps(tmp_path, seed):
 
 
 def test_no_images():
-    counts = add_up([], BY_ID)
-    assert all(math.isnan(row.pq) for row in class_qualities(counts, CATEGORIES))
-    assert math.isnan(average_quality(counts, CATEGORIES, "all", None).pq)
+    assert all(math.isnan(row.pq) for row in quality_rows(add_up([], BY_ID), CATEGORIES))
 
 
 ROW = [1] * 6 + [0] * 4
