@@ -46,7 +46,7 @@ class _Predicted(NamedTuple):
     image_id: Any
     record: ImageRecord | None  # None: there is no ground truth
     boundary_record: ImageRecord | None
-    annotation: str | None  # JSON; None: predictions are not saved
+    annotation: dict[str, Any] | None  # of the predictions' JSON; None: they are not saved
 
 
 class PanopticEvaluator(DatasetEvaluator):
@@ -69,14 +69,14 @@ class PanopticEvaluator(DatasetEvaluator):
         """
         Args:
             dataset_name: registered with Detectron2, with ``panoptic_json`` and ``panoptic_root``.
-            output_dir: for ``pq.txt``, ``panoptic_results.json`` and ``pq.png``; None: nowhere.
-            boundary: measure Boundary PQ too.
-            save_predictions: write them to ``output_dir`` as COCO's servers take them:
-                ``predictions.json`` and the PNGs in ``predictions/``. A data set without
-                annotations is then fine, and not measured.
+            output_dir: for ``pq.txt``, ``panoptic_results.json`` and ``pq.png``; None: not written.
+            boundary: also measure Boundary PQ.
+            save_predictions: write ``predictions.json`` and ``predictions/*.png`` to ``output_dir``
+                in the format of COCO's server. Then the data set may lack annotations; it is not
+                measured.
 
         Raises:
-            ValueError: the data set is not a panoptic one, or predictions have nowhere to go.
+            ValueError: the data set is not panoptic, or predictions are saved without output_dir.
             FileNotFoundError: its annotations do not exist.
         """
         if save_predictions and output_dir is None:
@@ -172,12 +172,12 @@ class PanopticEvaluator(DatasetEvaluator):
 
     def _save_prediction(
         self, image_id: Any, png: str, ids: NDArray[np.uint32], pred: dict[int, int]
-    ) -> str:
+    ) -> dict[str, Any]:
         path = os.path.join(str(self._output_dir), PREDICTIONS, png)
         PathManager.mkdirs(os.path.dirname(path))
         write_panoptic_ids(path, ids)
         infos = [{"id": i, "category_id": category_id} for i, category_id in pred.items()]
-        return json.dumps({"image_id": image_id, "file_name": png, "segments_info": infos})
+        return {"image_id": image_id, "file_name": png, "segments_info": infos}
 
     def _read_annotations(self) -> PanopticAnnotations:
         """Read the JSON, at the first call."""
@@ -200,8 +200,8 @@ class PanopticEvaluator(DatasetEvaluator):
 
         Returns:
             On the main process, under "panoptic_seg" and in percent: PQ, SQ, RQ, the same with _th
-            (things) and _st (stuff), and "PQ-<class>" of each class; NaN where neither the ground
-            truth nor the predictions have a segment. With Boundary PQ, the same under
+            (things) and _st (stuff), and "PQ-<class>" for each class; NaN where neither ground
+            truth nor predictions have a segment. Boundary PQ likewise under
             "boundary_panoptic_seg". None on the other processes.
         """
         comm.synchronize()
@@ -244,7 +244,7 @@ class PanopticEvaluator(DatasetEvaluator):
         categories: Sequence[Mapping[str, Any]],
         prefix: str,
     ) -> dict[str, float]:
-        """Add up, report, and give Detectron2's names to the numbers."""
+        """Add up and report; returns the numbers under Detectron2's names."""
         counts = add_up((r for r in records if r is not None), self._known)
         rows = quality_rows(counts, categories)
         self._report(rows, prefix)
@@ -271,16 +271,14 @@ class PanopticEvaluator(DatasetEvaluator):
         write_quality_bars(rows, os.path.join(self._output_dir, f"{prefix}pq.png"), title=title)
 
     def _write_predictions(
-        self, annotations: Sequence[str], categories: Sequence[Mapping[str, Any]]
+        self,
+        annotations: Sequence[Mapping[str, Any]],
+        categories: Sequence[Mapping[str, Any]],
     ) -> None:
         """Write the JSON of a submission (cocodataset.org/#format-results)."""
         path = os.path.join(str(self._output_dir), f"{PREDICTIONS}.json")
         with PathManager.open(path, "w", encoding="utf-8") as file:
-            file.write('{"annotations": [')
-            file.writelines(
-                f"{',' if i else ''}\n{annotation}" for i, annotation in enumerate(annotations)
-            )
-            file.write(f'\n],\n"categories": {json.dumps(categories)}}}\n')
+            file.write(json.dumps({"annotations": annotations, "categories": categories}))
         logger.info("Wrote the predictions for %d images to '%s'.", len(annotations), path)
 
 
