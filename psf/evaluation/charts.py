@@ -29,13 +29,12 @@ def write_curves(
     """
     Draw losses and panoptic quality against the iterations.
 
-    Losses of all decoder layers (``loss_mask``, ``loss_mask_0``, ...) are added up. Where a resumed
-    training repeated iterations, the last values count.
+    The losses of all decoder layers (``loss_mask``, ``loss_mask_0``, ...) are added up. If resumed
+    training repeated iterations, the last values are drawn.
 
     Args:
-        metrics_json: Detectron2's log, one JSON object a line; damaged lines (of a killed training)
-            are skipped.
-        path: the PNG to write; its folder is made.
+        metrics_json: Detectron2's log, one JSON object per line. Damaged lines are skipped.
+        path: the PNG to write; its folder is created.
         window: logged values in the running mean of the losses.
     """
     records = read_metrics(metrics_json)
@@ -58,12 +57,12 @@ def write_quality_bars(
     rows: Sequence[ClassQuality], path: str | os.PathLike[str], *, title: str = "Panoptic quality"
 ) -> None:
     """
-    Draw the PQ of every class as a bar, things and stuff apart, best first.
+    Draw the PQ of each class as a bar, things and stuff separately, best first.
 
     Args:
-        rows: of classes and of groups, whose means are drawn as lines. Classes without a value are
-            left out and counted.
-        path: the PNG to write; its folder is made.
+        rows: of classes, and of groups, whose means are drawn as lines. Classes without a value are
+            only counted.
+        path: the PNG to write; its folder is created.
         title: of the picture.
     """
     columns = [
@@ -139,7 +138,7 @@ def loss_curves(records: dict[int, dict[str, float]]) -> Curves:
 
 
 def quality_curves(records: dict[int, dict[str, float]]) -> Curves:
-    """PQ, PQ_th and PQ_st; Detectron2 puts the data set's name in front where there are several."""
+    """PQ, PQ_th and PQ_st; with several data sets, Detectron2 puts their names in front."""
     curves: Curves = {}
     for iteration, record in records.items():
         for key, value in record.items():
@@ -178,10 +177,10 @@ def _draw_quality(axes: Axes, curves: Curves) -> None:
 
 
 def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Mean over the window around each value, cut at the ends."""
+    """Mean over the window around each value; smaller windows at the ends."""
     sums = np.concatenate([[0.0], values.cumsum()])
     index = np.arange(len(values))
-    # As far to the left as to the right, or the ends would lag behind.
+    # Symmetric windows, so that the ends do not lag.
     half = np.minimum(np.minimum(index, len(values) - 1 - index), window // 2)
     return (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)
 

@@ -55,15 +55,15 @@ def draw_panoptic(
     """
     Draw segments and their names over an image with Detectron2's Visualizer.
 
-    The same arguments give the same picture, and NumPy's random state stays as it was.
+    The colours are repeatable, and NumPy's random state is restored.
 
     Args:
         image_rgb: (H, W, 3).
         panoptic_seg: (H, W) int32, the id of the segment at each pixel.
         segments_info: id, category_id (contiguous), isthing and possibly score and iscrowd of each
-            segment. Ids that are not listed are not drawn.
+            segment. Other ids are not drawn.
         metadata: of the data set, with names and colours of the classes.
-        scale: size of the picture relative to the image; text keeps its size.
+        scale: size of the picture relative to the image; the size of the text is fixed.
 
     Returns:
         (round(scale * H), round(scale * W), 3), each side at least 1.
@@ -94,7 +94,7 @@ def resize_picture(array: NDArray[Any], scale: float) -> NDArray[Any]:
 
 @contextlib.contextmanager
 def _repeatable_colors() -> Iterator[None]:
-    """Detectron2 varies the colours of instances with NumPy's global random numbers."""
+    """Detectron2 draws the colours of instances from NumPy's global generator."""
     state = np.random.get_state()
     np.random.seed(0)
     try:
@@ -112,7 +112,7 @@ def write_contact_sheet(
     Args:
         samples: of any image sizes; small images are enlarged and big ones reduced.
         metadata: of the data set.
-        path: the PNG to write; its folder is made.
+        path: the PNG to write; its folder is created.
     """
     images = [read_image(sample.dataset_dict["file_name"], "RGB") for sample in samples]
     cell = cell_size(images)
@@ -144,7 +144,7 @@ def write_sheet(
         rows: from top to bottom.
         titles: of the columns.
         cell: width of a column; no picture is wider.
-        path: the PNG to write; its folder is made.
+        path: the PNG to write; its folder is created.
     """
     width = len(titles) * (cell + _GAP) + _GAP
     height = _CAPTION + sum(_CAPTION + row.pictures[0].shape[0] + _GAP for row in rows)
