@@ -216,11 +216,6 @@ def own_step(way: str, args: argparse.Namespace) -> Any:
     cfg.merge_from_file(CONFIG)
     cfg.merge_from_list([*WAYS.get(way, []), "MODEL.WEIGHTS", "", "MODEL.DEVICE", args.device])
     model = build_model(cfg).train()
-    if way not in (PLAIN, "compile") and args.device == "cpu":  # as the trainer does
-        from psf.layers.linear import convolutions_pay_in_training, multiply_by_convolutions
-
-        if convolutions_pay_in_training():
-            multiply_by_convolutions(model)
     if way == "compile":
         from psf.trainer import compile_layers
 

@@ -1,7 +1,6 @@
 """Training and evaluation with Detectron2's engine, on a CPU as on GPUs."""
 
 import contextlib
-import gc
 import logging
 import math
 import os
@@ -39,8 +38,6 @@ from psf.evaluation.pictures import (
 )
 from psf.finetuning import ClassCheckpointer
 from psf.layers.host_memory import keep_freed_memory
-from psf.layers.linear import convolutions_pay_in_training, multiply_by_convolutions
-from psf.layers.total_norm import total_norm
 from psf.modeling.location_decoder import LocationDecoderLayer
 from psf.modeling.mask_decoder import MaskDecoderLayer
 from psf.modeling.pixel_encoder import EncoderLayer
@@ -145,17 +142,10 @@ class TrainStep(SimpleTrainer):
         return total
 
     def _step(self) -> None:
-        """Clip the gradient and change the weights."""
-        fused = self.optimizer.defaults.get("fused", False)
+        """Clip the gradient and update the weights."""
         if self.clip_norm is not None:
             self.grad_scaler.unscale_(self.optimizer)
-            if fused and not self.grad_scaler.is_enabled():
-                # The kernel divides by this as it reads the gradient: no pass of its own.
-                gradients = [p.grad for p in self.parameters if p.grad is not None]
-                norm = total_norm(gradients)
-                self.optimizer.grad_scale = (norm / self.clip_norm).clamp(min=1)
-            else:
-                nn.utils.clip_grad_norm_(self.parameters, self.clip_norm, foreach=True)
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
@@ -245,9 +235,6 @@ class Trainer(DefaultTrainer):
         on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
         if on_cpu:
             keep_freed_memory()
-            # The compiler has its own ways.
-            if not cfg.SOLVER.COMPILE and convolutions_pay_in_training():
-                multiply_by_convolutions(model)
         model = create_ddp_model(
             model,
             broadcast_buffers=False,
@@ -273,15 +260,6 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
-
-    def train(self) -> Any:
-        """Run the training; what exists now lasts as long as it, so no collection looks at it."""
-        gc.collect()
-        gc.freeze()
-        try:
-            return super().train()
-        finally:
-            gc.unfreeze()
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, then the pictures: they need the last evaluation in metrics.json."""
