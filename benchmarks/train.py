@@ -211,7 +211,7 @@ def own_step(way: str, args: argparse.Namespace) -> Any:
     from psf.solver import build_optimizer, full_model_clip_norm
     from psf.trainer import TrainStep
 
-    cfg = get_cfg()
+    cfg = get_cfg()  # older checkouts have no psf.load_config
     add_psf_config(cfg)
     cfg.merge_from_file(CONFIG)
     cfg.merge_from_list([*WAYS.get(way, []), "MODEL.WEIGHTS", "", "MODEL.DEVICE", args.device])
