@@ -35,6 +35,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
+
 import torch
 from torch import Tensor, nn
 

@@ -24,6 +24,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
+
 import torch
 from cpu_time import RESULTS, environment, write_result
 

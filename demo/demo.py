@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
+
 import cv2
 import numpy as np
 from detectron2.config import CfgNode

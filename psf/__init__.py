@@ -6,6 +6,8 @@ Without Detectron2 only ``psf.layers`` and the core of ``psf.modeling`` (plain P
 
 from importlib.util import find_spec
 
+from . import threads as _threads  # noqa: F401  before torch is loaded
+
 __version__ = "0.1.0"
 
 if find_spec("detectron2") is not None:

@@ -2,6 +2,8 @@
 
 import random
 
+import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
+
 import numpy as np
 import pytest
 import torch

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
+
 import cv2
 import numpy as np
 from detectron2.config import CfgNode
