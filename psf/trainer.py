@@ -39,11 +39,7 @@ from psf.evaluation.pictures import (
 )
 from psf.finetuning import ClassCheckpointer
 from psf.layers.host_memory import keep_freed_memory
-from psf.layers.linear import convolutions_pay_in_training, multiply_by_convolutions
-from psf.layers.total_norm import total_norm
-from psf.modeling.location_decoder import LocationDecoderLayer
-from psf.modeling.mask_decoder import MaskDecoderLayer
-from psf.modeling.pixel_encoder import EncoderLayer
+from psf.modeling.build import TRANSFORMER_LAYERS
 from psf.solver import (
     build_optimizer,
     check_reference_world_size,
@@ -152,7 +148,7 @@ class TrainStep(SimpleTrainer):
             if fused and not self.grad_scaler.is_enabled():
                 # The kernel divides by this as it reads the gradient: no pass of its own.
                 gradients = [p.grad for p in self.parameters if p.grad is not None]
-                norm = total_norm(gradients)
+                norm = nn.utils.get_total_norm(gradients)
                 self.optimizer.grad_scale = (norm / self.clip_norm).clamp(min=1)
             else:
                 nn.utils.clip_grad_norm_(self.parameters, self.clip_norm, foreach=True)
@@ -197,24 +193,21 @@ def compile_layers(model: nn.Module) -> None:
         )
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, MOST_TRANSLATIONS)
-    kinds = (BottleneckBlock, BasicBlock, EncoderLayer, LocationDecoderLayer)
+    kinds = (BottleneckBlock, BasicBlock, *TRANSFORMER_LAYERS)
     for module in model.modules():
         if isinstance(module, kinds):
-            _compile_in_training(module, "forward")
-        elif isinstance(module, MaskDecoderLayer):
-            _compile_in_training(module, "self_attended")
-            _compile_in_training(module, "refine")
+            _compile_in_training(module)
 
 
-def _compile_in_training(module: nn.Module, method: str) -> None:
+def _compile_in_training(module: nn.Module) -> None:
     """Evaluation would need translations of its own, for little time spent there."""
-    plain = getattr(module, method)
+    plain = module.forward
     compiled = torch.compile(plain)
 
     def choose(*args: Any) -> Any:
         return compiled(*args) if module.training else plain(*args)
 
-    setattr(module, method, choose)
+    module.forward = choose
 
 
 class PicturesHook(HookBase):
@@ -245,9 +238,6 @@ class Trainer(DefaultTrainer):
         on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
         if on_cpu:
             keep_freed_memory()
-            # The compiler has its own ways.
-            if not cfg.SOLVER.COMPILE and convolutions_pay_in_training():
-                multiply_by_convolutions(model)
         model = create_ddp_model(
             model,
             broadcast_buffers=False,

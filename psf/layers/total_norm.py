@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from psf.layers.native import has_cpu_kernels
+from psf.layers.ms_deform_attn import has_extension
 
 
 @torch.no_grad()
@@ -22,6 +22,6 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     Returns:
         (), of their type.
     """
-    if gradients and has_cpu_kernels(*gradients):
+    if gradients and has_extension():
         return torch.ops.psf.total_norm.default(gradients)
     return nn.utils.get_total_norm(gradients, foreach=True)
