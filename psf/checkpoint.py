@@ -95,8 +95,8 @@ _LOCATION_LAYER = {
 _ATTENTION_MAPS = {
     "q.": "q_proj.",
     "k.": "k_proj.",
-    **{f"linear_l{level + 1}.0.": f"level_projs.{level}." for level in (0, 1, 2)},
-    "linear.0.": "mask_proj.",
+    **{f"linear_l{level + 1}.0.": f"mask_head.level_projs.{level}." for level in (0, 1, 2)},
+    "linear.0.": "mask_head.mask_proj.",
 }
 _MASK_LAYER = {
     **_inside("attn.", "cross_attn.", {**_ATTENTION_MAPS, "v.": "v_proj.", "proj.": "out_proj."}),
@@ -121,8 +121,8 @@ _HEADS = {
     **{f"neck.convs.{level}.gn.": f"input_proj.{level}.1." for level in (0, 1, 2)},
     "neck.extra_convs.0.conv.": "input_proj.3.0.",
     "neck.extra_convs.0.gn.": "input_proj.3.1.",
-    "bbox_head.transformer.level_embeds": "pixel_encoder.level_embed",
-    **_inside("bbox_head.transformer.encoder.layers.*.", "pixel_encoder.layers.*.", _ENCODER_LAYER),
+    "bbox_head.transformer.level_embeds": "encoder.level_embed",
+    **_inside("bbox_head.transformer.encoder.layers.*.", "encoder.layers.*.", _ENCODER_LAYER),
     **_inside(
         "bbox_head.transformer.decoder.layers.*.", "location_decoder.layers.*.", _LOCATION_LAYER
     ),

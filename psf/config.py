@@ -124,7 +124,7 @@ def _add_model(cfg: CN) -> None:
     cfg.MODEL.PSF.LOCATION_DECODER.DEC_LAYERS = 6  # paper, section 4.2
 
     # Parts whose layers compute their activations again in the backward pass, instead of storing
-    # them: "backbone" (Detectron2's ResNets), "pixel_encoder", "location_decoder", "mask_decoder".
+    # them: "backbone" (Detectron2's ResNets), "encoder", "location_decoder", "mask_decoder".
     # Same losses and gradients for less memory and more time (docs/training_performance.md).
     cfg.MODEL.PSF.CHECKPOINT = []
 

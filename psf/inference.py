@@ -53,7 +53,7 @@ def optimize_for_inference(model: PanopticSegFormer) -> PanopticSegFormer:
     """
     model.eval()
     fold_frozen_batch_norms(model.backbone)
-    precision = model.inference_options.precision
+    precision = model.runtime.precision
     if precision != torch.float32:
         for module in model.modules():
             if is_linear(module) or isinstance(module, nn.Conv2d):

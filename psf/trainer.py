@@ -38,9 +38,7 @@ from psf.evaluation.pictures import (
 )
 from psf.finetuning import ClassCheckpointer
 from psf.layers.host_memory import keep_freed_memory
-from psf.modeling.location_decoder import LocationDecoderLayer
-from psf.modeling.mask_decoder import MaskDecoderLayer
-from psf.modeling.pixel_encoder import EncoderLayer
+from psf.modeling.build import TRANSFORMER_LAYERS
 from psf.solver import (
     build_optimizer,
     check_reference_world_size,
@@ -187,24 +185,21 @@ def compile_layers(model: nn.Module) -> None:
         )
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, MOST_TRANSLATIONS)
-    kinds = (BottleneckBlock, BasicBlock, EncoderLayer, LocationDecoderLayer)
+    kinds = (BottleneckBlock, BasicBlock, *TRANSFORMER_LAYERS)
     for module in model.modules():
         if isinstance(module, kinds):
-            _compile_in_training(module, "forward")
-        elif isinstance(module, MaskDecoderLayer):
-            _compile_in_training(module, "self_attended")
-            _compile_in_training(module, "refine")
+            _compile_in_training(module)
 
 
-def _compile_in_training(module: nn.Module, method: str) -> None:
+def _compile_in_training(module: nn.Module) -> None:
     """Evaluation would need translations of its own, for little time spent there."""
-    plain = getattr(module, method)
+    plain = module.forward
     compiled = torch.compile(plain)
 
     def choose(*args: Any) -> Any:
         return compiled(*args) if module.training else plain(*args)
 
-    setattr(module, method, choose)
+    module.forward = choose
 
 
 class PicturesHook(HookBase):

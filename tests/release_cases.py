@@ -23,6 +23,9 @@ from torch import Tensor, nn
 
 from psf import checkpoint
 from psf.config import load_config
+from psf.modeling.criterion import matched_queries
+from psf.modeling.mask_decoder import MaskPredictions
+from psf.modeling.runtime import valid_sizes
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT.parent / "shared/reference"
@@ -157,6 +160,23 @@ def small_model() -> nn.Module:
     model = build_model(release_cfg("R50_24ep", SMALL)).eval()
     load_seeded(model, SMALL_SEED, arrays(SHIPPED, "small/overrides"))
     return model
+
+
+def predict_and_match(model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """Location predictions, mask predictions, targets and matchings of a training image."""
+    feature_maps, valid_shapes = model.extract_features(model.preprocess_images([inputs]))
+    memory, locations, outputs = model.transformer(
+        feature_maps, *valid_sizes(feature_maps, valid_shapes)
+    )
+    targets = model.prepare_targets([inputs])
+    matchings = model.criterion.match(locations, targets)
+    queries = matched_queries(matchings[-1], targets)
+    decoder = model.mask_decoder
+    predictions = MaskPredictions(
+        *decoder.predict_classes(outputs, locations, last_only=False),
+        *decoder.predict_masks(outputs, locations, memory, valid_shapes, queries, last_only=False),
+    )
+    return locations, predictions, targets, matchings
 
 
 def training_input(case: Mapping[str, Tensor], image: Tensor) -> dict[str, Any]:

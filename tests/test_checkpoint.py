@@ -21,9 +21,9 @@ RESNET = {
 HEADS = {
     "neck.convs.2.gn.weight": "input_proj.2.1.weight",
     "neck.extra_convs.0.conv.weight": "input_proj.3.0.weight",
-    "bbox_head.transformer.level_embeds": "pixel_encoder.level_embed",
+    "bbox_head.transformer.level_embeds": "encoder.level_embed",
     "bbox_head.transformer.encoder.layers.5.ffns.0.layers.0.0.bias": (
-        "pixel_encoder.layers.5.ffn.0.bias"
+        "encoder.layers.5.ffn.0.bias"
     ),
     "bbox_head.transformer.decoder.layers.1.attentions.0.attn.in_proj_weight": (
         "location_decoder.layers.1.self_attn.in_proj_weight"
@@ -35,12 +35,14 @@ HEADS = {
     "bbox_head.reg_branches.0.4.bias": "location_decoder.box_heads.0.4.bias",
     "bbox_head.cls_stuff_branches.5.weight": "mask_decoder.stuff_heads.5.weight",
     "bbox_head.things_mask_head.blocks.3.attn.linear_l2.0.weight": (
-        "mask_decoder.things.layers.3.cross_attn.level_projs.1.weight"
+        "mask_decoder.things.layers.3.cross_attn.mask_head.level_projs.1.weight"
     ),
     "bbox_head.stuff_mask_head.blocks.0.self_attention.qkv.bias": (
         "mask_decoder.stuff.layers.0.self_attn.in_proj_bias"
     ),
-    "bbox_head.stuff_mask_head.attnen.linear.0.weight": "mask_decoder.stuff.tail.mask_proj.weight",
+    "bbox_head.stuff_mask_head.attnen.linear.0.weight": (
+        "mask_decoder.stuff.tail.mask_head.mask_proj.weight"
+    ),
 }
 NAMES = {
     "ResNet": RESNET,

@@ -110,7 +110,7 @@ def test_a_checkpoint_of_other_classes(shapes_cfg, tmp_path, other_classes, capl
         assert torch.equal(new[HEAD][row], expected)
     for row, name in enumerate(ours.stuff):
         assert torch.equal(new[STUFF][row], old[STUFF][names.stuff.index(name)])
-    encoder = next(n for n in old if n.startswith("pixel_encoder"))
+    encoder = next(n for n in old if n.startswith("encoder"))
     assert torch.equal(new[encoder], old[encoder])
     shapes_cfg.SOLVER.MAX_ITER = 1
     trainer.max_iter = 1

@@ -38,9 +38,9 @@ def test_every_parameter_has_its_rate(solver_cfg):
     expected = {
         "backbone.stem.conv1.weight": (0.005, 0.001),
         "backbone.stem.conv1.norm.weight": (0.005, 0.002),
-        "pixel_encoder.layers.0.self_attn.sampling_offsets.weight": (0.001, 0.001),
-        "pixel_encoder.layers.0.self_attn.value_proj.weight": (0.01, 0.001),
-        "pixel_encoder.layers.0.norm1.weight": (0.01, 0.002),
+        "encoder.layers.0.self_attn.sampling_offsets.weight": (0.001, 0.001),
+        "encoder.layers.0.self_attn.value_proj.weight": (0.01, 0.001),
+        "encoder.layers.0.norm1.weight": (0.01, 0.002),
         "location_decoder.reference_points.bias": (0.001, 0.001),
         "location_decoder.query_embed.weight": (0.01, 0.001),
         "mask_decoder.thing_heads.0.weight": (0.01, 0.001),
