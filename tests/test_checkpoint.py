@@ -135,7 +135,7 @@ def test_early_names_and_prefixes(prefix):
 
 
 def test_weights_that_are_not_where_they_should_be():
-    with pytest.raises(ValueError, match=r"'state_dict' nor under 'model'.*net are not tensors"):
+    with pytest.raises(ValueError, match=r"under 'state_dict' or 'model'.*net are not tensors"):
         checkpoint.find_state_dict({"net": {"weight": torch.zeros(1)}})
 
 
@@ -146,7 +146,7 @@ class Dangerous:
 
 def test_a_file_that_could_run_code(tmp_path, capsys):
     torch.save({"state_dict": Dangerous()}, tmp_path / "file.pth")
-    with pytest.raises(ValueError, match=r"file\.pth' is not .*: it holds [\w.]*print\. Any"):
+    with pytest.raises(ValueError, match=r"file\.pth' is not .*: it holds [\w.]*print\. Reading"):
         checkpoint.read(str(tmp_path / "file.pth"))
     assert capsys.readouterr().out == ""
 
@@ -161,7 +161,7 @@ def test_a_file_of_something_else(tmp_path):
     ("content", "message"),
     [
         (b"", "not a PyTorch checkpoint: it is empty"),
-        (b"<html>404</html>", "not a PyTorch checkpoint: it begins with b'<htm'.*fetch it again"),
+        (b"<html>404</html>", "not a PyTorch checkpoint: it begins with b'<htm'.*repeat it"),
         (pickle.dumps({"a": 1}), "a pickle of another kind"),
         (b"PK\x03\x04" + bytes(100), "zip file of another kind"),
     ],
