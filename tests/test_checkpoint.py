@@ -211,7 +211,7 @@ class TestTool:
     def test_to_authors_what_is_theirs(self, tmp_path):
         names = weights(*NAMES["released Panoptic SegFormer on ResNet"])
         torch.save({"state_dict": names}, tmp_path / "in.pth")
-        with pytest.raises(SystemExit, match="has the authors' names already"):
+        with pytest.raises(SystemExit, match="already has the authors' names"):
             convert_checkpoint.main(
                 ["--to-authors", str(tmp_path / "in.pth"), str(tmp_path / "out.pth")]
             )
