@@ -35,7 +35,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
+import psf  # isort: skip  # noqa: F401  before torch is loaded (psf.threads)
 
 import torch
 from torch import Tensor, nn

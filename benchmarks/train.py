@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
+import psf  # isort: skip  # noqa: F401  before torch is loaded (psf.threads)
 
 import torch
 from cpu_time import RESULTS, environment, write_result
