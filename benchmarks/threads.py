@@ -1,10 +1,10 @@
-"""Milliseconds of a training iteration of ``configs/shapes`` by how long idle OpenMP threads spin.
+"""Time of a training iteration of ``configs/shapes`` by spin count of waiting OpenMP threads.
 
 python benchmarks/threads.py --spins 300000 10000 1000 0
 
-Every spin count (GOMP_SPINCOUNT; 300000 is libgomp's default) has a process of its own. In each
-round all of them run a few iterations, once alone and once beside a busy process, in changing
-order. Ratios are medians, over the rounds, of the ratio to the first spin count alone.
+Each spin count (GOMP_SPINCOUNT; libgomp's default is 300000) trains in its own process. In each
+round every process runs some iterations alone, then some beside a busy process. Ratios are medians
+over the rounds, relative to the first spin count alone.
 """
 
 import argparse
@@ -20,7 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BUSY = [sys.executable, "-c", "while True: pass"]
+# Ends with the process that starts it.
+BUSY = [
+    sys.executable,
+    "-c",
+    "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass",
+]
 
 
 def main() -> None:
@@ -29,9 +34,9 @@ def main() -> None:
     )
     parser.add_argument("--spins", type=int, nargs="+", default=[300000, 10000, 1000, 0])
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--iterations", type=int, default=10, help="of a turn (%(default)s)")
+    parser.add_argument("--iterations", type=int, default=10, help="per turn (%(default)s)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="(%(default)s)")
-    parser.add_argument("--name", default="threads", help="of the result's file")
+    parser.add_argument("--name", default="threads", help="name of the result's file")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
@@ -84,7 +89,7 @@ def running(process: "subprocess.Popen[bytes]") -> Iterator[None]:
 
 
 def start(spins: int, threads: int) -> "subprocess.Popen[str]":
-    """A process that trains as many iterations as each line of its input says."""
+    """Start a process that reads numbers of iterations and answers with their seconds."""
     variables = {"GOMP_SPINCOUNT": str(spins), "OMP_NUM_THREADS": str(threads)}
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
@@ -97,13 +102,13 @@ def start(spins: int, threads: int) -> "subprocess.Popen[str]":
 
 
 def run(process: "subprocess.Popen[str]", iterations: int) -> float:
-    """Seconds of some iterations."""
+    """Run iterations in a process; returns seconds."""
     assert process.stdin is not None
     assert process.stdout is not None
     print(iterations, file=process.stdin, flush=True)
     line = process.stdout.readline()
     if not line:
-        raise SystemExit("A training ended; see its messages above")
+        raise SystemExit("A training failed; see its messages above")
     return float(line)
 
 
@@ -115,7 +120,7 @@ def serve() -> None:
     from psf.trainer import Trainer
 
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # everything else that prints
+    os.dup2(2, 1)  # all other output
     cfg = load_config("shapes/panoptic_segformer_shapes.yaml", ["MODEL.DEVICE", "cpu"])
     seed_all_rng(cfg.SEED)
     with tempfile.TemporaryDirectory() as folder, EventStorage() as storage:
