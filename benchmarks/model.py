@@ -35,6 +35,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
+
 import torch
 from torch import Tensor, nn
 
@@ -87,7 +89,7 @@ def own_model(backbone: str, device: str, test_keys: dict[str, Any]) -> nn.Modul
 
     from psf import add_psf_config
 
-    cfg = get_cfg()
+    cfg = get_cfg()  # older checkouts have no psf.load_config
     add_psf_config(cfg)
     cfg.merge_from_file(str(CONFIG))
     cfg.merge_from_list(["MODEL.WEIGHTS", "", "MODEL.DEVICE", device, *BACKBONES[backbone]])

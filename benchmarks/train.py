@@ -24,6 +24,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
+
 import torch
 from cpu_time import RESULTS, environment, write_result
 
@@ -211,16 +213,11 @@ def own_step(way: str, args: argparse.Namespace) -> Any:
     from psf.solver import build_optimizer, full_model_clip_norm
     from psf.trainer import TrainStep
 
-    cfg = get_cfg()
+    cfg = get_cfg()  # older checkouts have no psf.load_config
     add_psf_config(cfg)
     cfg.merge_from_file(CONFIG)
     cfg.merge_from_list([*WAYS.get(way, []), "MODEL.WEIGHTS", "", "MODEL.DEVICE", args.device])
     model = build_model(cfg).train()
-    if way not in (PLAIN, "compile") and args.device == "cpu":  # as the trainer does
-        from psf.layers.linear import convolutions_pay_in_training, multiply_by_convolutions
-
-        if convolutions_pay_in_training():
-            multiply_by_convolutions(model)
     if way == "compile":
         from psf.trainer import compile_layers
 

@@ -19,19 +19,21 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
+
 import cv2
 import numpy as np
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import Metadata
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from numpy.typing import NDArray
 from PIL import Image
 
-from psf import add_psf_config
+from psf.config import load_config
 from psf.data.images import read_image
 from psf.evaluation.pictures import draw_panoptic
 from psf.predictor import Predictor
+from psf.weights import check_weights
 
 # What a directory is searched for, and what a picture can be written as.
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -77,23 +79,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def setup(config_file: str, opts: list[str]) -> CfgNode:
-    """The frozen config of the command line; stops with one line where it cannot work."""
-    cfg = get_cfg()
-    add_psf_config(cfg)
-    if not os.path.isfile(config_file):
-        raise SystemExit(f"--config-file: there is no file '{config_file}'")
+    """Load the config of the command line, check it and freeze it."""
     try:
-        cfg.merge_from_file(config_file)
-        cfg.merge_from_list(opts)
-    except (KeyError, AssertionError, ValueError) as error:
-        raise SystemExit(f"Unknown config key or wrong value: {error.args[0]}") from error
-    weights = cfg.MODEL.WEIGHTS
-    if not weights:
+        cfg = load_config(config_file, opts)
+        check_weights(cfg.MODEL.WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    if not cfg.MODEL.WEIGHTS:
         raise SystemExit("No weights to predict with: add --opts MODEL.WEIGHTS <file>")
-    if "://" not in weights and not PathManager.isfile(weights):
-        raise SystemExit(
-            f"MODEL.WEIGHTS: there is no file '{weights}'. Train first, or correct the path."
-        )
     if not cfg.DATASETS.TEST:
         raise SystemExit("DATASETS.TEST is empty: it says which classes the model was trained on")
     cfg.MODEL.PSF.TEST.PANOPTIC_ON = True

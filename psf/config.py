@@ -1,7 +1,81 @@
-"""Every configuration key of the project: one comment and its source a key."""
+"""Every configuration key of the project, with its source, and the function that loads configs."""
+
+import contextlib
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
+
+
+def load_config(path: str | Path = "", opts: Sequence[Any] = ()) -> CN:
+    """
+    Make Detectron2's config with this project's keys, then merge a file and KEY VALUE pairs.
+
+    Args:
+        path: a file, or the name of a config that comes with the project, such as
+            ``coco/panoptic_segformer_R50_24ep.yaml`` (with or without ``configs/`` in front).
+            Empty: no file.
+        opts: keys and values in turn, as on a command line.
+
+    Raises:
+        FileNotFoundError: there is no such config.
+        ValueError: a key or a value is wrong; the message says which and in which file.
+    """
+    cfg = get_cfg()
+    add_psf_config(cfg)
+    if path:
+        file = find_config(path)
+        with _explain(cfg, f"'{file}'"):
+            cfg.merge_from_file(str(file))
+    with _explain(cfg, "KEY VALUE pairs"):
+        cfg.merge_from_list(list(opts))
+    return cfg
+
+
+def find_config(path: str | Path) -> Path:
+    """
+    Find a file, or a config that comes with the project.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    installed = Path(__file__).parent / "configs"
+    folder = installed if installed.is_dir() else installed.parent.parent / "configs"
+    parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
+    if folder.joinpath(*parts).is_file():
+        return folder.joinpath(*parts)
+    raise FileNotFoundError(
+        f"There is no config '{path}': neither that file nor '{folder.joinpath(*parts)}' exists"
+    )
+
+
+@contextlib.contextmanager
+def _explain(cfg: CN, source: str) -> Iterator[None]:
+    """Turn what yacs and YAML raise into one line that names the source of the error."""
+    try:
+        yield
+    except (AssertionError, KeyError, ValueError, yaml.YAMLError) as error:
+        message = " ".join(str(error).strip("'\"").split())
+        hint = ""
+        if message.startswith("Non-existent"):
+            close = difflib.get_close_matches(message.rpartition(": ")[2], _keys(cfg), n=1)
+            hint = f". Did you mean {close[0]}?" if close else ""
+        raise ValueError(f"Config error in {source}: {message}{hint}") from error
+
+
+def _keys(node: CN, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key, value in node.items():
+        keys += _keys(value, f"{prefix}{key}.") if isinstance(value, CN) else [prefix + key]
+    return keys
 
 
 def add_psf_config(cfg: CN) -> None:

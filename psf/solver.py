@@ -8,8 +8,6 @@ from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
 
-from psf.adamw import PackedAdamW
-
 logger = logging.getLogger(__name__)
 
 # Layers that predict where to sample (Deformable DETR, section A.4; official code).
@@ -42,9 +40,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
         lr_factor_func=lr_factor,
     )
-    optimizer = PackedAdamW(params, lr=cfg.SOLVER.BASE_LR, fused=True)
+    optimizer = torch.optim.AdamW(params, lr=cfg.SOLVER.BASE_LR, fused=True)
     if full_model_clip_norm(cfg) is not None:
-        return optimizer  # the trainer clips, after unscaling
+        return optimizer  # the trainer clips
     return maybe_add_gradient_clipping(cfg, optimizer)
 
 

@@ -1,7 +1,6 @@
 """Training and evaluation with Detectron2's engine, on a CPU as on GPUs."""
 
 import contextlib
-import gc
 import logging
 import math
 import os
@@ -141,17 +140,10 @@ class TrainStep(SimpleTrainer):
         return total
 
     def _step(self) -> None:
-        """Clip the gradient and change the weights."""
-        fused = self.optimizer.defaults.get("fused", False)
+        """Clip the gradient and update the weights."""
         if self.clip_norm is not None:
             self.grad_scaler.unscale_(self.optimizer)
-            if fused and not self.grad_scaler.is_enabled():
-                # The kernel divides by this as it reads the gradient: no pass of its own.
-                gradients = [p.grad for p in self.parameters if p.grad is not None]
-                norm = nn.utils.get_total_norm(gradients)
-                self.optimizer.grad_scale = (norm / self.clip_norm).clamp(min=1)
-            else:
-                nn.utils.clip_grad_norm_(self.parameters, self.clip_norm, foreach=True)
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
@@ -263,15 +255,6 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
-
-    def train(self) -> Any:
-        """Run the training; what exists now lasts as long as it, so no collection looks at it."""
-        gc.collect()
-        gc.freeze()
-        try:
-            return super().train()
-        finally:
-            gc.unfreeze()
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, then the pictures: they need the last evaluation in metrics.json."""

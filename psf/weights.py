@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from urllib.error import URLError
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from psf import checkpoint
@@ -26,6 +27,19 @@ class Origin(NamedTuple):
     dropped: dict[str, str]  # entries to reasons
 
 
+def check_weights(path: str) -> None:
+    """
+    Check that ``MODEL.WEIGHTS`` is empty, an address, or a file that exists.
+
+    Raises:
+        FileNotFoundError: it is a path without a file.
+    """
+    if path and "://" not in path and not PathManager.isfile(path):
+        raise FileNotFoundError(
+            f"MODEL.WEIGHTS: there is no file '{path}'. Correct the path, or train first"
+        )
+
+
 class Checkpointer(DetectionCheckpointer):
     """
     Detectron2's checkpointer, which also knows the formats of :mod:`psf.checkpoint`.
@@ -40,8 +54,9 @@ class Checkpointer(DetectionCheckpointer):
         Load a file, or what is at an address.
 
         Raises:
-            OSError: nothing can be fetched from the address.
+            OSError: there is no such file, or nothing can be fetched from the address.
         """
+        check_weights(path)
         try:
             rest: dict[str, Any] = super().load(path, checkpointables)
         except URLError as error:

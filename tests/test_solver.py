@@ -76,6 +76,23 @@ def test_detectron2s_own_clipping_still_works(solver_cfg):
     assert max(p.grad.max() for p in model.parameters()) == pytest.approx(1e-3)
 
 
+def test_optimizer_checkpoints_whose_steps_share_memory_still_load(solver_cfg, tmp_path):
+    """Earlier versions kept the step counts of a parameter group as views of one tensor."""
+    model = build_model(solver_cfg)
+    optimizers = [build_optimizer(solver_cfg, model) for _ in range(2)]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizers[0].step()
+    saved = optimizers[0].state_dict()
+    steps = torch.full((len(saved["state"]),), 7.0).unbind()
+    for state, step in zip(saved["state"].values(), steps, strict=True):
+        state["step"] = step
+    torch.save(saved, tmp_path / "optimizer.pth")
+    optimizers[1].load_state_dict(torch.load(tmp_path / "optimizer.pth"))
+    optimizers[1].step()
+    assert {float(state["step"]) for state in optimizers[1].state.values()} == {8.0}
+
+
 class TestBatchSize:
     @pytest.fixture
     def schedule_cfg(self, solver_cfg):

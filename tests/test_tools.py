@@ -133,7 +133,7 @@ def test_visualize_data(tmp_path, resampling):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["INPUT.RESAMPLNG", "fast"], "Config error: Non-existent key: INPUT.RESAMPLNG"),
+        (["INPUT.RESAMPLNG", "fast"], "Non-existent key: INPUT.RESAMPLNG"),
         (["DATASETS.TRAIN", "('coco_2017_trian_panoptic',)"], "'coco_2017_trian_panoptic' has no"),
         (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
         (["DATASETS.REGISTER", "[['a', 'b']]"], "DATASETS.REGISTER"),
@@ -146,7 +146,7 @@ def test_visualize_data_says_what_is_wrong(tmp_path, options, message):
             ["--config-file", str(config), "--output", str(tmp_path / "x.png"), *options]
         )
     assert message in str(error.value)
-    with pytest.raises(SystemExit, match="Config error: Config file 'nowhere"):
+    with pytest.raises(SystemExit, match=r"no config 'nowhere\.yaml'"):
         visualize_data.main(["--config-file", "nowhere.yaml", "--output", "x.png"])
 
 

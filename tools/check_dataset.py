@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psf.threads  # isort: skip  before torch is loaded
+
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 
 import psf.data

@@ -13,6 +13,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
+
 import torch
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from tabulate import tabulate

@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
+
 import cv2
 import numpy as np
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from numpy.typing import NDArray
 
-from psf import add_psf_config
+from psf.config import load_config
 from psf.data import ClassMap, PanopticDatasetMapper
 from psf.evaluation.pictures import SheetRow, cell_size, draw_panoptic, resize_picture, write_sheet
 
@@ -34,14 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the augmentation (%(default)s)")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
     args = parser.parse_args(argv)
-    cfg = get_cfg()
-    add_psf_config(cfg)
     try:
-        cfg.merge_from_file(args.config_file)
-        cfg.merge_from_list(args.opts)
-    except (AssertionError, KeyError, ValueError) as error:  # what yacs raises
-        raise SystemExit(f"Config error: {error.args[0]}") from error
-    try:
+        cfg = load_config(args.config_file, args.opts)
         results = feed(cfg, args.samples, args.repeats, args.seed)
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
