@@ -187,27 +187,6 @@ def test_mixed_precision(model):
     assert output[0]["panoptic_seg"][0].shape == (40, 60)
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("NUM_THING_CLASSES", 7, r"7 thing and 2 stuff .*'tiny_interleaved' has 3 and 2"),
-        ("TEST.MERGING", "magic", r"MERGING is 'magic'; known: .*mask_wise"),
-        ("TEST.MASK_DECODER_LAYERS", 3, "is 3, but the mask decoder has 2 layers"),
-        ("MASK_DECODER.NAME", "other", "NAME is 'other'; known: .'decoupled', 'joint'"),
-    ],
-)
-def test_config_errors_name_the_key_and_the_mend(tiny_cfg, key, value, message):
-    tiny_cfg.merge_from_list([f"MODEL.PSF.{key}", value])
-    with pytest.raises(ValueError, match=message):
-        build_model(tiny_cfg)
-
-
-def test_unregistered_data_set(tiny_cfg):
-    tiny_cfg.DATASETS.TRAIN = ("no_such_data",)
-    with pytest.raises(ValueError, match=r"'no_such_data' has no 'thing_dataset_id.*registered"):
-        build_model(tiny_cfg)
-
-
 class TestCheckpoints:
     def save(self, model, path):
         torch.save({"model": model.state_dict()}, path)
