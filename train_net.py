@@ -3,7 +3,7 @@
 
 python train_net.py --config-file configs/shapes/panoptic_segformer_shapes.yaml
 python train_net.py --config-file ... --num-gpus 8
-torchrun --nproc-per-node 2 train_net.py --config-file ...   # also on CPUs
+torchrun --nproc-per-node 2 train_net.py --config-file ...   # GPUs or CPUs
 python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
 """
 
@@ -36,7 +36,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     misplaced = [option for option in args.opts if option.startswith("--")]
     if misplaced:
         raise SystemExit(
-            f"{misplaced[0]} stands after KEY VALUE pairs, which must come last on the command line"
+            f"{misplaced[0]} comes after KEY VALUE pairs, which must be last on the command line"
         )
     try:
         cfg = load_config(args.config_file, args.opts)
@@ -50,7 +50,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def main(args: argparse.Namespace) -> OrderedDict[str, Any] | None:
-    """Train, or evaluate with ``--eval-only``; prints PQ and the paths of the pictures."""
+    """Train, or evaluate with ``--eval-only``; print PQ and the paths of the pictures."""
     cfg = setup(args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> OrderedDict[str, Any] | None:
 
 
 def report(results: OrderedDict[str, Any], output_dir: Path) -> None:
-    """Print the one line of numbers and the paths of the pictures."""
+    """Print PQ and the paths of the pictures."""
     line = summary(results)
     if line is not None:
         sys.stdout.write(f"{line}\n")
@@ -81,7 +81,7 @@ def report(results: OrderedDict[str, Any], output_dir: Path) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Start :func:`main` in this process, in the processes of torchrun, or in spawned ones."""
+    """Run :func:`main` in this process, in a process of torchrun, or in processes it starts."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         on_gpu = torch.cuda.is_available()
         if on_gpu:
@@ -94,8 +94,8 @@ def run(args: argparse.Namespace) -> None:
     available = torch.cuda.device_count()
     if args.num_gpus > max(available, 1):
         raise SystemExit(
-            f"--num-gpus {args.num_gpus}, but this machine has {available} CUDA devices. For "
-            "several CPU processes use: torchrun --nproc-per-node N train_net.py ..."
+            f"--num-gpus {args.num_gpus}, but there are {available} CUDA devices. For several CPU "
+            "processes use: torchrun --nproc-per-node N train_net.py ..."
         )
     launch(
         main,

@@ -75,6 +75,9 @@ PEERS = {
 NO_POST = ", no post-processing"
 WAYS = [*OWN_WAYS, PLAIN, *PEERS, *(name + NO_POST for name in PEERS)]
 
+# Parts of the model and what they are called in older checkouts.
+RENAMED = {"encoder.": "pixel_encoder.", "cross_attn.mask_head.": "cross_attn."}
+
 # Candidates that the weights are scaled to, and the part of an image that a mask covers.
 THINGS, STUFF, COVER = 40, 20, 1 / 7
 
@@ -102,27 +105,31 @@ def own_model(backbone: str, device: str, test_keys: dict[str, Any]) -> nn.Modul
 @torch.no_grad()
 def scale_heads(model: Any, image: Tensor) -> None:
     """Give every layer of the mask decoder candidates and masks of a realistic number and size."""
-    from psf.modeling.mask_decoder import MaskQueries
+    from psf.modeling.mask_decoder import MatchedQueries
+    from psf.modeling.runtime import valid_sizes
 
     decoder = model.mask_decoder
-    maps, valid_shapes = model.extract_maps(model.preprocess_images([{"image": image}]))
-    memory = model.pixel_encoder(maps, valid_shapes)
-    locations = model.location_decoder(memory)
-    queries = [
-        torch.arange(n, device=image.device)
-        for n in (locations.query.shape[1], len(decoder.stuff_query.weight))
-    ]
-    found = decoder(memory, locations, MaskQueries([queries[0]], [queries[1]]))
+    maps, valid_shapes = model.extract_features(model.preprocess_images([{"image": image}]))
+    memory, locations, outputs = model.transformer(maps, *valid_sizes(maps, valid_shapes))
+    queries = MatchedQueries(
+        *(
+            [torch.arange(n, device=image.device)]
+            for n in (locations.query.shape[1], len(decoder.stuff_query.weight))
+        )
+    )
+    classes = decoder.predict_classes(outputs, locations, last_only=False)
+    masks = decoder.predict_masks(
+        outputs, locations, memory, valid_shapes, queries, last_only=False
+    )
     for i, layer in enumerate(decoder.layers):
-        best = found.thing_logits[i][0].amax(-1)
+        things, stuff = (logits[i][0] for logits in classes)
         for head, logits, number in (
-            (decoder.thing_heads[i], best, THINGS),
-            (decoder.stuff_heads[i], found.stuff_logits[i][0], STUFF),
+            (decoder.thing_heads[i], things.amax(-1), THINGS),
+            (decoder.stuff_heads[i], stuff, STUFF),
         ):
             _rescale(head, logits, 2.0, 1 - number / len(logits), math.log(0.3 / 0.7))
-        things, stuff = found.thing_maps[i][0], found.stuff_maps[i][0]
-        values = torch.cat([things, stuff]).flatten()[::97]
-        _rescale(layer.cross_attn.mask_proj, values, 3.0, 1 - COVER, 0.0)
+        values = torch.cat([layers[i][0] for layers in masks]).flatten()[::97]
+        _rescale(layer.cross_attn.mask_head.mask_proj, values, 3.0, 1 - COVER, 0.0)
 
 
 def _rescale(linear: nn.Linear, values: Tensor, spread: float, part: float, at: float) -> None:
@@ -157,9 +164,8 @@ def mask2former(device: str) -> tuple[nn.Module, Any]:
 class Stages:
     """Times and peak memory of the parts of our model, while it runs."""
 
-    MODULES = ("backbone", "input_proj", "pixel_encoder", "location_decoder")
-    # Of this checkout and of older ones.
-    DECODING = ("predict", "predict_classes", "predict_masks")
+    MODULES = ("backbone", "input_proj", "encoder", "location_decoder")
+    DECODING = ("forward", "predict_classes", "predict_masks")
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -169,9 +175,10 @@ class Stages:
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Hook into the parts, and out again."""
-        owners = [(getattr(self.model, name), "forward", name) for name in self.MODULES]
-        decoder = self.model.mask_decoder
-        owners += [(decoder, n, "mask_decoder") for n in self.DECODING if hasattr(decoder, n)]
+        modules = {name: getattr(self.model, name, None) for name in self.MODULES}
+        modules["encoder"] = modules["encoder"] or self.model.pixel_encoder  # older checkouts
+        owners = [(module, "forward", name) for name, module in modules.items()]
+        owners += [(self.model.mask_decoder, name, "mask_decoder") for name in self.DECODING]
         for owner, method, stage in owners:
             setattr(owner, method, self._timed(getattr(owner, method), stage))
         try:
@@ -218,7 +225,11 @@ def peak_mb() -> float:
 def own_call(way: str, args: argparse.Namespace, image: Tensor) -> tuple[Any, Callable[[], Any]]:
     """Our model and a prediction; ``image`` (3, H, W) of 0..255 on the device."""
     model = own_model(args.backbone, args.device, OWN_WAYS.get(way, {}))
-    model.load_state_dict(torch.load(args.weights))
+    weights = torch.load(args.weights)
+    if hasattr(model, "pixel_encoder"):
+        for new, old in RENAMED.items():
+            weights = {name.replace(new, old): value for name, value in weights.items()}
+    model.load_state_dict(weights)
     if way != PLAIN:
         from psf.inference import optimize_for_inference
 
@@ -324,9 +335,12 @@ class Network(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """(1, 3, H, W) to tensors."""
-        model = self.model
-        memory, classes = model.predict_classes(*model.extract_maps([image[0]]))
-        return [memory.features, classes.thing_logits, classes.stuff_logits]
+        from psf.modeling.runtime import valid_sizes
+
+        maps, valid_shapes = self.model.extract_features([image[0]])
+        memory, locations, outputs = self.model.transformer(maps, *valid_sizes(maps, valid_shapes))
+        classes = self.model.mask_decoder.predict_classes(outputs, locations, last_only=True)
+        return [memory.features, *classes]
 
 
 def flops(backbone: str, size: list[int]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from matplotlib import pyplot as plt
 STAGES = {
     "backbone": "backbone",
     "input_proj": "input projection",
-    "pixel_encoder": "encoder",
+    "encoder": "encoder",
     "location_decoder": "location decoder",
     "mask_decoder": "mask decoder",
     "post-processing": "post-processing",

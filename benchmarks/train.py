@@ -32,9 +32,9 @@ from cpu_time import RESULTS, environment, write_result
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/coco/panoptic_segformer_R50_24ep.yaml"
 SMALL = (128, 192)
-EVERYTHING = "['backbone', 'pixel_encoder', 'location_decoder', 'mask_decoder']"
-TRANSFORMER = "['pixel_encoder', 'location_decoder', 'mask_decoder']"
-ENCODER = "['pixel_encoder']"
+EVERYTHING = "['backbone', 'encoder', 'location_decoder', 'mask_decoder']"
+TRANSFORMER = "['encoder', 'location_decoder', 'mask_decoder']"
+ENCODER = "['encoder']"
 
 # Options of each way on top of the config.
 WAYS: dict[str, list[str]] = {

@@ -1,4 +1,4 @@
-"""The tools that look: offline scores and what the mapper feeds the model."""
+"""Offline evaluation, and pictures of the mapper's output."""
 
 import json
 import sys
@@ -78,7 +78,7 @@ def test_evaluate_predictions(saved, tmp_path, capsys):
     evaluate_predictions.main(options)
     printed = capsys.readouterr().out
     assert "| cat" in printed
-    assert "ant" in printed.split("class predicted")[1]
+    assert "ant" in printed.split("predicted class")[1]
     assert {p.name for p in output.iterdir()} == {
         *("pq.txt", "confusion.txt", "images.txt", "pq.png", "worst.png")
     }

@@ -39,7 +39,7 @@ def arguments(*arguments: str):
         (["SOLVER.BASE_RL", "7"], "KEY VALUE pairs.*SOLVER.BASE_RL.*SOLVER.BASE_LR"),
         (["SEED"], r"Config error in KEY VALUE pairs: .*odd length"),
         (["SOLVER.MAX_ITER", "many"], r"KEY VALUE pairs: .*SOLVER\.MAX_ITER"),
-        (["SEED", "3", "--resume"], "--resume stands after KEY VALUE pairs"),
+        (["SEED", "3", "--resume"], "--resume comes after KEY VALUE pairs"),
         (["MODEL.WEIGHTS", "no/such.pth"], "MODEL.WEIGHTS: there is no file 'no/such.pth'"),
     ],
 )
