@@ -211,11 +211,8 @@ def _add_data(cfg: CN) -> None:
     cfg.INPUT.MAX_SCALE = 2.0
     # SSD's photometric distortion (Mask2Former's key).
     cfg.INPUT.COLOR_AUG_SSD = False
-    # "exact": the bits of Detectron2's transforms. "fast": resample once, only what is kept, with
-    # OpenCV; in training only (psf/data/mapper.py says what changes).
-    cfg.INPUT.RESAMPLING = "exact"
-    # What resizes images in tests, and images and targets in exact training: "pillow" (Detectron2)
-    # or "opencv" (the official code, whose weights know no other pixels).
+    # The library that resizes images and targets: "pillow" (as Detectron2) or "opencv" (as the
+    # official code, whose weights were trained on its pixels).
     cfg.INPUT.RESIZE_LIBRARY = "pillow"
 
 

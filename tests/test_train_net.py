@@ -169,7 +169,7 @@ def test_own_data_without_python(tmp_path, tiny_cfg):
             *("MODEL.PSF.TEST.SAVE_PREDICTIONS", True, "MODEL.PSF.TEST.BOUNDARY_PQ", True),
             *("INPUT.AUGMENTATION", "large_scale_jitter", "INPUT.IMAGE_SIZE", 96),
             *("INPUT.MIN_SIZE_TRAIN", (96,), "INPUT.MIN_SIZE_TEST", 96),
-            *("INPUT.RESAMPLING", "fast", "INPUT.COLOR_AUG_SSD", True),
+            *("INPUT.COLOR_AUG_SSD", True),
             *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", ()),
             *("DATALOADER.NUM_WORKERS", 1, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False),
             *("OUTPUT_DIR", str(tmp_path / "output")),

@@ -2,7 +2,7 @@
 """Draw the output of the mapper: augmented images with their targets and boxes.
 
 python tools/visualize_data.py --config-file configs/coco/panoptic_segformer_R50_24ep.yaml \\
-    --output data.png --samples 4 --repeats 2 INPUT.RESAMPLING fast
+    --output data.png --samples 4 --repeats 2
 """
 
 import argparse

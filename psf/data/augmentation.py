@@ -1,13 +1,11 @@
 """The augmentations that panoptic models are trained with, from Detectron2's parts."""
 
 from collections.abc import Callable
-from typing import Any
 
 import cv2
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
-from fvcore.transforms.transform import NoOpTransform
 from numpy.typing import NDArray
 
 from .opencv_resize import OpenCVResize
@@ -99,58 +97,6 @@ def _with_resize_library(cfg: CfgNode, resize: T.Augmentation) -> T.Augmentation
 def _fixed_size(size: tuple[int, int]) -> T.Augmentation:
     # Detectron2 pads segmentations with 255, which is a segment here; 0 is void.
     return T.FixedSizeCrop(size, pad=True, seg_pad_value=0)
-
-
-class SizeInput:
-    """
-    The input of augmentations that look at the size of an image alone.
-
-    They see an array of the right shape that takes no memory; what they decide is only noted.
-    """
-
-    def __init__(self, height: int, width: int) -> None:
-        self.image = np.broadcast_to(np.uint8(0), (height, width, 3))
-        self.transforms: list[Any] = []  # none of them a list
-
-    def transform(self, transform: Any) -> None:
-        """Called by Detectron2's augmentations with what they have chosen."""
-        if isinstance(transform, T.TransformList):
-            for each in transform.transforms:
-                self.transform(each)
-            return
-        height, width = self.image.shape[:2]
-        if isinstance(transform, T.ResizeTransform):
-            height, width = transform.new_h, transform.new_w
-        elif isinstance(transform, T.CropTransform):
-            height = min(transform.h, height - transform.y0)
-            width = min(transform.w, width - transform.x0)
-        elif isinstance(transform, T.PadTransform):
-            height += transform.y0 + transform.y1
-            width += transform.x0 + transform.x1
-        self.image = np.broadcast_to(np.uint8(0), (height, width, 3))
-        if not isinstance(transform, NoOpTransform):
-            self.transforms.append(transform)
-
-
-_SIZE_ONLY = (
-    T.FixedSizeCrop,
-    T.RandomCrop,
-    T.RandomFlip,
-    T.Resize,
-    T.ResizeScale,
-    T.ResizeShortestEdge,
-)
-
-
-def looks_at_size_only(augmentation: T.Augmentation) -> bool:
-    """Whether an augmentation scales, crops, pads or flips, and decides by the size alone."""
-    if isinstance(augmentation, T.AugmentationList):
-        return all(looks_at_size_only(each) for each in augmentation.augs)
-    if isinstance(augmentation, T.RandomApply):
-        return looks_at_size_only(augmentation.aug)
-    if isinstance(augmentation, OpenCVResize):
-        return looks_at_size_only(augmentation.augmentation)
-    return type(augmentation) in _SIZE_ONLY
 
 
 def distort_colors(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -17,7 +17,7 @@ import tqdm  # type: ignore[import-untyped]
 from psf.panoptic_png import read_panoptic_ids
 
 from .images import read_image
-from .mapper import tight_boxes
+from .index_masks import tight_boxes
 
 
 class Defect(NamedTuple):

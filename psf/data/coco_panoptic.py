@@ -1,15 +1,15 @@
-"""Loading and registering data sets in the COCO panoptic format (cocodataset.org/#format-data).
+"""Loads and registers data sets in the COCO panoptic format (cocodataset.org/#format-data).
 
-Contiguous category ids, here and in the metadata: things 0..K-1, then stuff K..K+T-1, each in the
-order of the list of categories, so that the ids the data set uses do not matter. With
-``things_first=False`` all are numbered in the order of the list, as Detectron2 and Mask2Former do.
+Contiguous category ids: things 0..K-1, then stuff K..K+T-1, each in the order of the JSON's
+categories. With ``things_first=False`` all are numbered in that order, as Detectron2 and
+Mask2Former do.
 """
 
 import colorsys
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -17,17 +17,17 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 logger = logging.getLogger(__name__)
 
 _ROOT_HINT = (
-    "Data sets are looked for under the environment variable DETECTRON2_DATASETS (default "
-    "'./datasets'): set it to the folder that holds yours."
+    "Set the environment variable DETECTRON2_DATASETS (default './datasets') to the folder of your "
+    "data sets."
 )
 
 
 def datasets_root() -> str:
-    """The folder of data sets, which Detectron2 calls DETECTRON2_DATASETS."""
+    """The folder of the data sets: the environment variable DETECTRON2_DATASETS, as Detectron2."""
     return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
 
 
-def register_panoptic(  # noqa: PLR0913  one argument a part of a data set
+def register_panoptic(  # noqa: PLR0913  one argument per part of a data set
     name: str,
     *,
     image_root: str,
@@ -41,76 +41,70 @@ def register_panoptic(  # noqa: PLR0913  one argument a part of a data set
     prepare: Callable[[], None] | None = None,
 ) -> None:
     """
-    Register a data set, in the form of Detectron2's "standard" COCO panoptic data sets.
+    Register a data set as Detectron2's "standard" COCO panoptic data sets.
 
-    The annotations are loaded when the data set is first used. The metadata is set at once.
+    The annotations are loaded on first use; the metadata is set at once.
 
     Args:
         name: the name for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
         image_root: folder of the images.
         panoptic_root: folder of the panoptic PNGs.
         panoptic_json: the JSON of the annotations.
-        categories: the JSON's ``categories`` (id, name, isthing and, optionally, color). Without
-            them the JSON must exist and is read now.
-        instances_json: the things in COCO's instance format; needed to evaluate AP only.
-        sem_seg_root: folder of label PNGs, if the JSON's annotations name such
-            (``sem_seg_file_name``); else mIoU is measured against the panoptic PNGs.
+        categories: as in the JSON (id, name, isthing, optionally color); None: read from it now.
+        instances_json: the things in COCO's instance format; only needed to evaluate AP.
+        sem_seg_root: folder of the label PNGs that the annotations name (``sem_seg_file_name``);
+            None: mIoU is measured against the panoptic PNGs.
         things_first: how classes are numbered (see the module).
         image_file: from the JSON's name of an image to its path below ``image_root``.
         prepare: called before the annotations are loaded, to create the files.
     """
+    if name in DatasetCatalog.list():
+        raise ValueError(
+            f"A data set '{name}' is registered already. Choose another name or remove it first "
+            "(DatasetCatalog.remove, MetadataCatalog.remove)."
+        )
     if categories is None:
         categories = _read_json(panoptic_json, ["categories"])["categories"]
+
+    files: dict[str, Any] = {
+        "panoptic_json": panoptic_json,
+        "image_root": image_root,
+        "panoptic_root": panoptic_root,
+        "sem_seg_root": sem_seg_root,
+        "image_file": image_file,
+    }
 
     def load() -> list[dict[str, Any]]:
         if prepare is not None:
             prepare()
-        return load_coco_panoptic(
-            panoptic_json,
-            image_root,
-            panoptic_root,
-            categories=categories,
-            sem_seg_root=sem_seg_root,
-            things_first=things_first,
-            image_file=image_file,
-        )
+        return load_coco_panoptic(**files, categories=categories, things_first=things_first)
 
-    if name in DatasetCatalog.list():
-        raise ValueError(
-            f"A data set '{name}' is registered already. Choose another name, or take it out with "
-            "DatasetCatalog.remove and MetadataCatalog.remove first."
-        )
-    metadata = panoptic_metadata(categories, things_first=things_first)
     DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(
-        image_root=image_root,
-        panoptic_root=panoptic_root,
-        panoptic_json=panoptic_json,
+        **files,
+        **panoptic_metadata(categories, things_first=things_first),
         json_file=instances_json,
-        sem_seg_root=sem_seg_root,
-        image_file=image_file,
         evaluator_type="coco_panoptic_seg",
         ignore_label=255,
         label_divisor=1000,
-        **metadata,
     )
 
 
 def register_listed(entries: Sequence[Sequence[str]]) -> None:
     """
-    Register data sets from a config (``DATASETS.REGISTER``); those that are already, stay.
+    Register the data sets of a config (``DATASETS.REGISTER``) that are not registered yet.
 
     Args:
-        entries: [name, folder of images, folder of PNGs, JSON], or with an instances JSON as well.
+        entries: [name, folder of images, folder of PNGs, JSON], optionally with an instances JSON.
 
     Raises:
-        ValueError: an entry has another form, or its name is taken by another data set.
+        ValueError: an entry has another form, or another data set has its name.
     """
     for entry in entries:
         if len(entry) not in (4, 5) or not all(isinstance(part, str) for part in entry):
             raise ValueError(
                 f"DATASETS.REGISTER: {list(entry)} is not of the form [name, folder of images, "
-                "folder of PNGs, JSON], with the JSON of the instances as an optional fifth."
+                "folder of PNGs, JSON], optionally with the JSON of the instances."
             )
         name, image_root, panoptic_root, panoptic_json, *instances = entry
         if name in DatasetCatalog.list():
@@ -118,8 +112,8 @@ def register_listed(entries: Sequence[Sequence[str]]) -> None:
             paths = [known.get(k) for k in ("image_root", "panoptic_root", "panoptic_json")]
             if paths != [image_root, panoptic_root, panoptic_json]:
                 raise ValueError(
-                    f"DATASETS.REGISTER: the name '{name}' is that of another data set, with the "
-                    f"files {paths}. Choose another name."
+                    f"DATASETS.REGISTER: '{name}' is the name of another data set, with the files "
+                    f"{paths}. Choose another name."
                 )
             continue
         register_panoptic(
@@ -132,7 +126,7 @@ def register_listed(entries: Sequence[Sequence[str]]) -> None:
 
 
 def load_coco_panoptic(
-    json_file: str,
+    panoptic_json: str,
     image_root: str,
     panoptic_root: str,
     *,
@@ -144,33 +138,57 @@ def load_coco_panoptic(
     """
     Load a JSON in the COCO panoptic format.
 
-    An annotation without segments is kept: the image is known to show nothing. An image without an
-    annotation is left out and counted in the log: nothing is known about it. If the JSON has no
-    ``annotations`` at all (COCO's test sets), every image is kept, with ``pan_seg_file_name`` None.
+    An image whose annotation has no segments is kept: it is known to show nothing. An image without
+    an annotation is left out, and logged. If the JSON has no ``annotations`` (COCO's test sets),
+    all images are kept, with ``pan_seg_file_name`` None.
 
     Args:
-        json_file: the JSON of the annotations.
+        panoptic_json: the JSON of the annotations.
         image_root: folder of the images.
         panoptic_root: folder of the panoptic PNGs.
-        categories: take these instead of the JSON's.
+        categories: replace the JSON's.
         sem_seg_root: folder of the label PNGs that the annotations name.
         things_first: how classes are numbered (see the module).
         image_file: from the JSON's name of an image to its path below ``image_root``.
 
     Returns:
-        For each image: file_name, image_id, height, width, pan_seg_file_name and segments_info, the
-        JSON's segments with category_id made contiguous and isthing (bool) added; and
-        sem_seg_file_name where ``sem_seg_root`` and the annotation's name of it are given.
+        For each image: file_name, image_id, height, width, pan_seg_file_name and segments_info (the
+        JSON's segments with category_id made contiguous, and isthing); with ``sem_seg_root`` also
+        sem_seg_file_name, if the annotation has it.
 
     Raises:
         FileNotFoundError: a file or a folder is missing.
         ValueError: the JSON contradicts itself or lacks keys.
     """
-    data = _read_json(json_file, ["images"] if categories else ["images", "categories"])
-    where = f"'{json_file}'"
-    categories = data["categories"] if categories is None else categories
+    data = _read_json(panoptic_json, ["images"] if categories else ["images", "categories"])
+    where = f"'{panoptic_json}'"
+    categories = categories or data["categories"]
     contiguous_ids = _contiguous_ids(categories, things_first)
-    is_thing = {c["id"]: bool(c["isthing"]) for c in categories}
+    classes = {c["id"]: (contiguous_ids[c["id"]], bool(c["isthing"])) for c in categories}
+    records = []
+    for image, annotation in _annotated_images(data, where):
+        png, labels = annotation["file_name"], annotation.get("sem_seg_file_name")
+        name = image["file_name"] if image_file is None else image_file(image["file_name"])
+        described = f"the annotation of image_id {image['id']!r} in {where}"
+        record = {
+            "file_name": os.path.join(image_root, name),
+            "image_id": image["id"],
+            "height": image["height"],
+            "width": image["width"],
+            "pan_seg_file_name": None if png is None else os.path.join(panoptic_root, png),
+            "segments_info": _convert_segments(annotation["segments_info"], classes, described),
+        }
+        if sem_seg_root is not None and labels is not None:
+            record["sem_seg_file_name"] = os.path.join(sem_seg_root, labels)
+        records.append(record)
+    _require_files("image", panoptic_json, image_root, [r["file_name"] for r in records])
+    pngs = [r["pan_seg_file_name"] for r in records if r["pan_seg_file_name"] is not None]
+    _require_files("panoptic PNG", panoptic_json, panoptic_root, pngs)
+    return records
+
+
+def _annotated_images(data: dict[str, Any], where: str) -> Iterator[tuple[Any, Any]]:
+    """Each annotation of a JSON with its image, both checked."""
     images = {}
     for image in data["images"]:
         _require(image, ("id", "file_name", "height", "width"), f"an image of {where}")
@@ -178,51 +196,25 @@ def load_coco_panoptic(
     annotations = data.get("annotations")
     if annotations is None:
         annotations = [{"image_id": i, "file_name": None, "segments_info": []} for i in images]
-
-    records = []
+    keys = ("image_id", "file_name", "segments_info")
     for annotation in annotations:
-        _require(
-            annotation, ("image_id", "file_name", "segments_info"), f"an annotation of {where}"
-        )
-        image_id, png = annotation["image_id"], annotation["file_name"]
+        _require(annotation, keys, f"an annotation of {where}")
+        image_id = annotation["image_id"]
         if image_id not in images:
             raise ValueError(
                 f"{where} annotates image_id {image_id!r}, which is not the id of any of its "
                 "images. Add the image or remove the annotation."
             )
-        image = images[image_id]
-        name = image["file_name"] if image_file is None else image_file(image["file_name"])
-        records.append(
-            {
-                "file_name": os.path.join(image_root, name),
-                "image_id": image_id,
-                "height": image["height"],
-                "width": image["width"],
-                "pan_seg_file_name": None if png is None else os.path.join(panoptic_root, png),
-                "segments_info": _convert_segments(
-                    annotation["segments_info"],
-                    contiguous_ids,
-                    is_thing,
-                    f"the annotation of image_id {image_id!r} in {where}",
-                ),
-            }
-        )
-        if sem_seg_root is not None and "sem_seg_file_name" in annotation:
-            labels = os.path.join(sem_seg_root, annotation["sem_seg_file_name"])
-            records[-1]["sem_seg_file_name"] = labels
-    _require_files("image", json_file, image_root, [r["file_name"] for r in records])
-    pngs = [r["pan_seg_file_name"] for r in records if r["pan_seg_file_name"] is not None]
-    _require_files("panoptic PNG", json_file, panoptic_root, pngs)
-    unannotated = len(images) - len(records)
+        yield images[image_id], annotation
+    unannotated = len(images) - len(annotations)
     if unannotated:
         logger.info("Left out %d images of %s that have no annotation.", unannotated, where)
-    return records
 
 
 def panoptic_metadata(
     categories: Sequence[dict[str, Any]], *, things_first: bool = True
 ) -> dict[str, Any]:
-    """The names, colours and ids of the classes, as Detectron2's metadata calls them."""
+    """The names, colours and ids of the classes, in the keys of Detectron2's metadata."""
     contiguous_ids = _contiguous_ids(categories, things_first)
     by_contiguous_id = sorted(categories, key=lambda c: contiguous_ids[c["id"]])
     names = [c["name"] for c in by_contiguous_id]
@@ -235,9 +227,9 @@ def panoptic_metadata(
         }
         for isthing in (True, False)
     )
-    # The lists are indexed by contiguous id, so that of the stuff starts with the things. That of
-    # the things has no stuff where that is possible: Detectron2's COCOEvaluator demands as many
-    # names as the instance annotations have categories.
+    # The lists are indexed by contiguous id, so stuff_classes begins with the things. thing_classes
+    # has things only where that is possible: Detectron2's COCOEvaluator requires as many names as
+    # the instance annotations have categories.
     num_thing_names = len(things) if things_first else len(names)
     return {
         "thing_classes": names[:num_thing_names],
@@ -260,20 +252,18 @@ def _contiguous_ids(categories: Sequence[dict[str, Any]], things_first: bool) ->
 
 
 def _convert_segments(
-    segments: Sequence[dict[str, Any]],
-    contiguous_ids: dict[int, int],
-    is_thing: dict[int, bool],
-    where: str,
+    segments: Sequence[dict[str, Any]], classes: dict[int, tuple[int, bool]], where: str
 ) -> list[dict[str, Any]]:
+    """Replace category ids by contiguous ids; ``classes`` has contiguous id and isthing of each."""
     converted = []
     ids = set()
     for segment in segments:
         _require(segment, ("id", "category_id"), f"a segment of {where}")
         segment_id, category_id = segment["id"], segment["category_id"]
-        if category_id not in contiguous_ids:
+        if category_id not in classes:
             raise ValueError(
                 f"Segment {segment_id} of {where} has category_id {category_id}, which is not "
-                f"among the data set's categories {sorted(contiguous_ids)}. Add the category or "
+                f"among the data set's categories {sorted(classes)}. Add the category or "
                 "correct the segment."
             )
         if not 0 < segment_id < 1 << 24 or segment_id in ids:
@@ -282,13 +272,9 @@ def _convert_segments(
                 "image and in 1..16777215 (0 is void)."
             )
         ids.add(segment_id)
+        contiguous_id, isthing = classes[category_id]
         converted.append(
-            {
-                "iscrowd": 0,
-                **segment,
-                "category_id": contiguous_ids[category_id],
-                "isthing": is_thing[category_id],
-            }
+            {"iscrowd": 0, **segment, "category_id": contiguous_id, "isthing": isthing}
         )
     return converted
 
@@ -314,7 +300,7 @@ def _require(mapping: Any, keys: Iterable[str], what: str) -> None:
 
 
 def _require_files(kind: str, json_file: str, root: str, paths: Sequence[str]) -> None:
-    """Find missing files by listing their folders, much faster than one query for each file."""
+    """Find missing files by listing their folders, much faster than one query per file."""
     if not os.path.isdir(root):
         raise FileNotFoundError(f"The folder of {kind}s '{root}' does not exist. {_ROOT_HINT}")
     listings: dict[str, set[str]] = {}
@@ -333,6 +319,6 @@ def _require_files(kind: str, json_file: str, root: str, paths: Sequence[str]) -
 
 
 def _color(index: int) -> list[int]:
-    """A colour unlike those of neighbouring indices (hues a golden angle apart)."""
+    """A colour that differs from its neighbours' (hues are a golden angle apart)."""
     hue = index * 0.618034 % 1
     return [round(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.65, 0.9 - 0.25 * (index % 3 == 1))]

@@ -6,6 +6,7 @@ Shapes: G masks of h x w pixels.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances
 from numpy.typing import NDArray
@@ -92,3 +93,33 @@ def _rebuild(
         gt_boxes=Boxes(torch.from_numpy(gt_boxes)),
         gt_masks=gt_masks,
     )
+
+
+def tight_boxes(index_map: NDArray[np.integer], count: int) -> NDArray[np.int64]:
+    """
+    The box around the pixels of each index, in one pass over runs of equal pixels.
+
+    Args:
+        index_map: (h, w), in 0..count; 0 is none.
+        count: of indices G.
+
+    Returns:
+        (G, 4), x0, y0, x1, y1, ends excluded; of index i + 1 in row i, zeros where it is absent.
+    """
+    height, width = index_map.shape
+    flat = np.ascontiguousarray(index_map).ravel()
+    is_start = np.empty(flat.size, dtype=bool)
+    np.not_equal(flat[1:], flat[:-1], out=is_start[1:])
+    is_start[::width] = True  # runs end with their row
+    starts = np.flatnonzero(is_start)
+    rows, columns = np.divmod(starts, width)
+    ends = columns + np.diff(starts, append=flat.size)
+    indices = flat[starts]
+    boxes = np.zeros((count + 1, 4), dtype=np.int64)
+    boxes[:, :2] = [width, height]
+    np.minimum.at(boxes[:, 0], indices, columns)
+    np.minimum.at(boxes[:, 1], indices, rows)
+    np.maximum.at(boxes[:, 2], indices, ends)
+    np.maximum.at(boxes[:, 3], indices, rows + 1)
+    boxes[boxes[:, 2] == 0] = 0
+    return boxes[1:]

@@ -3,8 +3,7 @@
 Shapes: H x W the image file, h x w the augmented image, G ground-truth segments.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -21,15 +20,12 @@ from torch.utils.data import get_worker_info
 
 from psf.panoptic_png import read_panoptic_ids
 
-from .augmentation import SizeInput, build_augmentations, distort_colors, looks_at_size_only
+from .augmentation import build_augmentations, distort_colors
 from .class_map import ClassMap
 from .coco_panoptic import register_listed
-from .exact_resampling import image_exactly, index_map_exactly
-from .fast_resampling import compose, resample_image, resample_indices
 from .images import read_image
-from .index_masks import IndexMasks, TargetInstances
-
-RESAMPLING = ("exact", "fast")
+from .index_masks import IndexMasks, TargetInstances, tight_boxes
+from .resampling import augment, transform_index_map
 
 
 class _Targets(NamedTuple):
@@ -44,13 +40,6 @@ class _Runs(NamedTuple):
 
     segments: NDArray[np.intp]  # 1 + the segment's position in the JSON; 0 is void
     lengths: NDArray[np.intp]  # pixels
-
-
-class _Augmented(NamedTuple):
-    """An augmented image, and how its index map is to follow."""
-
-    image: NDArray[np.uint8]  # (h, w, 3)
-    apply_to_indices: Callable[[NDArray[np.integer]], NDArray[np.integer]]  # (H, W) -> (h, w)
 
 
 class PanopticDatasetMapper:
@@ -71,7 +60,6 @@ class PanopticDatasetMapper:
         augmentations: Sequence[T.Augmentation],
         image_format: str,
         class_map: ClassMap | None,
-        resampling: str = "exact",
         color_augmentation: bool = False,
     ) -> None:
         """
@@ -79,24 +67,11 @@ class PanopticDatasetMapper:
             augmentations: geometric, applied to the image and to its masks.
             image_format: "RGB" or "BGR", the channels of the result.
             class_map: the model's classes; None for inference, which makes no ``instances``.
-            resampling: "exact" gives the bits of Detectron2's transforms one by one; "fast"
-                composes them and resamples the part that is kept once, with OpenCV, which also
-                decodes JPEGs. Then the window of a crop is rounded to whole pixels of the file, for
-                image and masks alike, and what was resized twice is resized once
-                (docs/architecture.md has the differences in numbers).
             color_augmentation: distort the colours as SSD, after the geometry.
         """
-        if resampling not in RESAMPLING:
-            raise ValueError(f"INPUT.RESAMPLING is '{resampling}'; known: {list(RESAMPLING)}")
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
         self.class_map = class_map
-        self.fast = resampling == "fast"
-        if self.fast and not looks_at_size_only(self.augmentations):
-            raise ValueError(
-                "INPUT.RESAMPLING 'fast' is for augmentations that scale, crop, pad or flip by the "
-                f"size of the image alone, not for {self.augmentations}. Use 'exact'."
-            )
         self.color_augmentation = color_augmentation
 
     @classmethod
@@ -106,8 +81,6 @@ class PanopticDatasetMapper:
             "augmentations": build_augmentations(cfg, is_train),
             "image_format": cfg.INPUT.FORMAT,
             "class_map": _common_class_map(cfg.DATASETS.TRAIN) if is_train else None,
-            # Numbers of evaluations must not depend on how fast images were loaded in training.
-            "resampling": cfg.INPUT.RESAMPLING if is_train else "exact",
             "color_augmentation": is_train and cfg.INPUT.COLOR_AUG_SSD,
         }
 
@@ -121,10 +94,11 @@ class PanopticDatasetMapper:
             A copy with ``image`` (3, h, w) uint8 and, in training, ``instances``.
         """
         result = dict(dataset_dict)
-        image = read_image(result["file_name"], self.image_format, fast=self.fast)
+        image = read_image(result["file_name"], self.image_format)
         utils.check_image_size(result, image)  # also fills in height and width if absent
-        augmented = self._augment(image)
-        pixels = distort_colors(augmented.image) if self.color_augmentation else augmented.image
+        pixels, transforms = augment(image, self.augmentations)
+        if self.color_augmentation:
+            pixels = distort_colors(pixels)
         # Image and map share their storage, and so the file in which a worker hands them over.
         memory = _empty_planes(*pixels.shape[:2])
         planes = memory.numpy()
@@ -132,7 +106,7 @@ class PanopticDatasetMapper:
         result["image"] = memory[:3]
         if self.class_map is not None:
             targets = _read_targets(result, image.shape[:2], self.class_map)
-            index_map = augmented.apply_to_indices(targets.index_map)
+            index_map = transform_index_map(targets.index_map, transforms)
             if index_map.dtype == np.uint8:
                 planes[3] = index_map
                 indices = memory[3]
@@ -140,23 +114,6 @@ class PanopticDatasetMapper:
                 indices = torch.from_numpy(np.require(index_map, requirements=["C", "W"]))
             result["instances"] = _to_instances(indices, targets.classes)
         return result
-
-    def _augment(self, image: NDArray[np.uint8]) -> _Augmented:
-        if not looks_at_size_only(self.augmentations):
-            aug_input = T.AugInput(image)
-            transforms = self.augmentations(aug_input).transforms
-            return _Augmented(aug_input.image, partial(index_map_exactly, transforms=transforms))
-        size_input = SizeInput(image.shape[0], image.shape[1])
-        self.augmentations(size_input)
-        transforms = size_input.transforms
-        if not self.fast:
-            return _Augmented(
-                image_exactly(image, transforms), partial(index_map_exactly, transforms=transforms)
-            )
-        geometry = compose(image.shape[0], image.shape[1], transforms)
-        return _Augmented(
-            resample_image(image, geometry), partial(resample_indices, geometry=geometry)
-        )
 
 
 def _common_class_map(names: Sequence[str]) -> ClassMap:
@@ -265,33 +222,3 @@ def _to_instances(index_map: Tensor, classes: Sequence[int]) -> Instances:
     instances.gt_boxes = Boxes(torch.from_numpy(extents[visible].astype(np.float32)))
     instances.gt_masks = IndexMasks(index_map, tuple((visible + 1).tolist()))
     return instances
-
-
-def tight_boxes(index_map: NDArray[np.integer], count: int) -> NDArray[np.int64]:
-    """
-    The box around the pixels of each index, in one pass over runs of equal pixels.
-
-    Args:
-        index_map: (h, w), in 0..count; 0 is none.
-        count: of indices G.
-
-    Returns:
-        (G, 4), x0, y0, x1, y1, ends excluded; of index i + 1 in row i, zeros where it is absent.
-    """
-    height, width = index_map.shape
-    flat = np.ascontiguousarray(index_map).ravel()
-    is_start = np.empty(flat.size, dtype=bool)
-    np.not_equal(flat[1:], flat[:-1], out=is_start[1:])
-    is_start[::width] = True  # runs end with their row
-    starts = np.flatnonzero(is_start)
-    rows, columns = np.divmod(starts, width)
-    ends = columns + np.diff(starts, append=flat.size)
-    indices = flat[starts]
-    boxes = np.zeros((count + 1, 4), dtype=np.int64)
-    boxes[:, :2] = [width, height]
-    np.minimum.at(boxes[:, 0], indices, columns)
-    np.minimum.at(boxes[:, 1], indices, rows)
-    np.maximum.at(boxes[:, 2], indices, ends)
-    np.maximum.at(boxes[:, 3], indices, rows + 1)
-    boxes[boxes[:, 2] == 0] = 0
-    return boxes[1:]

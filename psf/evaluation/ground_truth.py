@@ -1,15 +1,23 @@
-"""Panoptic ground truth of one image, read from its PNG.
+"""Panoptic ground truth: of one image, as Detectron2's output, and of a data set, as PQ needs it.
 
 Shapes: H x W pixels of the image.
 """
 
+import json
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from detectron2.utils.file_io import PathManager
+from numpy.typing import NDArray
 from torch import Tensor
 
 from psf.panoptic_png import read_panoptic_ids
+
+from .panoptic_quality import TruthSegment
+
+_SEGMENT = np.dtype([("id", "u4"), ("category_id", "i8"), ("area", "f8"), ("iscrowd", "?")])
+_CHECK = "tools/check_dataset.py lists what a data set lacks"
 
 
 class PanopticSegmentation(NamedTuple):
@@ -25,10 +33,7 @@ def load_ground_truth(dataset_dict: dict[str, Any]) -> PanopticSegmentation:
 
     Args:
         dataset_dict: a record of a panoptic data set, with ``pan_seg_file_name`` and
-            ``segments_info``.
-
-    Returns:
-        The segments, those of the record; nothing of the record is changed or shared.
+            ``segments_info``. Not modified.
 
     Raises:
         FileNotFoundError: the PNG does not exist.
@@ -50,3 +55,52 @@ def load_ground_truth(dataset_dict: dict[str, Any]) -> PanopticSegmentation:
             "list. PNG and JSON are of different versions: copy both again."
         )
     return PanopticSegmentation(torch.from_numpy(ids), segments_info)
+
+
+class AnnotatedImage(NamedTuple):
+    """The annotation of an image, in about 0.7 KB."""
+
+    file_name: str  # of the PNG
+    packed_segments: NDArray[Any]  # (G,) of _SEGMENT
+
+    @property
+    def segments(self) -> dict[int, TruthSegment]:
+        """The segments by id."""
+        return {row[0]: TruthSegment(*row[1:]) for row in self.packed_segments.tolist()}
+
+
+class PanopticAnnotations(NamedTuple):
+    """What PQ needs of a JSON in the COCO panoptic format."""
+
+    categories: list[dict[str, Any]]
+    images: dict[Any, AnnotatedImage] | None  # by image id; None: a test set without annotations
+
+
+def read_annotations(path: str) -> PanopticAnnotations:
+    """
+    Read a JSON in the COCO panoptic format.
+
+    Raises:
+        ValueError: it is not valid JSON, or lacks keys.
+    """
+    with PathManager.open(path, encoding="utf-8") as file:
+        try:
+            content = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"'{path}' is not valid JSON ({error}). Copy it again.") from error
+    try:
+        annotations = content.get("annotations")
+        if annotations is None:
+            return PanopticAnnotations(content["categories"], None)
+        images = {a["image_id"]: _pack(a) for a in annotations}
+        return PanopticAnnotations(content["categories"], images)
+    except KeyError as error:
+        raise ValueError(f"'{path}' lacks {error}, which PQ needs; {_CHECK}.") from error
+
+
+def _pack(annotation: dict[str, Any]) -> AnnotatedImage:
+    segments = [
+        (s["id"], s["category_id"], s["area"], s.get("iscrowd") == 1)
+        for s in annotation["segments_info"]
+    ]
+    return AnnotatedImage(annotation["file_name"], np.array(segments, dtype=_SEGMENT))

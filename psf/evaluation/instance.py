@@ -1,45 +1,21 @@
-"""Average precision of the instance output (COCO).
+"""Average precision of the instance output (COCO)."""
 
-With hotcoco installed (``pip install hotcoco``) Detectron2's evaluator computes with it, where
-images have integer ids, instead of pycocotools: the same numbers several times faster.
-"""
-
-import contextlib
-import importlib
-import importlib.util
-from collections import OrderedDict
-from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import torch
 from detectron2.data import Metadata, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, coco_evaluation
+from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Instances
 
 from .outputs import require_output
-
-
-@contextlib.contextmanager
-def _computed_by(backend: ModuleType) -> Iterator[None]:
-    """Let Detectron2's evaluator use another implementation of pycocotools' ``COCOeval``."""
-    names = ("COCOeval", "COCOeval_opt")
-    originals = {name: getattr(coco_evaluation, name) for name in names}
-    for name in names:
-        setattr(coco_evaluation, name, backend.COCOeval)
-    try:
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(coco_evaluation, name, original)
 
 
 class InstanceEvaluator(COCOEvaluator):
     """
     Detectron2's AP evaluator, for any contiguous ids of the thing classes.
 
-    The parent wants them to be 0..K-1 in the order of the data set's ids; here the classes of the
-    predictions are renumbered.
+    The parent requires 0..K-1 in the order of the data set's ids, so the predicted classes are
+    renumbered.
     """
 
     _coco_api: Any  # the parent's
@@ -89,20 +65,6 @@ class InstanceEvaluator(COCOEvaluator):
         require_output(inputs, outputs, "instances", "INSTANCE_ON")
         renumbered = [{"instances": self._renumber(output["instances"])} for output in outputs]
         super().process(inputs, renumbered)
-
-    def evaluate(self, img_ids: list[Any] | None = None) -> OrderedDict[str, Any]:
-        """As Detectron2's."""
-        # hotcoco knows integers only as ids of images.
-        integers = all(isinstance(i, int) for i in self._coco_api.getImgIds())
-        if not integers or importlib.util.find_spec("hotcoco") is None:
-            return super().evaluate(img_ids)
-        hotcoco = importlib.import_module("hotcoco")
-        slow_api, self._coco_api = self._coco_api, hotcoco.COCO(self._metadata.json_file)
-        try:
-            with _computed_by(hotcoco):
-                return super().evaluate(img_ids)
-        finally:
-            self._coco_api = slow_api
 
     def _renumber(self, instances: Instances) -> Instances:
         renumbered = instances.to(self._cpu_device)

@@ -20,10 +20,9 @@ from .panoptic_quality import (
     Overlaps,
     TruthSegment,
     add_up,
-    average_quality,
-    class_qualities,
     compare,
     count_overlaps,
+    quality_rows,
 )
 
 MISSED = "(missed)"
@@ -98,11 +97,8 @@ def score_predictions(
         records.append(record)
         scores.append(ImageScore(image_id, files[image_id], _pq_of(record, categories)))
         confusion += _confusion(count_overlaps(truth_ids, pred_ids), segments, predicted, names)
-    counts = add_up(records, names)
-    groups = (("all", None), ("things", True), ("stuff", False))
-    rows = [average_quality(counts, categories, name, isthing) for name, isthing in groups]
     scores.sort(key=lambda s: (s.pq != s.pq, s.pq))
-    return Scores(rows + class_qualities(counts, categories), scores, confusion)
+    return Scores(quality_rows(add_up(records, names), categories), scores, confusion)
 
 
 def _check_categories(
@@ -118,7 +114,7 @@ def _check_categories(
 
 def _pq_of(record: ImageRecord, categories: list[dict[str, Any]]) -> float:
     counts = add_up([record], [c["id"] for c in categories])
-    return average_quality(counts, categories, "all", None).pq
+    return quality_rows(counts, categories)[0].pq
 
 
 def _confusion(

@@ -22,23 +22,20 @@ from tabulate import tabulate
 
 from psf.panoptic_png import read_panoptic_ids, write_panoptic_ids
 
-from .annotations import PanopticAnnotations
+from .ground_truth import AnnotatedImage, PanopticAnnotations, read_annotations
 from .outputs import require_output
 from .panoptic_quality import (
     ClassQuality,
     ImageRecord,
-    TruthSegment,
     add_up,
-    average_quality,
-    class_qualities,
     compare,
+    quality_rows,
 )
 from .pictures import write_quality_bars
 
 logger = logging.getLogger(__name__)
 
-# Detectron2's suffixes of the averages, the rows of the table, and the selection by ``isthing``.
-_AVERAGES = {"": ("all", None), "_th": ("things", True), "_st": ("stuff", False)}
+_SUFFIXES = ("", "_th", "_st")  # Detectron2's, of the means over all classes, things and stuff
 
 PREDICTIONS = "predictions"
 
@@ -49,18 +46,16 @@ class _Predicted(NamedTuple):
     image_id: Any
     record: ImageRecord | None  # None: there is no ground truth
     boundary_record: ImageRecord | None
-    annotation: str | None  # JSON; None: predictions are not saved
+    annotation: dict[str, Any] | None  # of the predictions' JSON; None: they are not saved
 
 
 class PanopticEvaluator(DatasetEvaluator):
     """
     PQ, SQ and RQ of ``panoptic_seg``, equal to panopticapi's on a single core to the last bit.
 
-    Each prediction is compared as it comes, and only its matches are kept. The annotations stay in
-    their file but for the place of each, which takes less than the matches. Unlike Detectron2's
-    evaluator the metrics do not depend on the number of processes, neither things nor stuff need
-    occur in the data set (their PQ is then NaN), and images of the same name in different folders
-    are told apart.
+    Each prediction is compared at once, and only its matches are kept. Unlike Detectron2's
+    evaluator, the metrics do not depend on the number of processes, the PQ of things or stuff is
+    NaN if the data set has none, and images of the same name may be in different folders.
     """
 
     def __init__(
@@ -74,14 +69,14 @@ class PanopticEvaluator(DatasetEvaluator):
         """
         Args:
             dataset_name: registered with Detectron2, with ``panoptic_json`` and ``panoptic_root``.
-            output_dir: for ``pq.txt``, ``panoptic_results.json`` and ``pq.png``; None: nowhere.
-            boundary: measure Boundary PQ too.
-            save_predictions: write them to ``output_dir`` as COCO's servers take them:
-                ``predictions.json`` and the PNGs in ``predictions/``. A data set without
-                annotations is then fine, and not measured.
+            output_dir: for ``pq.txt``, ``panoptic_results.json`` and ``pq.png``; None: not written.
+            boundary: also measure Boundary PQ.
+            save_predictions: write ``predictions.json`` and ``predictions/*.png`` to ``output_dir``
+                in the format of COCO's server. Then the data set may lack annotations; it is not
+                measured.
 
         Raises:
-            ValueError: the data set is not a panoptic one, or predictions have nowhere to go.
+            ValueError: the data set is not panoptic, or predictions are saved without output_dir.
             FileNotFoundError: its annotations do not exist.
         """
         if save_predictions and output_dir is None:
@@ -112,7 +107,7 @@ class PanopticEvaluator(DatasetEvaluator):
         self.reset()
 
     def reset(self) -> None:
-        """Forget all predictions, and where the annotations are, which is found when needed."""
+        """Forget all predictions and the annotations, which are read when needed."""
         self._predicted: list[_Predicted] = []
         self._annotations: PanopticAnnotations | None = None
 
@@ -130,12 +125,12 @@ class PanopticEvaluator(DatasetEvaluator):
                 its category is unknown, or the data set has no such image.
         """
         require_output(inputs, outputs, "panoptic_seg", "PANOPTIC_ON")
-        annotations = self._find_annotations()
+        annotations = self._read_annotations()
         for record, output in zip(inputs, outputs, strict=True):
             panoptic_seg, segments_info = output["panoptic_seg"]
             ids = panoptic_seg.cpu().numpy().astype(np.uint32)
             pred = {int(info["id"]): self._dataset_id(record, info) for info in segments_info}
-            self._predicted.append(self._compare(record, ids, pred, annotations))
+            self._predicted.append(self._compare(record, ids, pred, annotations.images))
 
     def _dataset_id(self, record: Mapping[str, Any], info: Mapping[str, Any]) -> int:
         """The data set's category id of a predicted segment."""
@@ -153,20 +148,18 @@ class PanopticEvaluator(DatasetEvaluator):
         record: Mapping[str, Any],
         ids: NDArray[np.uint32],
         pred: dict[int, int],
-        annotations: PanopticAnnotations,
+        images: Mapping[Any, AnnotatedImage] | None,
     ) -> _Predicted:
         image_id = record["image_id"]
         quality = boundary_quality = annotation = None
         png = f"{Path(record['file_name']).stem}.png"
-        if annotations.are_given:
-            if image_id not in annotations.image_ids:
+        if images is not None:
+            if image_id not in images:
                 raise KeyError(
                     f"'{self._metadata.panoptic_json}' has no annotation of image {image_id!r} "
                     f"('{record['file_name']}'). Evaluate a data set with its own loader."
                 )
-            annotated = annotations.read(image_id)
-            png = annotated["file_name"]
-            truth = {s["id"]: self._truth(s, image_id) for s in annotated["segments_info"]}
+            png, truth = images[image_id].file_name, images[image_id].segments
             truth_ids = read_panoptic_ids(os.path.join(self._metadata.panoptic_root, png))
             quality = compare(truth_ids, truth, ids, pred, image_id=image_id)
             if self._boundary:
@@ -179,28 +172,19 @@ class PanopticEvaluator(DatasetEvaluator):
 
     def _save_prediction(
         self, image_id: Any, png: str, ids: NDArray[np.uint32], pred: dict[int, int]
-    ) -> str:
+    ) -> dict[str, Any]:
         path = os.path.join(str(self._output_dir), PREDICTIONS, png)
         PathManager.mkdirs(os.path.dirname(path))
         write_panoptic_ids(path, ids)
         infos = [{"id": i, "category_id": category_id} for i, category_id in pred.items()]
-        return json.dumps({"image_id": image_id, "file_name": png, "segments_info": infos})
+        return {"image_id": image_id, "file_name": png, "segments_info": infos}
 
-    def _truth(self, info: Mapping[str, Any], image_id: Any) -> TruthSegment:
-        if "area" not in info:
-            raise ValueError(
-                f"'{self._metadata.panoptic_json}': segment {info['id']} of image {image_id!r} has "
-                "no 'area', which PQ needs. Complete the JSON (tools/check_dataset.py says what it "
-                "lacks)."
-            )
-        return TruthSegment(info["category_id"], info["area"], info.get("iscrowd") == 1)
-
-    def _find_annotations(self) -> PanopticAnnotations:
-        """Look through the JSON, at the first call."""
+    def _read_annotations(self) -> PanopticAnnotations:
+        """Read the JSON, at the first call."""
         if self._annotations is None:
             path = self._metadata.panoptic_json
-            annotations = PanopticAnnotations(path)
-            if not annotations.are_given and not self._save:
+            annotations = read_annotations(path)
+            if annotations.images is None and not self._save:
                 raise ValueError(
                     f"'{path}' has no annotations, as the test sets of a benchmark. Evaluate on a "
                     "validation set (DATASETS.TEST), or set MODEL.PSF.TEST.SAVE_PREDICTIONS True "
@@ -216,8 +200,8 @@ class PanopticEvaluator(DatasetEvaluator):
 
         Returns:
             On the main process, under "panoptic_seg" and in percent: PQ, SQ, RQ, the same with _th
-            (things) and _st (stuff), and "PQ-<class>" of each class; NaN where neither the ground
-            truth nor the predictions have a segment. With Boundary PQ, the same under
+            (things) and _st (stuff), and "PQ-<class>" for each class; NaN where neither ground
+            truth nor predictions have a segment. Boundary PQ likewise under
             "boundary_panoptic_seg". None on the other processes.
         """
         comm.synchronize()
@@ -225,14 +209,14 @@ class PanopticEvaluator(DatasetEvaluator):
         if not comm.is_main_process():
             self.reset()
             return None
-        annotations = self._find_annotations()
+        annotations = self._read_annotations()
         predicted = {p.image_id: p for p in itertools.chain(*gathered)}
         if self._save:
             saved = [p.annotation for p in predicted.values() if p.annotation is not None]
             self._write_predictions(saved, annotations.categories)
         results: OrderedDict[str, dict[str, float]] = OrderedDict()
-        if annotations.are_given:
-            in_order = self._in_order(predicted, annotations.image_ids)
+        if annotations.images is not None:
+            in_order = self._in_order(predicted, annotations.images)
             categories = annotations.categories
             results["panoptic_seg"] = self._measure([p.record for p in in_order], categories, "")
             if self._boundary:
@@ -260,18 +244,14 @@ class PanopticEvaluator(DatasetEvaluator):
         categories: Sequence[Mapping[str, Any]],
         prefix: str,
     ) -> dict[str, float]:
-        """Add up, report, and give Detectron2's names to the numbers."""
+        """Add up and report; returns the numbers under Detectron2's names."""
         counts = add_up((r for r in records if r is not None), self._known)
-        classes = class_qualities(counts, categories)
-        averages = {
-            suffix: average_quality(counts, categories, name, isthing)
-            for suffix, (name, isthing) in _AVERAGES.items()
-        }
-        self._report([*averages.values(), *classes], prefix)
+        rows = quality_rows(counts, categories)
+        self._report(rows, prefix)
         results: dict[str, float] = {}
-        for suffix, row in averages.items():
+        for suffix, row in zip(_SUFFIXES, rows, strict=False):
             results |= {f"PQ{suffix}": row.pq, f"SQ{suffix}": row.sq, f"RQ{suffix}": row.rq}
-        return results | {f"PQ-{row.name}": row.pq for row in classes}
+        return results | {f"PQ-{row.name}": row.pq for row in rows[len(_SUFFIXES) :]}
 
     def _report(self, rows: Sequence[ClassQuality], prefix: str) -> None:
         table = quality_table(rows)
@@ -291,16 +271,14 @@ class PanopticEvaluator(DatasetEvaluator):
         write_quality_bars(rows, os.path.join(self._output_dir, f"{prefix}pq.png"), title=title)
 
     def _write_predictions(
-        self, annotations: Sequence[str], categories: Sequence[Mapping[str, Any]]
+        self,
+        annotations: Sequence[Mapping[str, Any]],
+        categories: Sequence[Mapping[str, Any]],
     ) -> None:
         """Write the JSON of a submission (cocodataset.org/#format-results)."""
         path = os.path.join(str(self._output_dir), f"{PREDICTIONS}.json")
         with PathManager.open(path, "w", encoding="utf-8") as file:
-            file.write('{"annotations": [')
-            file.writelines(
-                f"{',' if i else ''}\n{annotation}" for i, annotation in enumerate(annotations)
-            )
-            file.write(f'\n],\n"categories": {json.dumps(categories)}}}\n')
+            file.write(json.dumps({"annotations": annotations, "categories": categories}))
         logger.info("Wrote the predictions for %d images to '%s'.", len(annotations), path)
 
 

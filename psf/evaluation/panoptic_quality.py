@@ -1,13 +1,13 @@
-"""Panoptic quality by the definition of panopticapi's ``pq_compute_single_core``, to the last bit.
+"""Panoptic quality, bit for bit as panopticapi's ``pq_compute_single_core``.
 
-An image is reduced to a :class:`ImageRecord` of one or two KB; the records of all images are
-added up in the order of the annotations, so that neither the number of processes nor the order in
-which they come changes a bit of the result.
+Each image is reduced to an :class:`ImageRecord` of one or two KB. The records are added up in the
+order of the annotations, so the result depends neither on the number of processes nor on their
+order.
 
-Panopticapi's rules that its paper (Kirillov et al., 2019) does not mention are kept: the area of a
-segment of the ground truth is the JSON's; where a category has several crowd segments in an image,
-only the last one excuses predictions; pixels whose id the JSON of the ground truth lacks are
-neither void nor segment. Unlike it, a group of classes without any segment has quality NaN.
+Rules of panopticapi that the paper (Kirillov et al., 2019) does not mention are kept: the area of a
+ground-truth segment is the JSON's; if a category has several crowd segments in an image, only the
+last one excuses predictions; pixels whose id the ground-truth JSON lacks are neither void nor
+segment. Unlike panopticapi, a group of classes without any segment has quality NaN.
 
 Shapes: H x W pixels of an image.
 """
@@ -26,11 +26,11 @@ VOID = 0
 # section 5; its code for COCO panoptic).
 _BOUNDARY_WIDTH = 0.02
 
-Overlaps = dict[tuple[int, int], int]  # pixels of every pair (id in the truth, id predicted)
+Overlaps = dict[tuple[int, int], int]  # pixels of each pair (ground-truth id, predicted id)
 
 
 class TruthSegment(NamedTuple):
-    """What counts of a segment of the ground truth."""
+    """A segment of the ground truth."""
 
     category_id: int  # of the data set
     area: float  # as the JSON says
@@ -38,7 +38,7 @@ class TruthSegment(NamedTuple):
 
 
 class ImageRecord(NamedTuple):
-    """Matches, false alarms and misses of an image, each by its category id."""
+    """Matches, false positives and false negatives of an image, by category id."""
 
     image_id: Any
     matches: tuple[tuple[int, float], ...]  # category and IoU, by rising ids of the two segments
@@ -54,9 +54,17 @@ class ClassCounts(NamedTuple):
     fp: int
     fn: int
 
+    @property
+    def quality(self) -> tuple[float, float, float] | None:
+        """PQ, SQ and RQ in 0..1; None: nothing was counted."""
+        size = self.tp + 0.5 * self.fp + 0.5 * self.fn
+        if not size:
+            return None
+        return self.iou / size, self.iou / self.tp if self.tp else 0.0, self.tp / size
+
 
 class ClassQuality(NamedTuple):
-    """Quality of one class, or the mean over a group of classes; NaN where nothing was counted."""
+    """Quality of a class, or the mean over a group of classes; NaN where nothing was counted."""
 
     name: str
     kind: str  # "thing", "stuff"; "mean" of a group
@@ -86,8 +94,7 @@ def compare(
         pred_ids: (H, W), likewise.
         pred: the category id of each predicted segment.
         image_id: for the record and the messages.
-        boundary: Boundary PQ: two segments match as well as the worse of the IoU of their masks and
-            that of their boundaries.
+        boundary: for Boundary PQ, match by the lesser of the IoUs of masks and of boundaries.
 
     Raises:
         KeyError: ``pred`` and ``pred_ids`` have different segments.
@@ -100,34 +107,27 @@ def compare(
         )
     overlaps = count_overlaps(truth_ids, pred_ids)
     pred_areas = _areas(overlaps, side=1)
-    check_prediction(pred_areas.keys(), pred, image_id)
+    _check_prediction(pred_areas.keys(), pred, image_id)
     ious = _ious(overlaps, truth, pred, pred_areas, image_id)
     if boundary and ious:
         ious = _limit_by_boundaries(ious, truth_ids, truth, pred_ids)
     matched = {pair: iou for pair, iou in ious.items() if iou > 0.5}
     truth_matched = {truth_id for truth_id, _ in matched}
     pred_matched = {pred_id for _, pred_id in matched}
-    crowds: dict[int, int] = {}  # the last crowd segment of each category
-    misses = []
-    for truth_id, segment in truth.items():
-        if segment.iscrowd:
-            crowds[segment.category_id] = truth_id
-        elif truth_id not in truth_matched:
-            misses.append(segment.category_id)
-    alarms = []
-    for pred_id, category_id in pred.items():
-        if pred_id in pred_matched:
-            continue
-        excused = overlaps.get((VOID, pred_id), 0)
-        if category_id in crowds:
-            excused += overlaps.get((crowds[category_id], pred_id), 0)
-        if not excused / pred_areas[pred_id] > 0.5:
-            alarms.append(category_id)
+    excused = _excused(overlaps, truth, pred)
     return ImageRecord(
         image_id,
-        tuple((pred[pred_id], iou) for (_, pred_id), iou in matched.items()),
-        tuple(alarms),
-        tuple(misses),
+        matches=tuple((pred[pred_id], iou) for (_, pred_id), iou in matched.items()),
+        false_positives=tuple(
+            category_id
+            for i, category_id in pred.items()
+            if i not in pred_matched and not excused[i] / pred_areas[i] > 0.5
+        ),
+        false_negatives=tuple(
+            segment.category_id
+            for i, segment in truth.items()
+            if i not in truth_matched and not segment.iscrowd
+        ),
     )
 
 
@@ -142,7 +142,7 @@ def count_overlaps(truth_ids: NDArray[np.uint32], pred_ids: NDArray[np.uint32]) 
     truth, pred = truth_ids.ravel(), pred_ids.ravel()
     if not truth.size:
         return {}
-    # Segments are compact: it pays to sort the runs of equal pairs instead of the pixels.
+    # Segments are compact, so sorting the runs of equal pairs is faster than sorting the pixels.
     changes = truth[1:] != truth[:-1]
     changes |= pred[1:] != pred[:-1]
     starts = np.append(0, np.flatnonzero(changes) + 1)
@@ -156,7 +156,7 @@ def count_overlaps(truth_ids: NDArray[np.uint32], pred_ids: NDArray[np.uint32]) 
     }
 
 
-def check_prediction(ids: Iterable[int], pred: Mapping[int, int], image_id: Any) -> None:
+def _check_prediction(ids: Iterable[int], pred: Mapping[int, int], image_id: Any) -> None:
     """Raise KeyError unless the map of a prediction has exactly its segments (and void)."""
     found = set(ids) - {VOID}
     unknown, absent = sorted(found - pred.keys()), sorted(pred.keys() - found)
@@ -204,6 +204,19 @@ def _ious(
     return ious
 
 
+def _excused(
+    overlaps: Overlaps, truth: Mapping[int, TruthSegment], pred: Mapping[int, int]
+) -> dict[int, int]:
+    """Pixels of each prediction in void and in the last crowd of its category."""
+    crowds = {segment.category_id: i for i, segment in truth.items() if segment.iscrowd}
+    excused = {}
+    for pred_id, category_id in pred.items():
+        excused[pred_id] = overlaps.get((VOID, pred_id), 0)
+        if category_id in crowds:
+            excused[pred_id] += overlaps.get((crowds[category_id], pred_id), 0)
+    return excused
+
+
 def _limit_by_boundaries(
     ious: Mapping[tuple[int, int], float],
     truth_ids: NDArray[np.uint32],
@@ -229,8 +242,8 @@ def _limit_by_boundaries(
 def _is_boundary(ids: NDArray[np.uint32]) -> NDArray[np.bool_]:
     """(H, W), whether a pixel is near another segment or the border of the image."""
     width = max(1, round(_BOUNDARY_WIDTH * math.hypot(*ids.shape)))
-    # A square of one id has its least equal to its greatest: two filters do for all segments what
-    # Boundary IoU's code does with one erosion for each. Ids below 2^24 are exact as float32.
+    # In a square with one id the least equals the greatest: two filters do for all segments what
+    # Boundary IoU's code does with one erosion each. float32 is exact below 2^24.
     padded = cv2.copyMakeBorder(
         ids.astype(np.float32), 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=(-1.0,)
     )
@@ -265,67 +278,35 @@ def add_up(records: Iterable[ImageRecord], category_ids: Iterable[int]) -> dict[
     }
 
 
-def class_qualities(
+def quality_rows(
     counts: Mapping[int, ClassCounts], categories: Sequence[Mapping[str, Any]]
 ) -> list[ClassQuality]:
-    """The quality of every class, in the order of the JSON's categories."""
-    return [_class_quality(counts[category["id"]], category) for category in categories]
-
-
-def _class_quality(counted: ClassCounts, category: Mapping[str, Any]) -> ClassQuality:
-    kind = "thing" if category["isthing"] == 1 else "stuff"
-    iou, tp, fp, fn = counted
-    if not tp + fp + fn:
-        return ClassQuality(category["name"], kind, math.nan, math.nan, math.nan, tp, fp, fn)
-    size = tp + 0.5 * fp + 0.5 * fn
-    return ClassQuality(
-        category["name"],
-        kind,
-        100 * (iou / size),
-        100 * (iou / tp if tp else 0.0),
-        100 * (tp / size),
-        tp,
-        fp,
-        fn,
-    )
-
-
-def average_quality(
-    counts: Mapping[int, ClassCounts],
-    categories: Sequence[Mapping[str, Any]],
-    name: str,
-    isthing: bool | None,
-) -> ClassQuality:
-    """
-    Mean over the classes of a group that occur in the ground truth or in the predictions.
-
-    Args:
-        counts: of every class.
-        categories: the JSON's.
-        name: of the group.
-        isthing: the things, the stuff; None: all classes.
-    """
-    pq, sq, rq, num_classes = 0.0, 0.0, 0.0, 0
-    total = [0, 0, 0]
+    """The means over all classes, things and stuff, then every class in the JSON's order."""
+    things = [c for c in categories if c["isthing"] == 1]
+    stuff = [c for c in categories if c["isthing"] != 1]
+    groups = (("all", categories), ("things", things), ("stuff", stuff))
+    rows = [_mean_quality(name, [counts[c["id"]] for c in group]) for name, group in groups]
     for category in categories:
-        if isthing is not None and isthing != (category["isthing"] == 1):
-            continue
-        iou, tp, fp, fn = counts[category["id"]]
-        if not tp + fp + fn:
-            continue
-        total = [a + b for a, b in zip(total, (tp, fp, fn), strict=True)]
-        size = tp + 0.5 * fp + 0.5 * fn
-        num_classes += 1
-        pq += iou / size
-        sq += iou / tp if tp else 0.0
-        rq += tp / size
-    if not num_classes:
-        return ClassQuality(name, "mean", math.nan, math.nan, math.nan, *total)
-    return ClassQuality(
-        name,
-        "mean",
-        100 * (pq / num_classes),
-        100 * (sq / num_classes),
-        100 * (rq / num_classes),
-        *total,
-    )
+        kind = "thing" if category["isthing"] == 1 else "stuff"
+        counted = counts[category["id"]]
+        rows.append(_row(category["name"], kind, counted.quality, counted[1:]))
+    return rows
+
+
+def _mean_quality(name: str, group: Sequence[ClassCounts]) -> ClassQuality:
+    """Mean over the classes that occur in the ground truth or in the predictions."""
+    sums, totals, num_classes = np.zeros(3), np.zeros(3, dtype=np.int64), 0
+    for counted in group:
+        if counted.quality is not None:
+            sums += counted.quality  # one after the other, as panopticapi
+            totals += counted[1:]
+            num_classes += 1
+    quality = (sums / num_classes).tolist() if num_classes else None
+    return _row(name, "mean", quality, totals.tolist())
+
+
+def _row(
+    name: str, kind: str, quality: Sequence[float] | None, counted: Sequence[int]
+) -> ClassQuality:
+    pq, sq, rq = [math.nan] * 3 if quality is None else [100 * value for value in quality]
+    return ClassQuality(name, kind, pq, sq, rq, *counted)

@@ -8,6 +8,7 @@ S positions, M heads, C = M * D channels, R queries of one image that get a mask
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -249,15 +250,11 @@ class JointMaskDecoder(nn.Module):
             Mask logits at the finest level, without padding, of things, layers x N x
             (R_things, h, w), and of stuff, layers x N x (R_stuff, h, w).
         """
-        memory = memory.finest(self.num_levels)
         heads = [cast(MaskDecoderLayer, layer).cross_attn.mask_head for layer in self.layers]
-        stuff = [locations.query.shape[1] + index for index in queries.stuff]
-        things_and_stuff = (
-            mask_logits(outputs, heads, memory, valid_shapes, index, last_only=last_only)
-            for index in (queries.things, stuff)
-        )
-        thing_masks, stuff_masks = things_and_stuff
-        return thing_masks, stuff_masks
+        memory = memory.finest(self.num_levels)
+        make = partial(mask_logits, outputs, heads, memory, valid_shapes, last_only=last_only)
+        num_things = locations.query.shape[1]
+        return make(queries.things), make([num_things + index for index in queries.stuff])
 
 
 def mask_logits(

@@ -8,6 +8,7 @@ Shapes: as in ``mask_decoder.py``.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -193,20 +194,14 @@ class DecoupledMaskDecoder(nn.Module):
         memory = memory.finest(self.num_levels)
         query, index = _choose(locations.query, queries.things)
         things = self.things(query, 0.0, memory, num_layers=len(outputs))
-        kinds = (
-            (things, self.things.mask_heads, index),
-            (outputs, self.stuff.mask_heads, queries.stuff),
-        )
-        thing_masks, stuff_masks = (
-            [
-                [masks.relu() for masks in layer]
-                for layer in mask_logits(
-                    layers, heads, memory, valid_shapes, chosen, last_only=last_only
-                )
-            ]
-            for layers, heads, chosen in kinds
-        )
-        return thing_masks, stuff_masks
+        make = partial(mask_logits, memory=memory, valid_shapes=valid_shapes, last_only=last_only)
+        thing_masks = make(things, self.things.mask_heads, index=index)
+        stuff_masks = make(outputs, self.stuff.mask_heads, index=queries.stuff)
+        return _relu(thing_masks), _relu(stuff_masks)
+
+
+def _relu(masks: list[list[Tensor]]) -> list[list[Tensor]]:
+    return [[image.relu() for image in layer] for layer in masks]
 
 
 def _choose(query: Tensor, index: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

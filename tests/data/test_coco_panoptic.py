@@ -316,7 +316,7 @@ def test_registration_from_a_config(files, name, instances):
     assert len(DatasetCatalog.get(name)) == 2
     assert MetadataCatalog.get(name).json_file == (instances[0] if instances else None)
     with pytest.raises(
-        ValueError, match=f"DATASETS.REGISTER: the name '{name}' is that of another"
+        ValueError, match=f"DATASETS.REGISTER: '{name}' is the name of another data set"
     ):
         register_listed([[name, "elsewhere", panoptic_root, panoptic_json]])
 

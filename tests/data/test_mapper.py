@@ -21,14 +21,12 @@ from psf.data import (
     IndexMasks,
     PanopticDatasetMapper,
     build_augmentations,
-    exact_resampling,
     load_coco_panoptic,
     register_panoptic,
 )
 from psf.data.augmentation import distort_colors
-from psf.data.exact_resampling import image_exactly, index_map_exactly
-from psf.data.index_masks import TargetInstances
-from psf.data.mapper import tight_boxes
+from psf.data.index_masks import TargetInstances, tight_boxes
+from psf.data.resampling import transform_image, transform_index_map
 from psf.panoptic_png import read_panoptic_ids
 
 COCO_SAMPLE = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "coco_sample"
@@ -386,7 +384,7 @@ def test_real_coco_images():
         assert any(s["iscrowd"] for s in record["segments_info"])
 
 
-# ------------------------------------------------------ exact and fast, against the reference
+# ------------------------------------------------------------------- against the plain mapper
 
 RECIPES = {
     "shorter side": ["INPUT.MIN_SIZE_TRAIN", (40, 64, 97)],
@@ -429,7 +427,7 @@ def merge_stuff(instances):
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("flip", ["none", "horizontal", "vertical"])
-def test_exact_mode_has_the_bits_of_the_plain_mapper(cfg, tmp_path, recipe, flip):
+def test_equals_the_plain_mapper_bit_for_bit(cfg, tmp_path, recipe, flip):
     record = big_record(tmp_path)
     cfg.merge_from_list([*recipe, "INPUT.RANDOM_FLIP", flip, "INPUT.FORMAT", "RGB"])
     ours, plain = PanopticDatasetMapper(cfg), PlainMapper(build_augmentations(cfg, True))
@@ -442,87 +440,11 @@ def test_exact_mode_has_the_bits_of_the_plain_mapper(cfg, tmp_path, recipe, flip
         assert_targets(results[0]["instances"], merge_stuff(results[1]["instances"]))
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_fast_mode_shows_nearly_the_same(cfg, tmp_path, recipe):
-    """Sizes and targets as in exact mode, masks within the rounding of a crop's window."""
-    record = big_record(tmp_path)
-    smooth = Image.fromarray(np.kron(IDS % 7 * 36, np.ones((15, 15))).astype(np.uint8)).convert(
-        "RGB"
-    )
-    smooth.save(record["file_name"])
-    cfg.merge_from_list([*recipe, "INPUT.FORMAT", "RGB"])
-    exact = PanopticDatasetMapper(cfg)
-    cfg.INPUT.RESAMPLING = "fast"
-    fast = PanopticDatasetMapper(cfg)
-    differences, agreement = [], []
-    for seed in range(20):
-        results = []
-        for mapper in (exact, fast):
-            np.random.seed(seed)
-            results.append(mapper(record))
-        a, b = results
-        assert a["image"].shape == b["image"].shape
-        assert a["instances"].image_size == b["instances"].image_size
-        differences.append((a["image"].float() - b["image"].float()).abs().mean())
-        maps = [r["instances"].gt_masks.index_map for r in results]
-        agreement.append((maps[0] == maps[1]).float().mean())
-    assert np.mean(differences) < 3
-    assert np.mean(agreement) > 0.97
-
-
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_fast_mode_moves_image_and_targets_alike(cfg, tmp_path, recipe):
-    """The image shows the ids as colours: away from edges, a target's pixels have its colour."""
-    ids = np.kron(IDS % 7 * 30, np.ones((15, 15), dtype=int))
-    record = write(tmp_path, ids, Image.fromarray(ids.astype(np.uint8)).convert("RGB"))
-    record["segments_info"] = [segment(int(i), 1) for i in np.unique(ids) if i]
-    cfg.merge_from_list([*recipe, "INPUT.RESAMPLING", "fast"])
-    mapper = PanopticDatasetMapper(cfg)
-    for seed in range(10):
-        np.random.seed(seed)
-        result = mapper(record)
-        masks = result["instances"].gt_masks
-        values = np.array([0, *[s["id"] for s in record["segments_info"]]])
-        shown = values[masks.index_map.numpy()]
-        padding = (result["image"][0].numpy() == 128) & (shown == 0)
-        off = np.abs(result["image"][0].numpy().astype(int) - shown) > 8
-        assert (off & ~padding).mean() < 0.2  # only along edges
-
-
-def test_fast_mode_of_many_segments(tmp_path):
-    ids = np.zeros((30, 24), dtype=int)
-    ids.ravel()[:600] = np.arange(1, 601)
-    record = write(tmp_path, ids)
-    record["segments_info"] = [segment(i, 1) for i in range(1, 601)]
-    mapper = PanopticDatasetMapper(
-        augmentations=[T.RandomFlip(prob=1.0)],
-        image_format="RGB",
-        class_map=CLASS_MAP,
-        resampling="fast",
-    )
-    expected = reference_targets(ids[:, ::-1], record["segments_info"], CLASS_MAP)
-    assert_targets(mapper(record)["instances"], expected)
-
-
-def test_fast_mode_refuses_what_it_cannot_compose():
-    with pytest.raises(ValueError, match=r"INPUT\.RESAMPLING 'fast'.*RandomRotation.*'exact'"):
-        PanopticDatasetMapper(
-            augmentations=[T.RandomRotation([10])],
-            image_format="RGB",
-            class_map=None,
-            resampling="fast",
-        )
-    with pytest.raises(ValueError, match=r"INPUT\.RESAMPLING is 'quick'; known"):
-        PanopticDatasetMapper(
-            augmentations=[], image_format="RGB", class_map=None, resampling="quick"
-        )
-
-
 @pytest.mark.parametrize(
     "augmentation",
     [T.RandomRotation([20, 20]), T.RandomContrast(0.5, 0.6)],
 )
-def test_any_augmentation_of_detectron2_works_in_exact_mode(tmp_path, augmentation):
+def test_any_augmentation_of_detectron2_works(tmp_path, augmentation):
     record = big_record(tmp_path)
     results = []
     for mapper in (make_mapper(augmentation), PlainMapper([augmentation])):
@@ -538,11 +460,9 @@ def test_unknown_augmentation(cfg):
         build_augmentations(cfg, True)
 
 
-def test_evaluation_is_never_resampled_fast(cfg):
-    cfg.INPUT.RESAMPLING, cfg.INPUT.COLOR_AUG_SSD = "fast", True
-    mapper = PanopticDatasetMapper(cfg, is_train=False)
-    assert not mapper.fast
-    assert not mapper.color_augmentation
+def test_colors_are_not_changed_in_evaluation(cfg):
+    cfg.INPUT.COLOR_AUG_SSD = True
+    assert not PanopticDatasetMapper(cfg, is_train=False).color_augmentation
 
 
 def test_color_augmentation(cfg, record):
@@ -633,10 +553,7 @@ def test_boxes_in_one_pass(shape):
             assert boxes[i - 1].tolist() == expected
 
 
-@pytest.mark.parametrize("disabled", [False, True])
-def test_resizing_a_window_has_the_bits_of_pillow(monkeypatch, disabled):
-    if disabled:
-        monkeypatch.setattr(exact_resampling, "image_extension", None)
+def test_resizing_a_window_has_the_bits_of_pillow():
     rng = np.random.default_rng(0)
     for _ in range(150):
         h, w, new_h, new_w = (int(v) for v in rng.integers(1, 60, 4))
@@ -645,9 +562,9 @@ def test_resizing_a_window_has_the_bits_of_pillow(monkeypatch, disabled):
         y, x = int(rng.integers(new_h)), int(rng.integers(new_w))
         crop = T.CropTransform(x, y, int(rng.integers(1, 70)), int(rng.integers(1, 70)))
         expected = crop.apply_image(resize.apply_image(image))
-        np.testing.assert_array_equal(image_exactly(image, [resize, crop]), expected)
+        np.testing.assert_array_equal(transform_image(image, [resize, crop]), expected)
         index_map = image[..., 0] + 256 * image[..., 1].astype(np.int32)
-        found = index_map_exactly(index_map, [resize, crop])
+        found = transform_index_map(index_map, [resize, crop])
         for byte in (0, 1):
             expected = crop.apply_segmentation(resize.apply_segmentation(image[..., byte].copy()))
             np.testing.assert_array_equal(found >> 8 * byte & 255, expected)

@@ -2,6 +2,8 @@
 
 import json
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +11,13 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
-from miniatures import HEIGHT, WIDTH, make_ade20k, make_cityscapes, make_coco
+from miniatures import HEIGHT, WIDTH, make_ade20k, make_cityscapes, make_coco, zip_folder
 from PIL import Image
 
-from psf.data import ClassMap, register_builtin
+from psf.data import ClassMap, coco_writer, register_builtin
 from psf.data.coco_panoptic import datasets_root
-from psf.data.prepare import writing
 from psf.data.prepare.__main__ import main
+from psf.data.prepare.archives import unpack
 from psf.evaluation import PanopticEvaluator, build_evaluators
 from psf.panoptic_png import read_panoptic_ids
 from psf.trainer import Trainer
@@ -195,13 +197,13 @@ def test_an_interrupted_run_goes_on(tmp_path, prepare, monkeypatch):
     make_cityscapes(tmp_path, num_images=3)
     written = []
 
-    def write(path, ids, whole=writing.write_panoptic_ids):
+    def write(path, ids, whole=coco_writer.write_panoptic_ids):
         written.append(Path(path).name)
         if len(written) == 3:
             raise KeyboardInterrupt
         whole(path, ids)
 
-    monkeypatch.setattr(writing, "write_panoptic_ids", write)
+    monkeypatch.setattr(coco_writer, "write_panoptic_ids", write)
     with pytest.raises(KeyboardInterrupt):
         prepare("cityscapes", "--allow-partial")
     truth = tmp_path / "cityscapes" / "gtFine"
@@ -219,14 +221,40 @@ def test_an_interrupted_run_goes_on(tmp_path, prepare, monkeypatch):
     assert len(written) == 7, "what is complete is left alone"
 
 
-def test_an_archive_cannot_write_elsewhere(tmp_path, prepare):
-    import zipfile
+@pytest.mark.parametrize("name", ["evil.zip", "evil.tar"])
+def test_an_archive_cannot_write_elsewhere(tmp_path, name):
+    archive, folder = tmp_path / name, tmp_path / "a" / "b"
+    (tmp_path / "file").write_text("evil")
+    if name.endswith("zip"):
+        with zipfile.ZipFile(archive, "w") as file:
+            file.write(tmp_path / "file", "../../evil.txt")
+        unpack(archive, folder)
+    else:
+        with tarfile.open(archive, "w") as file:
+            file.add(tmp_path / "file", "../../evil.txt")
+        with pytest.raises(ValueError, match=r"evil\.tar': .*outside the destination"):
+            unpack(archive, folder)
+    assert not (tmp_path / "evil.txt").exists()
 
-    (tmp_path / "coco").mkdir()
-    with zipfile.ZipFile(tmp_path / "coco" / "val2017.zip", "w") as file:
-        file.writestr("../../evil.txt", "")
-    with pytest.raises(SystemExit, match="would leave"):
-        prepare("coco")
+
+@pytest.mark.parametrize("name", ["val2017.zip", "annotations_instance.tar"])
+def test_a_damaged_archive_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"half a download")
+    with pytest.raises(ValueError, match=rf"(?s)Cannot unpack '.*{name}'.*Download it again"):
+        unpack(tmp_path / name, tmp_path)
+
+
+def test_unpacking_goes_on_where_it_was_interrupted(tmp_path):
+    for name in ("whole.txt", "half.txt", "absent.txt"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_text("content")
+    zip_folder(tmp_path / "in", tmp_path / "in.zip")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "half.txt").write_text("con")
+    (tmp_path / "in" / "whole.txt").write_text("mine..!")
+    unpack(tmp_path / "in.zip", tmp_path, members="in/")
+    found = {path.name: path.read_text() for path in (tmp_path / "in").iterdir()}
+    assert found == {"whole.txt": "mine..!", "half.txt": "content", "absent.txt": "content"}
 
 
 def test_a_missing_png_of_coco_is_named(tmp_path, prepare):

@@ -56,17 +56,19 @@ def root(tmp_path_factory):
 def test_a_scene_is_a_function_of_its_generator():
     for a, b in [(draw_scene(generator(i), 64), draw_scene(generator(i), 64)) for i in range(10)]:
         np.testing.assert_array_equal(a.image, b.image)
-        np.testing.assert_array_equal(a.ids, b.ids)
+        np.testing.assert_array_equal(a.index_map, b.index_map)
         assert a.segments == b.segments
 
 
 @pytest.mark.parametrize("size", [32, 100, 128])
-def test_the_segments_are_those_of_the_id_map(size):
+def test_the_segments_are_those_of_the_map(size):
     stuff = {c["id"] for c in CATEGORIES if not c["isthing"]}
     for i in range(20):
         scene = draw_scene(generator(i), size)
         assert scene.image.shape == (size, size, 3)
-        assert {s.id for s in scene.segments} == set(np.unique(scene.ids).tolist()) - {0}
+        indices = range(1, len(scene.segments) + 1)
+        assert set(np.unique(scene.index_map).tolist()) - {0} == set(indices)
+        assert len({s.id for s in scene.segments}) == len(scene.segments)
         present = [s.category_id for s in scene.segments if s.category_id in stuff]
         assert len(set(present)) == len(present)  # at most one segment of a stuff class
 
@@ -87,12 +89,13 @@ def test_scenes_have_the_difficulties_they_promise():
     for i in range(100):
         scene = draw_scene(generator(i), 128)
         crowds += any(s.iscrowd for s in scene.segments)
-        voids += (scene.ids == 0).any()
+        index_map = scene.index_map
+        voids += (index_map == 0).any()
         classes |= {s.category_id for s in scene.segments}
-        category_of = {0: 0, **{s.id: s.category_id for s in scene.segments}}
-        border = np.concatenate([scene.ids[0], scene.ids[-1], scene.ids[:, 0], scene.ids[:, -1]])
+        category_of = [0, *(s.category_id for s in scene.segments)]
+        border = np.concatenate([index_map[0], index_map[-1], index_map[:, 0], index_map[:, -1]])
         cut += any(category_of[k] in things for k in border.tolist())
-        neighbours = (scene.ids[:, :-1].ravel().tolist(), scene.ids[:, 1:].ravel().tolist())
+        neighbours = (index_map[:, :-1].ravel().tolist(), index_map[:, 1:].ravel().tolist())
         touching += any(
             a != b and category_of[a] == category_of[b] and category_of[a] in things
             for a, b in zip(*neighbours, strict=True)

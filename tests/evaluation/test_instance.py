@@ -1,12 +1,10 @@
 """Instance AP with thing ids that are neither contiguous nor in the data set's order."""
 
-import importlib.util
 import math
 
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import coco_evaluation
 from detectron2.structures import Boxes, Instances
 from tiny_panoptic import ANT, CAT, GRASS, Layout
 
@@ -76,15 +74,3 @@ def test_output_without_instances(make_dataset):
     evaluator.reset()
     with pytest.raises(ValueError, match=r"no 'instances'.*INSTANCE_ON"):
         evaluator.process(DatasetCatalog.get(name), [{}])
-
-
-def test_hotcoco_gives_the_same_numbers(make_dataset, monkeypatch):
-    pytest.importorskip("hotcoco")
-    name = make_dataset([LAYOUT], instances=True)
-    results = [evaluate(name, instances(CAT, CAT))]
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    results.append(evaluate(name, instances(CAT, CAT)))
-    fast, slow = results
-    for task in ("bbox", "segm"):
-        assert fast[task] == pytest.approx(slow[task], nan_ok=True)
-    assert coco_evaluation.COCOeval.__module__.startswith("pycocotools")

@@ -357,11 +357,19 @@ def test_an_image_of_another_data_set(make_dataset):
         PanopticEvaluator(name).process([record], [panoptic_output(HALVES)])
 
 
-def test_annotations_without_areas(make_dataset):
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"area"', '"size"', r"lacks 'area', which PQ needs; tools/check_dataset"),
+        ('"categories"', '"classes"', "lacks 'categories'"),
+        ("{", "", "is not valid JSON"),
+    ],
+)
+def test_annotations_that_are_not_usable(make_dataset, old, new, message):
     name = make_dataset([HALVES])
     path = Path(MetadataCatalog.get(name).panoptic_json)
-    path.write_text(path.read_text().replace('"area"', '"size"'))
-    with pytest.raises(ValueError, match="segment 1 of image 100 has no 'area'"):
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=rf"panoptic\.json' {message}"):
         PanopticEvaluator(name).process(DatasetCatalog.get(name), [panoptic_output(HALVES)])
 
 

@@ -12,9 +12,8 @@ from PIL import Image
 from release_cases import SMALL, arrays, numbers, release_cfg, small_model
 
 from psf.data import PanopticDatasetMapper, build_augmentations
-from psf.data.augmentation import SizeInput
-from psf.data.exact_resampling import image_exactly, index_map_exactly
 from psf.data.opencv_resize import OpenCVResizeTransform
+from psf.data.resampling import SizeInput, transform_image, transform_index_map
 from psf.predictor import Predictor
 
 CROPS = range(4)
@@ -97,10 +96,10 @@ def crop(case, i):
 
 def assert_recorded(case, name, transforms):
     """The image, and the masks one by one: they overlap."""
-    image = image_exactly(case["train_in/rgb_uint8"], transforms)
+    image = transform_image(case["train_in/rgb_uint8"], transforms)
     np.testing.assert_array_equal(image[:, :, ::-1], case[f"{name}/img_bgr"])
     # What a crop leaves nothing of is not there.
-    masks = [index_map_exactly(mask, transforms) for mask in case["train_in/masks"]]
+    masks = [transform_index_map(mask, transforms) for mask in case["train_in/masks"]]
     recorded = [mask for mask in case[f"{name}/masks"] if mask.any()]
     np.testing.assert_array_equal([mask for mask in masks if mask.any()], recorded)
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .. import categories
+from ..coco_writer import PanopticImage, Segment, Split, convert_split
 from .archives import unpack
-from .writing import Converted, Segment, Split, write_split
 
 ROOT = "ADEChallengeData2016"
 # Split, its folder, and its images.
@@ -27,21 +27,20 @@ def prepare(root: Path, *, allow_partial: bool) -> None:
     data = root / ROOT
     for name, target in ((f"{ROOT}.zip", root), ("annotations_instance.tar", data)):
         for archive in (root / name, data / name):
-            if archive.is_file():
-                unpack(archive, target)
+            unpack(archive, target)
     for split, folder, num_images in _SPLITS:
         _require_folders(data, folder)
-        write_split(
+        convert_split(
             Split(
                 name=f"ADE20K {split}",
                 panoptic_root=data / f"ade20k_panoptic_{split}",
                 panoptic_json=data / f"ade20k_panoptic_{split}.json",
                 instances_json=data / f"ade20k_instance_{split}.json",
                 categories=categories.ADE20K,
-                num_images=num_images,
             ),
             sorted((data / "images" / folder).glob("*.jpg")),
             partial(_convert, data, folder),
+            num_images=num_images,
             allow_partial=allow_partial,
         )
 
@@ -59,7 +58,7 @@ def _require_folders(data: Path, folder: str) -> None:
             )
 
 
-def _convert(data: Path, folder: str, image: Path) -> Converted:
+def _convert(data: Path, folder: str, image: Path) -> PanopticImage:
     labels = _read(data / "annotations" / folder / f"{image.stem}.png")
     if labels.ndim != 2:
         raise ValueError(f"'{image.stem}.png' of annotations is not a map of labels.")
@@ -85,7 +84,7 @@ def _convert(data: Path, folder: str, image: Path) -> Converted:
             mask = things[..., 1] == instance
             segments.append(Segment(_thing_category(things[..., 0][mask], image, instance)))
             index_map[mask] = len(segments)
-    return Converted(
+    return PanopticImage(
         image_id=image.stem,
         file_name=image.name,
         png=f"{image.stem}.png",

@@ -1,84 +1,44 @@
 """Unpacking the archives that data sets are downloaded as."""
 
-import os
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple
 
 import tqdm  # type: ignore[import-untyped]
 
 
-class Member(NamedTuple):
-    """A file of an archive."""
-
-    name: str
-    size: int
-    read: Callable[[], IO[bytes]]
-
-
-def unpack(archive: Path, folder: Path, *, members: str = "") -> int:
+def unpack(archive: Path, folder: Path, *, members: str = "") -> None:
     """
-    Unpack a .zip or .tar; files that are there with the right size are left alone.
+    Unpack the files of a .zip or .tar, if it exists, except those that have the right size already.
 
     Args:
         archive: the file.
-        folder: where its members go.
-        members: unpack those alone that are below this folder of the archive.
+        folder: where to unpack it.
+        members: unpack only what is below this folder of the archive.
 
-    Returns:
-        How many files were written.
+    Raises:
+        ValueError: the archive is damaged, or a member would be written outside ``folder``.
     """
-    written = 0
-    opened = _zip_members(archive) if archive.suffix == ".zip" else _tar_members(archive)
-    for name, size, read in tqdm.tqdm(opened, desc=archive.name, unit=" files", disable=None):
-        target = _target(folder, name)
-        if name.startswith(members) and not _is_there(target, size):
-            with read() as content:
-                _write(content, target)
-            written += 1
-    return written
+    if not archive.is_file():
+        return
+    progress = partial(tqdm.tqdm, desc=archive.name, unit=" files", disable=None)
+    try:
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as zipped:
+                for info in progress(zipped.infolist()):
+                    if _is_wanted(info.filename, info.file_size, folder, members):
+                        zipped.extract(info, folder)  # drops ".." from the name
+        else:
+            with tarfile.open(archive) as tarred:
+                for member in progress(tarred):
+                    if _is_wanted(member.name, member.size, folder, members):
+                        tarred.extract(member, folder, filter="data")
+    except (tarfile.TarError, zipfile.BadZipFile) as error:
+        raise ValueError(f"Cannot unpack '{archive}': {error}. Download it again.") from error
 
 
-def _zip_members(archive: Path) -> Iterator[Member]:
-    with zipfile.ZipFile(archive) as file:
-        for info in file.infolist():
-            if not info.is_dir():
-                yield Member(info.filename, info.file_size, partial(file.open, info))
-
-
-def _tar_members(archive: Path) -> Iterator[Member]:
-    with tarfile.open(archive) as file:
-        for member in file:
-            if member.isfile():
-                yield Member(member.name, member.size, partial(_tar_content, file, member))
-
-
-def _tar_content(file: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
-    content = file.extractfile(member)
-    if content is None:
-        raise ValueError(f"'{member.name}' of '{file.name!r}' has no content. Download it again.")
-    return content
-
-
-def _target(folder: Path, name: str) -> Path:
-    target = (folder / name).resolve()
-    if not target.is_relative_to(folder.resolve()):
-        raise ValueError(f"The archive has a member '{name}' that would leave '{folder}'.")
-    return target
-
-
-def _is_there(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
-
-
-def _write(content: IO[bytes], target: Path) -> None:
-    """Write under another name first, so that an interrupted run leaves no half of a file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.partial")
-    with open(partial, "wb") as file:
-        while chunk := content.read(1 << 20):
-            file.write(chunk)
-    os.replace(partial, target)
+def _is_wanted(name: str, size: int, folder: Path, members: str) -> bool:
+    target = folder / name
+    # A file that an interrupted run has not finished has another size.
+    return name.startswith(members) and not (target.is_file() and target.stat().st_size == size)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .. import categories
+from ..coco_writer import PanopticImage, Segment, Split, convert_split
 from .archives import unpack
-from .writing import Converted, Segment, Split, write_split
 
 # Split and its images. The test split has no annotations.
 _SPLITS = (("train", 2_975), ("val", 500))
@@ -27,8 +27,7 @@ def prepare(root: Path, *, allow_partial: bool) -> None:
     data = root / "cityscapes"
     for name in _ARCHIVES:
         for archive in (root / name, data / name):
-            if archive.is_file():
-                unpack(archive, data, members=name.partition("_")[0])
+            unpack(archive, data, members=name.partition("_")[0])
     for split, num_images in _SPLITS:
         for folder, archive_name in zip(("gtFine", "leftImg8bit"), _ARCHIVES, strict=True):
             if not (data / folder / split).is_dir():
@@ -37,22 +36,22 @@ def prepare(root: Path, *, allow_partial: bool) -> None:
                     f"(datasets/README.md says where it is from) into '{data}', or unpack it there."
                 )
         truth = data / "gtFine"
-        write_split(
+        convert_split(
             Split(
                 name=f"Cityscapes {split}",
                 panoptic_root=truth / f"cityscapes_panoptic_{split}",
                 panoptic_json=truth / f"cityscapes_panoptic_{split}.json",
                 instances_json=truth / f"cityscapes_instances_{split}.json",
                 categories=categories.CITYSCAPES,
-                num_images=num_images,
             ),
             sorted((truth / split).glob(f"*/*{_ENDING}")),
             _convert,
+            num_images=num_images,
             allow_partial=allow_partial,
         )
 
 
-def _convert(source: Path) -> Converted:
+def _convert(source: Path) -> PanopticImage:
     with Image.open(source) as image:
         values = np.asarray(image).astype(np.int32)
     name = source.name.removesuffix(_ENDING)  # city, sequence, frame
@@ -68,7 +67,7 @@ def _convert(source: Path) -> Converted:
             segments.append(Segment(category_id, iscrowd=int(is_group), id=value))
             index_map[values == value] = len(segments)
     split, city = source.parent.parent.name, source.parent.name
-    return Converted(
+    return PanopticImage(
         image_id=name,
         file_name=f"{name}_leftImg8bit.png",
         png=f"{name}_gtFine_panoptic.png",

@@ -23,12 +23,10 @@ def prepare(root: Path, *, allow_partial: bool) -> None:
     data = root / "coco"
     for name in _ARCHIVES:
         for archive in (root / name, data / name):
-            if archive.is_file():
-                unpack(archive, data)
+            unpack(archive, data)
     for split, num_images in _SPLITS:
         nested = data / "annotations" / f"panoptic_{split}.zip"  # an archive in the archive
-        if nested.is_file():
-            unpack(nested, data, members=f"panoptic_{split}/")
+        unpack(nested, data, members=f"panoptic_{split}/")
         _check(data, split, num_images, allow_partial)
 
 

@@ -15,7 +15,7 @@ import pycocotools.mask
 from numpy.typing import NDArray
 from PIL import Image
 
-from .writing import Converted, Segment, Split, write_split
+from ..coco_writer import PanopticImage, Segment, Split, convert_split
 
 
 def convert_instances(
@@ -55,7 +55,7 @@ def convert_instances(
     images = {Path(image["file_name"]): image for image in data["images"]}
     stuff_ids = [c["id"] for c in stuff_categories]
 
-    def convert(source: Path) -> Converted:
+    def convert(source: Path) -> PanopticImage:
         image = images[source]
         return _unite(image, annotations[image["id"]], label_root, stuff_ids)
 
@@ -67,7 +67,7 @@ def _unite(
     annotations: Sequence[Mapping[str, Any]],
     label_root: Path,
     stuff_ids: Sequence[int],
-) -> Converted:
+) -> PanopticImage:
     size = (image["height"], image["width"])
     name = Path(image["file_name"]).with_suffix(".png")
     path = label_root / name
@@ -89,7 +89,7 @@ def _unite(
     for annotation in order:
         segments.append(Segment(annotation["category_id"], int(annotation.get("iscrowd", 0))))
         index_map[_decode(annotation["segmentation"], *size)] = len(segments)
-    return Converted(image["id"], image["file_name"], str(name), index_map, segments)
+    return PanopticImage(image["id"], image["file_name"], str(name), index_map, segments)
 
 
 def _decode(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
@@ -134,7 +134,7 @@ def convert_labelme(source: Path, stuff: Sequence[str], output: Path) -> None:
     _write(output, categories, files, partial(_convert_labelme, categories))
 
 
-def _convert_labelme(categories: Sequence[Mapping[str, Any]], source: Path) -> Converted:
+def _convert_labelme(categories: Sequence[Mapping[str, Any]], source: Path) -> PanopticImage:
     content = json.loads(source.read_text(encoding="utf-8"))
     index_map = np.zeros((content["imageHeight"], content["imageWidth"]), dtype=np.int32)
     known = {c["name"]: c for c in categories}
@@ -152,7 +152,7 @@ def _convert_labelme(categories: Sequence[Mapping[str, Any]], source: Path) -> C
             segments.append(Segment(category["id"], int(crowd)))
             shared[key] = len(segments)
         _fill(index_map, shape, shared[key], source)
-    return Converted(
+    return PanopticImage(
         image_id=source.stem,
         file_name=Path(content["imagePath"].replace("\\", "/")).name,
         png=f"{source.stem}.png",
@@ -190,6 +190,5 @@ def _write(
         panoptic_json=output / "panoptic.json",
         instances_json=output / "instances.json",
         categories=categories,
-        num_images=len(sources),
     )
-    write_split(split, sources, convert, allow_partial=False)
+    convert_split(split, sources, convert, num_images=len(sources))

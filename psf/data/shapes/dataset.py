@@ -11,18 +11,15 @@ import shutil
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-import pycocotools.mask
 import tqdm  # type: ignore[import-untyped]
 from filelock import FileLock
-from numpy.typing import NDArray
 from PIL import Image
-from scipy.ndimage import find_objects
 
 from ..coco_panoptic import datasets_root, register_panoptic
-from .scene import CATEGORIES, Scene, draw_scene
+from ..coco_writer import PanopticImage, Split, write_image, write_json_files
+from .scene import CATEGORIES, draw_scene
 
 logger = logging.getLogger(__name__)
 
@@ -162,88 +159,27 @@ def _read_stamp(root: Path) -> dict[str, int] | None:
         return json.load(file).get("info", {}).get("shapes")
 
 
-class _SegmentExtent(NamedTuple):
-    """Where a segment is."""
-
-    mask: NDArray[np.bool_]  # (S, S)
-    area: int
-    bbox: list[int]  # x, y, width, height
-
-
 def _write_split(root: Path, split: str, stamp: dict[str, int]) -> None:
     """Write the images, the PNGs and the two JSON files of one split."""
-    image_root, panoptic_root = root / split, root / f"panoptic_{split}"
-    image_root.mkdir(parents=True)
-    panoptic_root.mkdir()
-    info = {"description": f"synthetic panoptic data, {split} split", "shapes": stamp}
-    things = [c for c in CATEGORIES if c["isthing"]]
-    thing_ids = {c["id"] for c in things}
-    panoptic: dict[str, Any] = {
-        "info": info,
-        "images": [],
-        "annotations": [],
-        "categories": CATEGORIES,
-    }
-    instances: list[dict[str, Any]] = []
-
-    size = stamp["size"]
-    # disable=None: no bar where there is no terminal.
-    for index in tqdm.trange(stamp[f"num_{split}"], desc=f"shapes {split}", disable=None):
-        seeds = [stamp["seed"], _SPLITS.index(split), index]
-        scene = draw_scene(np.random.Generator(np.random.PCG64(seeds)), size)
-        image_id, file_name = index + 1, f"{index + 1:06d}.png"
-        # Fast rather than small: the default level takes four times as long to save a fifth.
-        Image.fromarray(scene.image).save(image_root / file_name, compress_level=1)
-        Image.fromarray(_ids_to_rgb(scene.ids)).save(panoptic_root / file_name)
-        extents = _extents(scene)
-        segments_info = [
-            {**segment._asdict(), "iscrowd": int(segment.iscrowd), "area": area, "bbox": bbox}
-            for segment, (_, area, bbox) in zip(scene.segments, extents, strict=True)
-        ]
-        panoptic["images"].append(
-            {"id": image_id, "file_name": file_name, "height": size, "width": size}
-        )
-        panoptic["annotations"].append(
-            {"image_id": image_id, "file_name": file_name, "segments_info": segments_info}
-        )
-        for segment, extent in zip(segments_info, extents, strict=True):
-            if segment["category_id"] in thing_ids:
-                number, rle = len(instances) + 1, _encode(extent.mask)
-                instances.append(
-                    {**segment, "id": number, "image_id": image_id, "segmentation": rle}
-                )
-    _write_json(root / f"panoptic_{split}.json", panoptic)
-    _write_json(
-        root / f"instances_{split}.json",
-        {**panoptic, "annotations": instances, "categories": things},
+    image_root = root / split
+    files = Split(
+        name=f"shapes {split}",
+        panoptic_root=root / f"panoptic_{split}",
+        panoptic_json=root / f"panoptic_{split}.json",
+        instances_json=root / f"instances_{split}.json",
+        categories=CATEGORIES,
     )
-
-
-def _extents(scene: Scene) -> list[_SegmentExtent]:
-    """Mask, area and box of every segment of a scene, exactly as its PNG has them."""
-    order = np.argsort([s.id for s in scene.segments])
-    sorted_ids = np.array([0] + [scene.segments[i].id for i in order])
-    index_map = np.searchsorted(sorted_ids, scene.ids)  # (S, S), 0 is void
-    boxes = find_objects(index_map, max_label=len(order))
-    extents: list[_SegmentExtent] = []
-    for rank in np.argsort(order):
-        mask = index_map == rank + 1
-        y, x = boxes[rank]
-        bbox = [x.start, y.start, x.stop - x.start, y.stop - y.start]
-        extents.append(_SegmentExtent(mask, int(np.count_nonzero(mask)), bbox))
-    return extents
-
-
-def _ids_to_rgb(ids: NDArray[np.int32]) -> NDArray[np.uint8]:
-    """(H, W) segment ids -> (H, W, 3), id = R + 256 G + 65536 B."""
-    return np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=-1).astype(np.uint8)
-
-
-def _encode(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    rle = pycocotools.mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(data))  # much faster than json.dump
+    image_root.mkdir(parents=True)
+    files.panoptic_root.mkdir()
+    entries = []
+    # disable=None: no bar where there is no terminal.
+    for index in tqdm.trange(stamp[f"num_{split}"], desc=files.name, disable=None):
+        seeds = [stamp["seed"], _SPLITS.index(split), index]
+        scene = draw_scene(np.random.Generator(np.random.PCG64(seeds)), stamp["size"])
+        name = f"{index + 1:06d}.png"
+        # Fast rather than small: the default level takes four times as long to save a fifth.
+        Image.fromarray(scene.image).save(image_root / name, compress_level=1)
+        image = PanopticImage(index + 1, name, name, scene.index_map, scene.segments)
+        entries.append(write_image(files, image))
+    info = {"description": f"synthetic panoptic data, {split} split", "shapes": stamp}
+    write_json_files(files, entries, info=info)

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..coco_writer import Segment
+
 Array = NDArray[np.floating]
 Window = tuple[slice, slice]  # rows and columns of an image
 
@@ -39,19 +41,11 @@ _VOID_BLOB_PROBABILITY = 0.3
 _TOUCHING_PROBABILITY = 0.4
 
 
-class Segment(NamedTuple):
-    """One segment of a scene."""
-
-    id: int  # in 1..2^24 - 1
-    category_id: int
-    iscrowd: bool
-
-
 class Scene(NamedTuple):
     """An image and its panoptic segmentation."""
 
     image: NDArray[np.uint8]  # (S, S, 3) RGB
-    ids: NDArray[np.int32]  # (S, S) segment ids, 0 is void
+    index_map: NDArray[np.int32]  # (S, S), 1 + the segment at each pixel; 0 is void
     segments: list[Segment]
 
 
@@ -113,7 +107,7 @@ def _number_segments(
     areas = np.bincount(owners.ravel(), minlength=len(owner_categories))
     min_visible = _MIN_VISIBLE * owners.size / 128**2
     category_ids = {c["name"]: c["id"] for c in CATEGORIES}
-    id_of_owner = np.zeros(len(owner_categories), dtype=np.int32)
+    index_of_owner = np.zeros(len(owner_categories), dtype=np.int32)
     segments: list[Segment] = []
     taken = {0}
     for owner, category in enumerate(owner_categories):
@@ -123,9 +117,9 @@ def _number_segments(
         while segment_id in taken:
             segment_id = int(rng.integers(1 << 24))
         taken.add(segment_id)
-        id_of_owner[owner] = segment_id
-        segments.append(Segment(segment_id, category_ids[category], is_crowd[owner]))
-    return Scene(np.ascontiguousarray(image), id_of_owner[owners], segments)
+        segments.append(Segment(category_ids[category], int(is_crowd[owner]), segment_id))
+        index_of_owner[owner] = len(segments)
+    return Scene(np.ascontiguousarray(image), index_of_owner[owners], segments)
 
 
 # ------------------------------------------------------------------------------------- stuff
