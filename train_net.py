@@ -3,89 +3,54 @@
 
 python train_net.py --config-file configs/shapes/panoptic_segformer_shapes.yaml
 python train_net.py --config-file ... --num-gpus 8
-torchrun --nproc-per-node 2 train_net.py --config-file ...   # also on CPUs
+torchrun --nproc-per-node 2 train_net.py --config-file ...   # GPUs or CPUs
 python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
 """
 
 import argparse
-import contextlib
-import difflib
 import logging
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
+
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
-from psf import add_psf_config
+from psf.config import load_config
 from psf.inference import optimize_for_inference
 from psf.trainer import CONTACT_SHEET, CURVES, Trainer, summary, write_pictures
-from psf.weights import Checkpointer
+from psf.weights import Checkpointer, check_weights
 
 logger = logging.getLogger("psf.train_net")
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """The frozen config of the command line, checked; logging and seeds set up."""
-    cfg = get_cfg()
-    add_psf_config(cfg)
-    if args.config_file and not os.path.isfile(args.config_file):
-        raise SystemExit(f"--config-file: there is no file '{args.config_file}'")
+    """Load the config of the command line, check it and freeze it; set up logging and seeds."""
     misplaced = [option for option in args.opts if option.startswith("--")]
     if misplaced:
         raise SystemExit(
-            f"{misplaced[0]} stands after KEY VALUE pairs, which must come last on the command line"
+            f"{misplaced[0]} comes after KEY VALUE pairs, which must be last on the command line"
         )
-    if args.config_file:
-        with _explain(cfg, args.config_file):
-            cfg.merge_from_file(args.config_file)
-    with _explain(cfg, "the command line"):
-        cfg.merge_from_list(args.opts)
-    check_weights(cfg.MODEL.WEIGHTS)
+    try:
+        cfg = load_config(args.config_file, args.opts)
+        check_weights(cfg.MODEL.WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="psf")
     return cfg
 
 
-def check_weights(path: str) -> None:
-    """Stop with one line when ``MODEL.WEIGHTS`` names a local file that is not there."""
-    if path and "://" not in path and not PathManager.isfile(path):
-        raise SystemExit(
-            f"MODEL.WEIGHTS: there is no file '{path}'. Correct the path, or pass MODEL.WEIGHTS '' "
-            "to start from random weights."
-        )
-
-
-@contextlib.contextmanager
-def _explain(cfg: CfgNode, where: str) -> Iterator[None]:
-    """Turn what yacs raises for a wrong key, type or pairing into one line that says where."""
-    try:
-        yield
-    except (KeyError, ValueError, AssertionError) as error:
-        message = str(error).strip("'\"")
-        close = difflib.get_close_matches(message.rpartition(": ")[2], _keys(cfg), n=1)
-        hint = f" Did you mean {close[0]}?" if message.startswith("Non-existent") and close else ""
-        raise SystemExit(f"Config error in {where}: {message}.{hint}") from error
-
-
-def _keys(node: CfgNode, prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for key, value in node.items():
-        keys += _keys(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else [prefix + key]
-    return keys
-
-
 def main(args: argparse.Namespace) -> OrderedDict[str, Any] | None:
-    """Train, or evaluate with ``--eval-only``; prints PQ and the paths of the pictures."""
+    """Train, or evaluate with ``--eval-only``; print PQ and the paths of the pictures."""
     cfg = setup(args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
@@ -106,7 +71,7 @@ def main(args: argparse.Namespace) -> OrderedDict[str, Any] | None:
 
 
 def report(results: OrderedDict[str, Any], output_dir: Path) -> None:
-    """Print the one line of numbers and the paths of the pictures."""
+    """Print PQ and the paths of the pictures."""
     line = summary(results)
     if line is not None:
         sys.stdout.write(f"{line}\n")
@@ -116,7 +81,7 @@ def report(results: OrderedDict[str, Any], output_dir: Path) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Start :func:`main` in this process, in the processes of torchrun, or in spawned ones."""
+    """Run :func:`main` in this process, in a process of torchrun, or in processes it starts."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         on_gpu = torch.cuda.is_available()
         if on_gpu:
@@ -129,8 +94,8 @@ def run(args: argparse.Namespace) -> None:
     available = torch.cuda.device_count()
     if args.num_gpus > max(available, 1):
         raise SystemExit(
-            f"--num-gpus {args.num_gpus}, but this machine has {available} CUDA devices. For "
-            "several CPU processes use: torchrun --nproc-per-node N train_net.py ..."
+            f"--num-gpus {args.num_gpus}, but there are {available} CUDA devices. For several CPU "
+            "processes use: torchrun --nproc-per-node N train_net.py ..."
         )
     launch(
         main,

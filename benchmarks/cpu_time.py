@@ -1,7 +1,7 @@
-"""Paired measurements of CPU time, with what they depend on.
+"""Paired measurements of CPU time, with machine and versions.
 
-CPU seconds (user and system, with child processes) do not see what other programs do to the clock.
-The ways to be compared take turns within each round, so that a slow minute slows all of them.
+CPU seconds (user and system, with child processes) depend less on other programs than wall-clock
+time. The alternatives take turns within each round, so changes of the machine's speed affect all.
 """
 
 import gc
@@ -30,10 +30,10 @@ def measure(
     ways: Mapping[str, Callable[[], Any]], *, rounds: int, warm_up: int = 1
 ) -> dict[str, dict[str, float]]:
     """
-    Run every way once a round, in turn.
+    Run every way once per round, in turn.
 
     Returns:
-        For each way the median, least and greatest CPU seconds of a run.
+        Median, minimum and maximum CPU seconds of each way.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(warm_up + rounds):
@@ -77,7 +77,7 @@ def _git(*arguments: str) -> str:
 
 
 def write_result(name: str, content: Mapping[str, Any], folder: Path = RESULTS) -> None:
-    """Write ``<name>.json`` into a folder, ``results/`` by default, and show it."""
+    """Write ``<name>.json`` into a folder, by default ``results/``, and print it."""
     folder.mkdir(exist_ok=True)
     text = json.dumps(content, indent=1)
     (folder / f"{name}.json").write_text(text + "\n")

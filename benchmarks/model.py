@@ -1,24 +1,20 @@
 #!/usr/bin/env python3
-"""The whole model at inference: latency, throughput, memory and FLOPs, by stage and against others.
+"""Inference of the whole model: time, memory and FLOPs, by stage and compared to others.
 
 python benchmarks/model.py                                # R50 at 640 x 640, prints a table
 python benchmarks/model.py --size 800 1333 --backbone Swin-L --output benchmarks/results
 python benchmarks/model.py --plain ../before --ways "psf float32" "plain float32"
 
-Every way to predict runs in a process of its own that stays: they take turns within each round, so
-that whatever else the machine does meets them alike, and none has the others' memory. Figures are
-medians over the rounds, ratios are medians of the rounds' own ratios. Hugging Face's Mask2Former
-takes part where transformers is installed; --plain names a checkout of this project (with its
-extension built) to compare with, such as one of before a change.
+Each way runs in its own process, and the ways take turns within each round. Figures are medians
+over the rounds, ratios are medians of each round's ratio. Hugging Face's Mask2Former takes part if
+transformers is installed. --plain adds another checkout of this project, with its extension built.
 
-Weights are random, but scaled so that about sixty queries are candidates and their masks cover
-about a seventh of the image: post-processing then has what a trained model's has to do. Mask2Former
-keeps its random weights, with which nothing survives its threshold: its post-processing is given
-the least work.
+Weights are random. Ours are scaled so that about sixty queries are candidates and their masks cover
+about a seventh of the image, as post-processing depends on both. Mask2Former's are not scaled; no
+segment reaches its threshold, so its post-processing does the least work possible.
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import math
@@ -31,18 +27,20 @@ import time
 import unittest.mock
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import psf  # isort: skip  # noqa: F401  before torch is loaded (psf.threads)
+
 import torch
+from cpu_time import environment
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs/coco/panoptic_segformer_R50_24ep.yaml"
 
 PVT = ["MODEL.BACKBONE.NAME", "build_timm_backbone", "MODEL.BACKBONE.FREEZE_AT", 0]
-# What differs from the config above: the paper's model on other backbones.
+# The paper's model with other backbones: differences from the config above.
 BACKBONES: dict[str, list[Any]] = {
     "R50": [],
     "PVTv2-B0": [*PVT, "MODEL.TIMM.NAME", "pvt_v2_b0"],
@@ -55,7 +53,7 @@ BACKBONES: dict[str, list[Any]] = {
     ],
 }
 
-# Ways of this project: config keys below MODEL.PSF.TEST.
+# Ways of this project: keys of MODEL.PSF.TEST.
 FAST = {"PRECISION": "bfloat16", "MASK_DECODER_LAYERS": 2}
 OWN_WAYS: dict[str, dict[str, Any]] = {
     "psf float32": {},
@@ -73,21 +71,21 @@ PEERS = {
 NO_POST = ", no post-processing"
 WAYS = [*OWN_WAYS, PLAIN, *PEERS, *(name + NO_POST for name in PEERS)]
 
-# Candidates that the weights are scaled to, and the part of an image that a mask covers.
+# Names of weights, and in older checkouts.
+RENAMED = {"encoder.": "pixel_encoder.", "cross_attn.mask_head.": "cross_attn."}
+
+# Numbers of candidates, and fraction of the image that a mask covers, after scaling the weights.
 THINGS, STUFF, COVER = 40, 20, 1 / 7
 
 
-# ---- models --------------------------------------------------------------------------------------
-
-
 def own_model(backbone: str, device: str, test_keys: dict[str, Any]) -> nn.Module:
-    """Panoptic SegFormer of the imported checkout, with random weights."""
+    """Build the imported checkout's model, with random weights."""
     from detectron2.config import get_cfg
     from detectron2.modeling import build_model
 
     from psf import add_psf_config
 
-    cfg = get_cfg()
+    cfg = get_cfg()  # older checkouts have no psf.load_config
     add_psf_config(cfg)
     cfg.merge_from_file(str(CONFIG))
     cfg.merge_from_list(["MODEL.WEIGHTS", "", "MODEL.DEVICE", device, *BACKBONES[backbone]])
@@ -99,32 +97,36 @@ def own_model(backbone: str, device: str, test_keys: dict[str, Any]) -> nn.Modul
 
 @torch.no_grad()
 def scale_heads(model: Any, image: Tensor) -> None:
-    """Give every layer of the mask decoder candidates and masks of a realistic number and size."""
-    from psf.modeling.mask_decoder import MaskQueries
+    """Scale heads so that each layer has a realistic number of candidates and size of masks."""
+    from psf.modeling.mask_decoder import MatchedQueries
+    from psf.modeling.runtime import valid_sizes
 
     decoder = model.mask_decoder
-    maps, valid_shapes = model.extract_maps(model.preprocess_images([{"image": image}]))
-    memory = model.pixel_encoder(maps, valid_shapes)
-    locations = model.location_decoder(memory)
-    queries = [
-        torch.arange(n, device=image.device)
-        for n in (locations.query.shape[1], len(decoder.stuff_query.weight))
-    ]
-    found = decoder(memory, locations, MaskQueries([queries[0]], [queries[1]]))
+    maps, valid_shapes = model.extract_features(model.preprocess_images([{"image": image}]))
+    memory, locations, outputs = model.transformer(maps, *valid_sizes(maps, valid_shapes))
+    queries = MatchedQueries(
+        *(
+            [torch.arange(n, device=image.device)]
+            for n in (locations.query.shape[1], len(decoder.stuff_query.weight))
+        )
+    )
+    classes = decoder.predict_classes(outputs, locations, last_only=False)
+    masks = decoder.predict_masks(
+        outputs, locations, memory, valid_shapes, queries, last_only=False
+    )
     for i, layer in enumerate(decoder.layers):
-        best = found.thing_logits[i][0].amax(-1)
+        things, stuff = (logits[i][0] for logits in classes)
         for head, logits, number in (
-            (decoder.thing_heads[i], best, THINGS),
-            (decoder.stuff_heads[i], found.stuff_logits[i][0], STUFF),
+            (decoder.thing_heads[i], things.amax(-1), THINGS),
+            (decoder.stuff_heads[i], stuff, STUFF),
         ):
             _rescale(head, logits, 2.0, 1 - number / len(logits), math.log(0.3 / 0.7))
-        things, stuff = found.thing_maps[i][0], found.stuff_maps[i][0]
-        values = torch.cat([things, stuff]).flatten()[::97]
-        _rescale(layer.cross_attn.mask_proj, values, 3.0, 1 - COVER, 0.0)
+        values = torch.cat([layers[i][0] for layers in masks]).flatten()[::97]
+        _rescale(layer.cross_attn.mask_head.mask_proj, values, 3.0, 1 - COVER, 0.0)
 
 
 def _rescale(linear: nn.Linear, values: Tensor, spread: float, part: float, at: float) -> None:
-    """Change the layer so that its results have a spread, and a part of them lies below ``at``."""
+    """Scale a layer to results of a given spread, a given part of which is below ``at``."""
     factor = spread / values.std()
     shift = at - factor * values.quantile(part)
     linear.weight *= factor
@@ -132,7 +134,7 @@ def _rescale(linear: nn.Linear, values: Tensor, spread: float, part: float, at: 
 
 
 def mask2former(device: str) -> tuple[nn.Module, Any]:
-    """Hugging Face's with a ResNet-50 and COCO's 133 classes, and what post-processes it."""
+    """Hugging Face's Mask2Former with a ResNet-50 and 133 classes, and its post-processor."""
     from transformers import (
         Mask2FormerConfig,
         Mask2FormerForUniversalSegmentation,
@@ -149,15 +151,11 @@ def mask2former(device: str) -> tuple[nn.Module, Any]:
     return model, Mask2FormerImageProcessor()
 
 
-# ---- one process a way ---------------------------------------------------------------------------
-
-
 class Stages:
-    """Times and peak memory of the parts of our model, while it runs."""
+    """Times and peak memory of the parts of our model."""
 
-    MODULES = ("backbone", "input_proj", "pixel_encoder", "location_decoder")
-    # Of this checkout and of older ones.
-    DECODING = ("predict", "predict_classes", "predict_masks")
+    MODULES = ("backbone", "input_proj", "encoder", "location_decoder")
+    DECODING = ("forward", "predict_classes", "predict_masks")
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -166,10 +164,11 @@ class Stages:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Hook into the parts, and out again."""
-        owners = [(getattr(self.model, name), "forward", name) for name in self.MODULES]
-        decoder = self.model.mask_decoder
-        owners += [(decoder, n, "mask_decoder") for n in self.DECODING if hasattr(decoder, n)]
+        """Measure the parts of the model in this context."""
+        modules = {name: getattr(self.model, name, None) for name in self.MODULES}
+        modules["encoder"] = modules["encoder"] or self.model.pixel_encoder  # older checkouts
+        owners = [(module, "forward", name) for name, module in modules.items()]
+        owners += [(self.model.mask_decoder, name, "mask_decoder") for name in self.DECODING]
         for owner, method, stage in owners:
             setattr(owner, method, self._timed(getattr(owner, method), stage))
         try:
@@ -191,14 +190,14 @@ class Stages:
 
 
 def now() -> float:
-    """Seconds, when everything asked for is done."""
+    """Seconds, after the GPU has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def reset_peak() -> None:
-    """Start to look for the peak of memory again."""
+    """Reset the peak of memory."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -206,7 +205,7 @@ def reset_peak() -> None:
 
 
 def peak_mb() -> float:
-    """MB of tensors on a GPU, else of the process."""
+    """Peak MB of tensors on a GPU, or of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -214,9 +213,13 @@ def peak_mb() -> float:
 
 
 def own_call(way: str, args: argparse.Namespace, image: Tensor) -> tuple[Any, Callable[[], Any]]:
-    """Our model and a prediction; ``image`` (3, H, W) of 0..255 on the device."""
+    """Our model, and a function that predicts ``image`` (3, H, W), 0..255, on the device."""
     model = own_model(args.backbone, args.device, OWN_WAYS.get(way, {}))
-    model.load_state_dict(torch.load(args.weights))
+    weights = torch.load(args.weights)
+    if hasattr(model, "pixel_encoder"):
+        for new, old in RENAMED.items():
+            weights = {name.replace(new, old): value for name, value in weights.items()}
+    model.load_state_dict(weights)
     if way != PLAIN:
         from psf.inference import optimize_for_inference
 
@@ -225,7 +228,7 @@ def own_call(way: str, args: argparse.Namespace, image: Tensor) -> tuple[Any, Ca
 
 
 def peer_call(way: str, args: argparse.Namespace, image: Tensor) -> Callable[[], Any]:
-    """A prediction of Mask2Former."""
+    """A function that predicts with Mask2Former."""
     model, processor = mask2former(args.device)
     dtype = PEERS[way.removesuffix(NO_POST)]
     batch = (image[None] / 255).expand(args.batch_size, -1, -1, -1)
@@ -243,9 +246,9 @@ def peer_call(way: str, args: argparse.Namespace, image: Tensor) -> Callable[[],
 
 @torch.inference_mode()
 def serve(way: str, args: argparse.Namespace) -> None:
-    """Predict once a line of the standard input, and answer with a line of JSON each."""
+    """Predict once per line of the standard input; answer each with a line of JSON."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever else prints goes to the log
+    os.dup2(2, 1)  # all other output
     torch.set_num_threads(args.threads)
     generator = torch.Generator().manual_seed(0)
     image = 255 * torch.rand(3, *args.size, generator=generator)
@@ -278,7 +281,7 @@ def serve(way: str, args: argparse.Namespace) -> None:
 
 
 class Way:
-    """A process that predicts when asked."""
+    """A process that predicts on request."""
 
     def __init__(self, name: str, argv: list[str], plain: Path | None) -> None:
         self.name = name
@@ -295,7 +298,7 @@ class Way:
         self.facts = self._answer()
 
     def run(self, what: str = "run") -> dict[str, Any]:
-        """Predict once: seconds of wall clock and processor, peak memory, stages if asked for."""
+        """Predict once; returns wall-clock and CPU seconds, peak memory, optionally stages."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{what}\n")
         self.process.stdin.flush()
@@ -305,16 +308,13 @@ class Way:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"'{self.name}' ended; see the messages above")
+            raise SystemExit(f"'{self.name}' failed; see the messages above")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
 
-# ---- FLOPs ---------------------------------------------------------------------------------------
-
-
 class Network(nn.Module):
-    """Our model from an image to classes and all masks, for fvcore."""
+    """Our model from an image to classes, for fvcore."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -322,17 +322,20 @@ class Network(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """(1, 3, H, W) to tensors."""
-        model = self.model
-        memory, classes = model.predict_classes(*model.extract_maps([image[0]]))
-        return [memory.features, classes.thing_logits, classes.stuff_logits]
+        from psf.modeling.runtime import valid_sizes
+
+        maps, valid_shapes = self.model.extract_features([image[0]])
+        memory, locations, outputs = self.model.transformer(maps, *valid_sizes(maps, valid_shapes))
+        classes = self.model.mask_decoder.predict_classes(outputs, locations, last_only=True)
+        return [memory.features, *classes]
 
 
 def flops(backbone: str, size: list[int]) -> dict[str, float]:
     """
-    Multiply-adds in 1e9 by stage (fvcore), and parameters in 1e6.
+    Count multiply-adds in 1e9 by stage (fvcore), and parameters in 1e6.
 
-    Masks are left out, since their number depends on the image, and so are the samples of
-    deformable attention, a percent of the rest: fvcore cannot trace the kernel.
+    Without masks, whose number depends on the image, and without the sampling of deformable
+    attention, about 1 % of the total, which fvcore cannot trace.
     """
     from fvcore.nn import FlopCountAnalysis
 
@@ -362,44 +365,27 @@ def flops(backbone: str, size: list[int]) -> dict[str, float]:
 
 
 def _no_samples(value: Tensor, shapes: Any, points: Any, offsets: Tensor, logits: Any) -> Tensor:
-    """What has the shape of the deformable attention's result (N, Q, M * D)."""
+    """Zeros of the shape of the deformable attention's result (N, Q, M * D)."""
     return offsets.new_zeros(*offsets.shape[:2], value.shape[2] * value.shape[3])
 
 
 def _outermost(names: set[str], counts: dict[str, int]) -> list[str]:
-    """Names with a count that lie in no other one with a count."""
+    """Names with a count that are not inside another one with a count."""
     counted = [name for name in names if counts[name]]
     return [n for n in counted if not any(n.startswith(f"{other}.") for other in counted)]
 
 
-# ---- main ----------------------------------------------------------------------------------------
-
-
 def machine(device: str, threads: int) -> dict[str, Any]:
-    """What a figure depends on."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
-    ).stdout.strip()
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.is_file() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    facts = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit,
-        "processor": names[0] if names else "unknown",
-        "threads": threads,
-        "torch": torch.__version__,
-        "load": os.getloadavg(),
-    }
+    """Machine, commit and versions."""
+    peer = ["transformers"] if importlib.util.find_spec("transformers") else []
+    facts = {**environment("torch", *peer), "threads": threads, "load": os.getloadavg()}
     if device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
-    if importlib.util.find_spec("transformers"):
-        facts["transformers"] = importlib.metadata.version("transformers")
     return facts
 
 
 def available(args: argparse.Namespace) -> list[str]:
-    """The ways asked for that can run here."""
+    """The requested ways that can run on this machine."""
     names = args.ways or WAYS
     if args.plain is None:
         names = [name for name in names if name != PLAIN]
@@ -410,7 +396,7 @@ def available(args: argparse.Namespace) -> list[str]:
 
 
 def measure(ways: list[Way], rounds: int) -> list[dict[str, Any]]:
-    """A row a way: medians, and median ratio of wall time to the first way's."""
+    """One row per way: medians, and the median ratio of its time to the first way's."""
     answers: dict[str, list[dict[str, Any]]] = {way.name: [] for way in ways}
     for _ in range(rounds):
         for way in ways:
@@ -438,7 +424,7 @@ def measure(ways: list[Way], rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="on a CPU (default: 2)")
@@ -447,7 +433,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ways", nargs="+", choices=WAYS, help="default: all")
-    parser.add_argument("--plain", type=Path, help="checkout of this project to compare with")
+    parser.add_argument("--plain", type=Path, help="another checkout of the project")
     parser.add_argument("--output", type=Path, help="folder for a JSON file of the results")
     parser.add_argument("--weights", help=argparse.SUPPRESS)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -480,7 +466,7 @@ def main() -> None:
         )
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
-        name = "".join(c if c.isalnum() else "_" for c in facts.get("gpu") or facts["processor"])
+        name = "".join(c if c.isalnum() else "_" for c in facts.get("gpu") or facts["cpu"])
         size = "x".join(map(str, args.size))
         batch = f"_batch{args.batch_size}" if args.batch_size > 1 else ""
         path = args.output / f"model_{args.device}_{name}_{args.backbone}_{size}{batch}.json"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw where the time of a prediction goes, from what benchmarks/model.py wrote.
+"""Draw the time of each stage of a prediction, from a result of benchmarks/model.py.
 
 python benchmarks/plot_model.py benchmarks/results/model_cpu_....json docs/images/model_cpu.png
 """
@@ -18,7 +18,7 @@ from matplotlib import pyplot as plt
 STAGES = {
     "backbone": "backbone",
     "input_proj": "input projection",
-    "pixel_encoder": "encoder",
+    "encoder": "encoder",
     "location_decoder": "location decoder",
     "mask_decoder": "mask decoder",
     "post-processing": "post-processing",
@@ -28,12 +28,12 @@ WHOLE = "#9498a0"
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """One bar a way, of its stages where they were measured."""
+    """Draw one bar per way, with its stages if they were measured."""
     ways = result["ways"]
     figure, axes = plt.subplots(figsize=(9, 0.45 * len(ways) + 1.6), layout="constrained")
     for row, way in enumerate(ways):
         stages = way.get("stages_ms")
-        # The stages were timed in runs of their own: their parts of the whole are drawn.
+        # Stages were timed in separate runs: scale them to the total.
         factor = way["wall_ms"] / sum(stages.values()) if stages else 0
         parts = {s: factor * stages[s] for s in STAGES} if stages else {"": way["wall_ms"]}
         colors = COLORS if stages else (WHOLE,)
@@ -50,19 +50,19 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.1 * max(way["wall_ms"] for way in ways))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("milliseconds an image, wall clock (median)")
+    axes.set_xlabel("milliseconds per image, wall clock (median)")
     for name, color in zip(STAGES.values(), COLORS, strict=True):
         axes.barh(0, 0, color=color, label=name)
     figure.legend(loc="outside upper center", ncols=len(STAGES), fontsize=8, frameon=False)
     machine = result["machine"]
     size = " x ".join(map(str, result["size"]))
-    where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
     axes.set_title(f"{result['backbone']}, {size}, {where}", fontsize=10)
     figure.savefig(path, dpi=130)
 
 
 def main() -> None:
-    """Read, draw."""
+    """Read a result and draw it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("result", type=Path)
     parser.add_argument("picture", type=Path)

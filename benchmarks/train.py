@@ -4,13 +4,11 @@ python benchmarks/train.py                   # R50, one image of 800 x 1333
 python benchmarks/train.py --plain PATH      # also of another checkout of the project
 PYTHONPATH=PEERS python benchmarks/train.py  # also transformers' Mask2Former, if it is there
 
-Every way runs in a process of its own, which first takes a step with a small image: it leaves the
-optimizer's state, compiled code and the libraries' buffers behind. Peaks are beyond what there was
-then. "of tensors" is what tensors take: on a CPU summed over the allocations of one more step,
-under the profiler. "of the process" is resident memory on a CPU (the kernel's high-water mark),
-which has the C library's gaps between tensors and the kernels' scratch space, too; on a GPU both
-are PyTorch's own count. Weights are random, and the image has as many segments in every run. The
-ways take turns within each round.
+Each way runs in its own process, and the ways take turns within each round. A first step with a
+small image creates the optimizer's state, compiled code and the libraries' buffers; memory is the
+peak beyond that. On a CPU, "of tensors" sums the allocations of one more step, under the profiler,
+and "of the process" is resident memory, which includes the C library's gaps and scratch space of
+kernels. On a GPU both are PyTorch's count. Weights are random; every image has the same segments.
 """
 
 import argparse
@@ -24,15 +22,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psf  # isort: skip  # noqa: F401  before torch is loaded (psf.threads)
+
 import torch
 from cpu_time import RESULTS, environment, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/coco/panoptic_segformer_R50_24ep.yaml"
 SMALL = (128, 192)
-EVERYTHING = "['backbone', 'pixel_encoder', 'location_decoder', 'mask_decoder']"
-TRANSFORMER = "['pixel_encoder', 'location_decoder', 'mask_decoder']"
-ENCODER = "['pixel_encoder']"
+EVERYTHING = "['backbone', 'encoder', 'location_decoder', 'mask_decoder']"
+TRANSFORMER = "['encoder', 'location_decoder', 'mask_decoder']"
+ENCODER = "['encoder']"
 
 # Options of each way on top of the config.
 WAYS: dict[str, list[str]] = {
@@ -64,15 +64,13 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", help="only these (default: all)")
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1333))
     parser.add_argument("--images", type=int, default=1)
-    parser.add_argument(
-        "--segments", type=int, default=25, help="of an image, three in five things"
-    )
-    parser.add_argument("--steps", type=int, default=1, help="of a turn")
+    parser.add_argument("--segments", type=int, default=25, help="per image, 3/5 of them things")
+    parser.add_argument("--steps", type=int, default=1, help="per turn")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--name", default="train", help="of the result's file")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result")
+    parser.add_argument("--name", default="train", help="name of the result's file")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result's file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -107,9 +105,9 @@ def has_peer() -> bool:
 
 
 def start_child(way: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Run this file in a process of its own, on the code of the checkout that ``way`` means."""
+    """Run this file in a new process, with the code of the checkout that ``way`` names."""
     if way == PLAIN and args.plain is None:
-        raise SystemExit("--ways has 'plain', which needs --plain PATH")
+        raise SystemExit("the way 'plain' needs --plain PATH")
     root = args.plain.resolve() if way == PLAIN else ROOT
     command = [sys.executable, str(Path(__file__).resolve()), "--child", way]
     for option in ("images", "segments", "steps", "threads", "device"):
@@ -146,7 +144,7 @@ def run_child(args: argparse.Namespace) -> None:
     step = make(args.child, args)
     step(SMALL)
     if args.device == "cuda" or args.child == "compile":
-        step(tuple(args.size))  # chooses algorithms; compiles for this size
+        step(tuple(args.size))  # selects algorithms, compiles for this size
     on_gpu = args.device == "cuda"
     before = memory_mib(on_gpu, "now")
     reset_peak(on_gpu)
@@ -177,7 +175,7 @@ def reset_peak(on_gpu: bool) -> None:
 
 
 def memory_mib(on_gpu: bool, which: str) -> float:
-    """Allocated on the GPU, or resident in this process: ``now``, or at most since the reset."""
+    """MiB allocated on the GPU, or resident on a CPU: ``now``, or the peak since the reset."""
     if on_gpu:
         torch.cuda.synchronize()
         used = torch.cuda.memory_allocated if which == "now" else torch.cuda.max_memory_allocated
@@ -190,7 +188,7 @@ def memory_mib(on_gpu: bool, which: str) -> float:
 
 
 def profiled_peak_mib(step: Any, size: tuple[int, int]) -> float:
-    """The most that tensors take of a CPU's memory in a step, from all allocations in it."""
+    """Peak CPU memory of tensors in a step, from the profiler's allocation events."""
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as profiler:
         step(size)
@@ -203,7 +201,7 @@ def profiled_peak_mib(step: Any, size: tuple[int, int]) -> float:
 
 
 def own_step(way: str, args: argparse.Namespace) -> Any:
-    """A step of the model of the checkout that is imported."""
+    """A training step of the imported checkout's model."""
     from detectron2.config import get_cfg
     from detectron2.modeling import build_model
 
@@ -211,16 +209,11 @@ def own_step(way: str, args: argparse.Namespace) -> Any:
     from psf.solver import build_optimizer, full_model_clip_norm
     from psf.trainer import TrainStep
 
-    cfg = get_cfg()
+    cfg = get_cfg()  # older checkouts have no psf.load_config
     add_psf_config(cfg)
     cfg.merge_from_file(CONFIG)
     cfg.merge_from_list([*WAYS.get(way, []), "MODEL.WEIGHTS", "", "MODEL.DEVICE", args.device])
     model = build_model(cfg).train()
-    if way not in (PLAIN, "compile") and args.device == "cpu":  # as the trainer does
-        from psf.layers.linear import convolutions_pay_in_training, multiply_by_convolutions
-
-        if convolutions_pay_in_training():
-            multiply_by_convolutions(model)
     if way == "compile":
         from psf.trainer import compile_layers
 
@@ -276,14 +269,14 @@ def own_input(size: tuple[int, int], args: argparse.Namespace) -> list[dict[str,
 
 
 def peer_step(way: str, args: argparse.Namespace) -> Any:
-    """A step of transformers' Mask2Former with ResNet-50, 100 queries and 133 classes."""
+    """A training step of transformers' Mask2Former: ResNet-50, 100 queries, 133 classes."""
     del way
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
     backbone = ResNetConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
     config = Mask2FormerConfig(backbone_config=backbone, num_labels=133)
     model = Mask2FormerForUniversalSegmentation(config).to(args.device).train()
-    # As Detectron2's: normalisations of the backbone stay as they are.
+    # As in Detectron2, batch normalization of the backbone is frozen.
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval().requires_grad_(False)

@@ -19,24 +19,26 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
+
 import cv2
 import numpy as np
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import Metadata
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from numpy.typing import NDArray
 from PIL import Image
 
-from psf import add_psf_config
+from psf.config import load_config
 from psf.data.images import read_image
 from psf.evaluation.pictures import draw_panoptic
 from psf.predictor import Predictor
+from psf.weights import check_weights
 
-# What a directory is searched for, and what a picture can be written as.
+# Formats of images in folders, and of pictures.
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# Smaller images are enlarged to this longest side, so that the names of the classes fit.
-LEAST_SIDE = 512
+# Pictures have at least this longest side, so that the names of the classes fit.
+MIN_SIDE = 512
 
 WINDOW = "psf demo: any key for the next image, Esc or q to quit"
 
@@ -44,14 +46,14 @@ Predict = Callable[[NDArray[np.uint8]], dict[str, Any]]
 
 
 class Job(NamedTuple):
-    """An image to predict, and where its picture goes (None: to a window)."""
+    """An image to predict, and the file of its picture (None: a window)."""
 
     source: Path
     target: Path | None
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line (``sys.argv`` by default)."""
+    """Parse the command line (default: ``sys.argv``)."""
     usage, _, description = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
         description=usage,
@@ -71,31 +73,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="bfloat16, two mask-decoder layers, compiled (the first image takes minutes)",
     )
     parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="config keys and values; comes last"
+        "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs; must come last"
     )
     return parser.parse_args(argv)
 
 
 def setup(config_file: str, opts: list[str]) -> CfgNode:
-    """The frozen config of the command line; stops with one line where it cannot work."""
-    cfg = get_cfg()
-    add_psf_config(cfg)
-    if not os.path.isfile(config_file):
-        raise SystemExit(f"--config-file: there is no file '{config_file}'")
+    """Load the config of the command line, check it and freeze it."""
     try:
-        cfg.merge_from_file(config_file)
-        cfg.merge_from_list(opts)
-    except (KeyError, AssertionError, ValueError) as error:
-        raise SystemExit(f"Unknown config key or wrong value: {error.args[0]}") from error
-    weights = cfg.MODEL.WEIGHTS
-    if not weights:
-        raise SystemExit("No weights to predict with: add --opts MODEL.WEIGHTS <file>")
-    if "://" not in weights and not PathManager.isfile(weights):
-        raise SystemExit(
-            f"MODEL.WEIGHTS: there is no file '{weights}'. Train first, or correct the path."
-        )
+        cfg = load_config(config_file, opts)
+        check_weights(cfg.MODEL.WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    if not cfg.MODEL.WEIGHTS:
+        raise SystemExit("There are no weights: add --opts MODEL.WEIGHTS <file>")
     if not cfg.DATASETS.TEST:
-        raise SystemExit("DATASETS.TEST is empty: it says which classes the model was trained on")
+        raise SystemExit("DATASETS.TEST is empty; it must name a data set with the model's classes")
     cfg.MODEL.PSF.TEST.PANOPTIC_ON = True
     cfg.freeze()
     return cfg
@@ -103,11 +96,11 @@ def setup(config_file: str, opts: list[str]) -> CfgNode:
 
 def find_images(patterns: Sequence[str]) -> list[Path]:
     """
-    Find the images of the command line, each once, in its order.
+    Find the images of the command line, in order and without duplicates.
 
     Args:
-        patterns: files (of any name), folders (their images, not those of folders inside) or globs
-            (``**`` goes into folders).
+        patterns: files, folders (searched for images, not recursively) or globs (``**`` is
+            recursive).
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
@@ -120,7 +113,7 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
             matches = _images(map(Path, glob.glob(pattern, recursive=True)))
         if not matches:
             raise SystemExit(
-                f"--input: no image at '{pattern}' (searched for {' '.join(SUFFIXES)})"
+                f"--input: there is no image at '{pattern}' (formats: {' '.join(SUFFIXES)})"
             )
         found |= dict.fromkeys(matches)
     return list(found)
@@ -132,18 +125,20 @@ def _images(paths: Iterable[Path]) -> list[Path]:
 
 def plan(sources: Sequence[Path], output: Path | None) -> list[Job]:
     """
-    Say where the picture of each image goes; stops where a file would be overwritten.
+    Choose the file of each picture; stops if it would overwrite an image or another picture.
 
     Args:
         sources: the images.
-        output: a file if there is one image and the name has an image's suffix, else a folder, in
-            which pictures have the names of their images; None: a window.
+        output: a file, for one image and a name with an image's suffix; otherwise a folder, where
+            pictures are named after their images; None: a window.
     """
     if output is None:
         return [Job(source, None) for source in sources]
     if output.suffix.lower() in SUFFIXES and not output.is_dir():
         if len(sources) > 1:
-            raise SystemExit(f"--output: {len(sources)} images do not fit into one file '{output}'")
+            raise SystemExit(
+                f"--output: '{output}' is one file, but there are {len(sources)} images"
+            )
         targets = [output]
     else:
         targets = [output / _picture_name(source) for source in sources]
@@ -151,9 +146,9 @@ def plan(sources: Sequence[Path], output: Path | None) -> list[Job]:
     for source, target in zip(sources, targets, strict=True):
         other = by_target.setdefault(target, source)
         if other != source:
-            raise SystemExit(f"--output: '{other}' and '{source}' would both become '{target}'")
+            raise SystemExit(f"--output: '{other}' and '{source}' would both be '{target}'")
         if target.exists() and target.samefile(source):
-            raise SystemExit(f"--output: '{target}' would overwrite the input; choose another")
+            raise SystemExit(f"--output: '{target}' would overwrite an input image")
     return [Job(source, target) for source, target in zip(sources, targets, strict=True)]
 
 
@@ -162,17 +157,17 @@ def _picture_name(source: Path) -> str:
 
 
 def check_window() -> None:
-    """Stop with one line if no window can be opened."""
+    """Stop if no window can be opened."""
     gui = re.search(r"^\s*GUI:\s*(\S+)", cv2.getBuildInformation(), re.MULTILINE)
     if gui is not None and gui.group(1) == "NONE":
-        raise SystemExit("This OpenCV cannot open windows (it is headless): use --output <folder>")
+        raise SystemExit("This OpenCV is headless and cannot open windows: use --output <folder>")
     on_desktop = sys.platform in ("win32", "darwin")
     if not on_desktop and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        raise SystemExit("There is no display to open a window on: use --output <folder>")
+        raise SystemExit("There is no display: use --output <folder>")
 
 
 def show(picture_rgb: NDArray[np.uint8]) -> bool:
-    """Show a picture until a key is pressed; False if that means to quit."""
+    """Show a picture until a key is pressed; False for Esc or q."""
     cv2.namedWindow(WINDOW, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO)
     cv2.imshow(WINDOW, picture_rgb[:, :, ::-1])
     return cv2.waitKey(0) & 0xFF not in (27, ord("q"))
@@ -180,11 +175,11 @@ def show(picture_rgb: NDArray[np.uint8]) -> bool:
 
 def run(jobs: Sequence[Job], predictor: Predict, metadata: Metadata) -> list[Path]:
     """
-    Predict, draw and write or show every image; a line on each.
+    Predict, draw, and write or show every image; print one line per image.
 
     Args:
         jobs: the images.
-        predictor: takes (H, W, 3) BGR, returns ``panoptic_seg`` in a dict (:class:`Predictor`).
+        predictor: takes (H, W, 3) BGR, returns a dict with ``panoptic_seg`` (:class:`Predictor`).
         metadata: of the data set that the model was trained on.
 
     Returns:
@@ -203,7 +198,7 @@ def run(jobs: Sequence[Job], predictor: Predict, metadata: Metadata) -> list[Pat
         seconds = time.perf_counter() - start
         where = "" if target is None else f" -> {target}"
         print(f"[{i}/{len(jobs)}] {source}: {len(segments_info)} segments, {seconds:.2f} s{where}")
-        scale = max(1.0, LEAST_SIDE / max(image.shape[:2]))
+        scale = max(1.0, MIN_SIDE / max(image.shape[:2]))
         picture = draw_panoptic(
             image[:, :, ::-1], panoptic_seg, segments_info, metadata, scale=scale
         )
@@ -216,7 +211,7 @@ def run(jobs: Sequence[Job], predictor: Predict, metadata: Metadata) -> list[Pat
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; exits with 1 if an image could not be read."""
+    """Run the demo; the exit status is 1 if an image could not be read."""
     args = parse_args(argv)
     jobs = plan(find_images(args.input), args.output)
     if args.output is None:

@@ -6,13 +6,15 @@ Without Detectron2 only ``psf.layers`` and the core of ``psf.modeling`` (plain P
 
 from importlib.util import find_spec
 
+from . import threads as _threads  # noqa: F401  before torch is loaded
+
 __version__ = "0.1.0"
 
 if find_spec("detectron2") is not None:
     from . import data as _data  # noqa: F401  registers the data sets
-    from .config import add_psf_config
+    from .config import add_psf_config, load_config
     from .modeling import backbone as _backbone  # noqa: F401  registers the backbones
     from .modeling import panoptic_segformer as _panoptic_segformer  # noqa: F401  registers it
     from .predictor import Predictor
 
-    __all__ = ["Predictor", "add_psf_config"]
+    __all__ = ["Predictor", "add_psf_config", "load_config"]

@@ -1,8 +1,8 @@
-"""Weights of others: the authors' released checkpoints and ImageNet backbones, to and from ours.
+"""Third-party checkpoints: the authors' released models and ImageNet backbones, to and from ours.
 
-A format is a table of names. In a name ``*`` stands for a number, and a name that ends in a dot for
-all that begin so. Every entry of a checkpoint must be in the table or in the list of what is
-dropped: nothing is skipped silently.
+A format is a table of names. In a name ``*`` matches a number, and a name that ends in a dot is a
+prefix. Every entry of a checkpoint must be in the table or in the list of dropped entries: nothing
+is skipped silently.
 """
 
 import pickle
@@ -15,28 +15,28 @@ from torch import Tensor
 
 
 class Format(NamedTuple):
-    """Where the entries of a foreign state dict belong in this project's model."""
+    """The names of a third-party state dict and of this project's model."""
 
     name: str
-    signs: tuple[str, ...]  # entries that together tell the format from others
-    names: dict[str, str]  # theirs to ours
-    dropped: dict[str, str]  # theirs to the reason
-    lacks: tuple[str, ...] = ()  # the beginnings of our names that are not in it
+    signs: tuple[str, ...]  # entries that identify the format, all of them together
+    names: dict[str, str]  # their names to ours
+    dropped: dict[str, str]  # their names to the reason
+    lacks: tuple[str, ...] = ()  # prefixes of our names that the format does not have
 
 
 class Conversion(NamedTuple):
     """A converted state dict."""
 
     state_dict: dict[str, Tensor]
-    dropped: dict[str, str]  # the entries that were left out, with the reason
+    dropped: dict[str, str]  # dropped entries and the reasons
 
 
 def _inside(theirs: str, ours: str, names: Mapping[str, str]) -> dict[str, str]:
-    """The names of a module, with the module's own name before them."""
+    """Prepend the names of a module to those of its entries."""
     return {theirs + key: ours + value for key, value in names.items()}
 
 
-_NO_TRAINING = "counts training batches; normalisation is frozen"
+_NO_TRAINING = "counts training batches; batch normalization is frozen"
 _CLASSIFIER = "the ImageNet classifier"
 
 # torchvision's ResNet (also mmdet's "pytorch" style) to Detectron2's.
@@ -59,9 +59,9 @@ _RESNET_DROPPED = {
     **{f"layer{s}.*.bn*.num_batches_tracked": _NO_TRAINING for s in (1, 2, 3, 4)},
     **{f"layer{s}.*.downsample.1.num_batches_tracked": _NO_TRAINING for s in (1, 2, 3, 4)},
 }
-# Swin's authors' to Detectron2's: the same.
+# The Swin authors' names are Detectron2's.
 _SWIN = {name: name for name in ("patch_embed.", "layers.", "norm1.", "norm2.", "norm3.")}
-# PVTv2's authors' to timm's, as a list of features.
+# The PVTv2 authors' names to those of timm's feature extractor.
 _PVT_V2 = {
     "patch_embed1.": "net.patch_embed.",
     **{f"patch_embed{i}.": f"net.stages_{i - 1}.downsample." for i in (2, 3, 4)},
@@ -95,8 +95,8 @@ _LOCATION_LAYER = {
 _ATTENTION_MAPS = {
     "q.": "q_proj.",
     "k.": "k_proj.",
-    **{f"linear_l{level + 1}.0.": f"level_projs.{level}." for level in (0, 1, 2)},
-    "linear.0.": "mask_proj.",
+    **{f"linear_l{level + 1}.0.": f"mask_head.level_projs.{level}." for level in (0, 1, 2)},
+    "linear.0.": "mask_head.mask_proj.",
 }
 _MASK_LAYER = {
     **_inside("attn.", "cross_attn.", {**_ATTENTION_MAPS, "v.": "v_proj.", "proj.": "out_proj."}),
@@ -104,7 +104,7 @@ _MASK_LAYER = {
     "head_norm2.": "norm2.",
     "mlp.fc1.": "ffn.0.",
     "mlp.fc2.": "ffn.3.",
-    # Of the stack for stuff only.
+    # Only in the stuff stack.
     "self_attention.qkv.weight": "self_attn.in_proj_weight",
     "self_attention.qkv.bias": "self_attn.in_proj_bias",
     "self_attention.proj.": "self_attn.out_proj.",
@@ -114,15 +114,15 @@ _MASK_STACK = {
     **_inside("blocks.*.", "layers.*.", _MASK_LAYER),
     **_inside("attnen.", "tail.", _ATTENTION_MAPS),
 }
-_NOT_TRAINED = "its loss is multiplied by zero and inference does not use it"
+_NOT_TRAINED = "its loss is multiplied by zero, and inference does not use it"
 
 _HEADS = {
     **{f"neck.convs.{level}.conv.": f"input_proj.{level}.0." for level in (0, 1, 2)},
     **{f"neck.convs.{level}.gn.": f"input_proj.{level}.1." for level in (0, 1, 2)},
     "neck.extra_convs.0.conv.": "input_proj.3.0.",
     "neck.extra_convs.0.gn.": "input_proj.3.1.",
-    "bbox_head.transformer.level_embeds": "pixel_encoder.level_embed",
-    **_inside("bbox_head.transformer.encoder.layers.*.", "pixel_encoder.layers.*.", _ENCODER_LAYER),
+    "bbox_head.transformer.level_embeds": "encoder.level_embed",
+    **_inside("bbox_head.transformer.encoder.layers.*.", "encoder.layers.*.", _ENCODER_LAYER),
     **_inside(
         "bbox_head.transformer.decoder.layers.*.", "location_decoder.layers.*.", _LOCATION_LAYER
     ),
@@ -168,9 +168,9 @@ SWIN = Format(
     signs=("patch_embed.proj.weight", "layers.0.blocks.0.attn.relative_position_bias_table"),
     names=_inside("", "backbone.", _SWIN),
     dropped={
-        "norm.": "the classifier's normalisation; the maps that are used have their own",
+        "norm.": "belongs to the classifier; each feature map has its own",
         "head.": _CLASSIFIER,
-        "layers.*.blocks.*.attn_mask": "depends on the size of the image",
+        "layers.*.blocks.*.attn_mask": "depends on the image size",
     },
     lacks=("backbone.norm",),
 )
@@ -188,7 +188,7 @@ TIMM_PVT_V2 = Format(
 )
 FORMATS = (*AUTHORS, TORCHVISION_RESNET, SWIN, PVT_V2, TIMM_PVT_V2)
 
-# What the authors' own loader renames: early checkpoints have the names on the left.
+# Names in early checkpoints of the authors, which their loader renames.
 OLD_NAMES = {
     "bbox_head.mask_head.": "bbox_head.things_mask_head.",
     "bbox_head.mask_head2.": "bbox_head.stuff_mask_head.",
@@ -196,23 +196,23 @@ OLD_NAMES = {
 }
 
 
-# How the files of torch.save begin, of old and of present versions.
+# First bytes of the old and the present file format of torch.save.
 _PICKLE, _ZIP = b"\x80", b"PK\x03\x04"
 
 
 def read(path: str) -> dict[str, Any]:
     """
-    Read a file of ``torch.save``, tensors and plain values only: it cannot run code.
+    Read a file of ``torch.save`` that holds tensors and plain values only, without running code.
 
     Raises:
-        ValueError: the file holds something else, is damaged or of another kind.
+        ValueError: the file holds something else, is damaged, or has another format.
     """
     with open(path, "rb") as file:
         begin = file.read(4)
     if begin[:1] != _PICKLE and begin != _ZIP:
         raise ValueError(
-            f"'{path}' is not a PyTorch checkpoint: it {_describe(begin)}. A download may have "
-            "failed: fetch it again."
+            f"'{path}' is not a PyTorch checkpoint: it {_describe(begin)}. If a download failed, "
+            "repeat it."
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -220,13 +220,13 @@ def read(path: str) -> dict[str, Any]:
         forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = "a pickle of another kind" if forbidden is None else f"it holds {forbidden[1]}"
         raise ValueError(
-            f"'{path}' is not a PyTorch checkpoint of tensors and plain values: {what}. Anything "
-            "else could run code, so it is not read. If you trust its source, load it with "
-            "torch.load(path, weights_only=False), and save its state dict alone with torch.save."
+            f"'{path}' is not a PyTorch checkpoint of tensors and plain values: {what}. Reading it "
+            "could run code. If you trust its source, load it with "
+            "torch.load(path, weights_only=False) and save its state dict with torch.save."
         ) from error
     except (EOFError, IndexError, OSError, RuntimeError) as error:
         raise ValueError(
-            f"'{path}' is not a whole PyTorch checkpoint: it is truncated or damaged, or a zip "
+            f"'{path}' is not a complete PyTorch checkpoint: it is truncated or damaged, or a zip "
             "file of another kind. Copy or download it again."
         ) from error
     if not isinstance(content, dict):
@@ -240,14 +240,14 @@ def _describe(begin: bytes) -> str:
 
 def find_state_dict(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """
-    The weights in a checkpoint, without the ``module.`` of a wrapped model and with present names.
+    Find the weights in a checkpoint; strips ``module.`` of wrapped models, renames early names.
 
     Args:
-        content: of a checkpoint: weights alone, or under ``state_dict`` (mmcv) or ``model``;
-            optimizer and the rest are ignored.
+        content: weights, or a dict that has them under ``state_dict`` (mmcv) or ``model``; the rest
+            of it is ignored.
 
     Raises:
-        ValueError: there are none, or something among them is not a tensor.
+        ValueError: there are no weights, or an entry is not a tensor.
     """
     for key in ("state_dict", "model"):
         if isinstance(content.get(key), Mapping):
@@ -258,8 +258,8 @@ def find_state_dict(content: Mapping[str, Any]) -> dict[str, Tensor]:
     others = [name for name, value in content.items() if not isinstance(value, Tensor)]
     if others:
         raise ValueError(
-            f"The checkpoint's weights are neither under 'state_dict' nor under 'model', and "
-            f"among its entries {', '.join(sorted(others)[:5])} are not tensors"
+            f"The checkpoint has no weights under 'state_dict' or 'model', and its entries "
+            f"{', '.join(sorted(others)[:5])} are not tensors"
         )
     weights = {name.removeprefix("module."): value for name, value in content.items()}
     for old, new in OLD_NAMES.items():
@@ -271,16 +271,16 @@ def find_state_dict(content: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def recognise(state_dict: Mapping[str, Tensor]) -> Format | None:
-    """The format of a foreign state dict; None if it is no known one."""
+    """Recognize the format of a state dict; None: unknown, or this project's."""
     return next((f for f in FORMATS if all(sign in state_dict for sign in f.signs)), None)
 
 
 def by_name(name: str) -> Format:
     """
-    The format of that name.
+    Find a format by its name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such format.
     """
     found = next((f for f in FORMATS if f.name == name), None)
     if found is None:
@@ -290,10 +290,10 @@ def by_name(name: str) -> Format:
 
 def convert(state_dict: Mapping[str, Tensor], source: Format) -> Conversion:
     """
-    Rename the entries of a foreign state dict to those of this project's model.
+    Rename the entries of a third-party state dict to those of this project's model.
 
     Raises:
-        ValueError: an entry is neither in the format's names nor in what it drops.
+        ValueError: an entry is neither in the format's table nor among its dropped entries.
     """
     dropped = _Names({name: name for name in source.dropped})
     names = _Names(source.names)
@@ -311,30 +311,30 @@ def to_authors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     Rename the entries of a model with the ``decoupled`` mask decoder to the authors' names.
 
-    What :func:`convert` dropped is not there; the authors' loader does not ask for it.
+    Entries that :func:`convert` dropped stay missing; the authors' loader does not need them.
 
     Raises:
-        ValueError: the model has parts that the authors' has not.
+        ValueError: the model has entries that the authors' model does not have.
     """
     tables = [_Names({ours: theirs for theirs, ours in f.names.items()}) for f in AUTHORS]
-    # Each of the three knows the names of its own backbone only.
+    # Each of these formats has the names of one backbone.
     table = max(tables, key=lambda t: sum(t.rule(name) is not None for name in state_dict))
     renamed = table.rename_all(list(state_dict), "the authors' released Panoptic SegFormer")
     return {renamed[name]: value for name, value in state_dict.items()}
 
 
 class _Names:
-    """A table of names, made ready to look them up."""
+    """A table of names with the regular expressions of its rules."""
 
     def __init__(self, names: Mapping[str, str]) -> None:
-        # The longest first: "stem.conv1.norm." before "stem.conv1.".
+        # Longest first: "stem.conv1.norm." before "stem.conv1.".
         self.rules = [
             (rule, re.compile(_pattern(rule)), names[rule])
             for rule in sorted(names, key=len, reverse=True)
         ]
 
     def rule(self, name: str) -> str | None:
-        """The entry of the table that holds for a name."""
+        """The rule of the table that matches a name."""
         return next((rule for rule, pattern, _ in self.rules if pattern.fullmatch(name)), None)
 
     def rename_all(self, names: list[str], table: str) -> dict[str, str]:
@@ -359,5 +359,5 @@ class _Names:
 
 
 def _pattern(rule: str) -> str:
-    """The regular expression of a name of a table; its last group is what follows the name."""
+    """The regular expression of a rule; its last group is what follows the prefix."""
     return re.escape(rule).replace(r"\*", r"(\d+)") + ("(.*)" if rule.endswith(".") else "()")

@@ -1,7 +1,81 @@
-"""Every configuration key of the project: one comment and its source a key."""
+"""Every configuration key of the project, with its source, and the function that loads configs."""
+
+import contextlib
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
+
+
+def load_config(path: str | Path = "", opts: Sequence[Any] = ()) -> CN:
+    """
+    Make Detectron2's config with this project's keys, then merge a file and KEY VALUE pairs.
+
+    Args:
+        path: a file, or the name of a config that comes with the project, such as
+            ``coco/panoptic_segformer_R50_24ep.yaml`` (with or without ``configs/`` in front).
+            Empty: no file.
+        opts: keys and values in turn, as on a command line.
+
+    Raises:
+        FileNotFoundError: there is no such config.
+        ValueError: a key or a value is wrong; the message says which and in which file.
+    """
+    cfg = get_cfg()
+    add_psf_config(cfg)
+    if path:
+        file = find_config(path)
+        with _explain(cfg, f"'{file}'"):
+            cfg.merge_from_file(str(file))
+    with _explain(cfg, "KEY VALUE pairs"):
+        cfg.merge_from_list(list(opts))
+    return cfg
+
+
+def find_config(path: str | Path) -> Path:
+    """
+    Find a file, or a config that comes with the project.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    installed = Path(__file__).parent / "configs"
+    folder = installed if installed.is_dir() else installed.parent.parent / "configs"
+    parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
+    if folder.joinpath(*parts).is_file():
+        return folder.joinpath(*parts)
+    raise FileNotFoundError(
+        f"There is no config '{path}': neither that file nor '{folder.joinpath(*parts)}' exists"
+    )
+
+
+@contextlib.contextmanager
+def _explain(cfg: CN, source: str) -> Iterator[None]:
+    """Turn what yacs and YAML raise into one line that names the source of the error."""
+    try:
+        yield
+    except (AssertionError, KeyError, ValueError, yaml.YAMLError) as error:
+        message = " ".join(str(error).strip("'\"").split())
+        hint = ""
+        if message.startswith("Non-existent"):
+            close = difflib.get_close_matches(message.rpartition(": ")[2], _keys(cfg), n=1)
+            hint = f". Did you mean {close[0]}?" if close else ""
+        raise ValueError(f"Config error in {source}: {message}{hint}") from error
+
+
+def _keys(node: CN, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key, value in node.items():
+        keys += _keys(value, f"{prefix}{key}.") if isinstance(value, CN) else [prefix + key]
+    return keys
 
 
 def add_psf_config(cfg: CN) -> None:
@@ -16,25 +90,26 @@ def add_psf_config(cfg: CN) -> None:
 
 
 def _add_model(cfg: CN) -> None:
-    # Detectron2's default is "cuda" everywhere; here it is the device that the machine has.
+    # Unlike Detectron2's default, "cuda" only where there is a GPU.
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     cfg.MODEL.META_ARCHITECTURE = "PanopticSegFormer"
 
     cfg.MODEL.PSF = CN()
     # Feature maps C3, C4, C5 of the backbone, fine to coarse (paper, section 3.1).
     cfg.MODEL.PSF.IN_FEATURES = ["res3", "res4", "res5"]
-    # Feature levels: those of IN_FEATURES (the paper's), then coarser ones by convolutions of
-    # stride 2 (Deformable DETR's key; official code: 4), which the mask decoder does not see.
+    # Feature levels: those of IN_FEATURES (paper), then coarser ones by convolutions of stride 2,
+    # which the mask decoder does not use (Deformable DETR's key; official code: 4).
     cfg.MODEL.PSF.NUM_FEATURE_LEVELS = 3
-    # Thing and stuff classes; 0: as many as the data set has. Other numbers are checked.
+    # Numbers of thing and stuff classes; 0: those of the data set. Other numbers must equal them.
     cfg.MODEL.PSF.NUM_THING_CLASSES = 0
     cfg.MODEL.PSF.NUM_STUFF_CLASSES = 0
-    # For weights of other classes whose file does not name them: a data set that has these. Rows of
-    # classes with the same name are taken over, the others start afresh (psf/finetuning.py).
+    # For fine-tuning from a checkpoint that does not name its classes: a data set with these
+    # classes. Weights of classes with the same name are kept, others start from random values
+    # (psf/finetuning.py).
     cfg.MODEL.PSF.WEIGHTS_DATASET = ""
     # Channels of tokens and queries (paper, section 3.2).
     cfg.MODEL.PSF.HIDDEN_DIM = 256
-    # Attention heads, sampling points a head and level (Deformable DETR, section 5).
+    # Attention heads, and sampling points per head and level (Deformable DETR, section 5).
     cfg.MODEL.PSF.NHEADS = 8
     cfg.MODEL.PSF.NUM_POINTS = 4
     # Hidden channels of the feed-forward networks (official code).
@@ -43,36 +118,35 @@ def _add_model(cfg: CN) -> None:
     cfg.MODEL.PSF.DROPOUT = 0.1
     # Layers of the transformer encoder (paper, section 4.2).
     cfg.MODEL.PSF.ENC_LAYERS = 6
-    # Thing queries: the most things expected in an image (paper, section 3.3).
+    # Thing queries: at most this many things are found in an image (paper, section 3.3).
     cfg.MODEL.PSF.NUM_OBJECT_QUERIES = 300
 
     cfg.MODEL.PSF.LOCATION_DECODER = CN()
     cfg.MODEL.PSF.LOCATION_DECODER.DEC_LAYERS = 6  # paper, section 4.2
 
-    # Parts whose layers compute their activations again in the backward pass, instead of storing
-    # them: "backbone" (Detectron2's ResNets), "pixel_encoder", "location_decoder", "mask_decoder".
-    # Same losses and gradients for less memory and more time (docs/training_performance.md).
+    # Activation checkpointing of "backbone" (Detectron2's ResNets), "encoder", "location_decoder",
+    # "mask_decoder": same losses and gradients, less memory, more time.
     cfg.MODEL.PSF.CHECKPOINT = []
 
 
 def _add_mask_decoder(cfg: CN) -> None:
     cfg.MODEL.PSF.MASK_DECODER = CN()
-    # "joint": thing and stuff queries go through the same layers (the paper's). "decoupled":
-    # separate stacks, ReLU masks, thing classes from the location decoder (the official code's).
+    # "joint": thing and stuff queries go through the same layers (paper). "decoupled": separate
+    # stacks, ReLU masks, thing classes from the location decoder (official code).
     cfg.MODEL.PSF.MASK_DECODER.NAME = "joint"
     cfg.MODEL.PSF.MASK_DECODER.DEC_LAYERS = 6  # of "joint" (paper, section 4.2)
-    # Layers of the two stacks of "decoupled" (official code).
+    # The two stacks of "decoupled" (official code).
     cfg.MODEL.PSF.MASK_DECODER.THING_LAYERS = 4
     cfg.MODEL.PSF.MASK_DECODER.STUFF_LAYERS = 6
-    # Weights of the second matching of "decoupled", which also compares masks (official code: its
-    # class weight 2 is doubled when the head is built).
+    # Costs of the second matching of "decoupled", which also compares masks (official code: class
+    # weight 2, doubled when the head is built).
     cfg.MODEL.PSF.MASK_DECODER.MATCHING = CN()
     cfg.MODEL.PSF.MASK_DECODER.MATCHING.CLASS_WEIGHT = 4.0
     cfg.MODEL.PSF.MASK_DECODER.MATCHING.L1_WEIGHT = 5.0
     cfg.MODEL.PSF.MASK_DECODER.MATCHING.GIOU_WEIGHT = 2.0
     cfg.MODEL.PSF.MASK_DECODER.MATCHING.DICE_WEIGHT = 2.0
-    # Random points at which masks are compared in that matching (Mask2Former, section 3.3: 12544);
-    # 0: everywhere.
+    # Random points at which that matching compares masks (Mask2Former, section 3.3: 12544); 0: all
+    # pixels.
     cfg.MODEL.PSF.MASK_DECODER.MATCHING.NUM_POINTS = 0
 
 
@@ -83,51 +157,52 @@ def _add_losses(cfg: CN) -> None:
     cfg.MODEL.PSF.L1_WEIGHT = 5.0
     cfg.MODEL.PSF.GIOU_WEIGHT = 2.0
     cfg.MODEL.PSF.DICE_WEIGHT = 2.0
-    # The Dice loss is taken at this many times the masks' resolution (official code: 2, stride 4).
+    # Masks are upsampled by this factor before the Dice loss (official code: 2, to stride 4).
     cfg.MODEL.PSF.MASK_LOSS_SCALE = 2
-    # lambda_things and lambda_stuff (paper, equation 1), on top of the weighting by counts.
+    # lambda_things and lambda_stuff (paper, equation 1), besides the weighting by counts.
     cfg.MODEL.PSF.THINGS_WEIGHT = 1.0
     cfg.MODEL.PSF.STUFF_WEIGHT = 1.0
 
 
 def _add_test(cfg: CN) -> None:
     cfg.MODEL.PSF.TEST = CN()
-    # Which outputs to compute.
+    # Outputs.
     cfg.MODEL.PSF.TEST.PANOPTIC_ON = True
     cfg.MODEL.PSF.TEST.INSTANCE_ON = False
     cfg.MODEL.PSF.TEST.SEMANTIC_ON = False
-    # Boundary PQ beside PQ (Boundary IoU, arXiv 2103.16562).
+    # Also evaluate Boundary PQ (Boundary IoU, arXiv 2103.16562).
     cfg.MODEL.PSF.TEST.BOUNDARY_PQ = False
-    # Write predictions.json and PNGs, as COCO's server takes them, beside the results.
+    # Also write predictions.json and PNGs, in the format of COCO's server.
     cfg.MODEL.PSF.TEST.SAVE_PREDICTIONS = False
     # Mask-decoder layers used at inference; 0: all. Two are nearly as good (paper, table 6).
     cfg.MODEL.PSF.TEST.MASK_DECODER_LAYERS = 0
-    # "float32", "bfloat16" or "float16" (GPU): what autocast computes products in.
+    # Autocast to "bfloat16" or "float16" (GPU); "float32": none.
     cfg.MODEL.PSF.TEST.PRECISION = "float32"
-    # Compile what lies between feature maps and masks (torch.compile).
+    # Compile the transformer, from feature maps to queries (torch.compile).
     cfg.MODEL.PSF.TEST.COMPILE = False
-    # Pad feature maps as if image sides were multiples of this many pixels (64, 128, ...; 0: do
-    # not): compiled programs see few sizes, and on a GPU run as CUDA graphs.
+    # Pad feature maps as if image sides were multiples of this many pixels (64, 128, ...), so that
+    # the compiled transformer sees few sizes; on a GPU it then runs as CUDA graphs. 0: no padding.
     cfg.MODEL.PSF.TEST.PAD_TO = 0
-    # (query, class) pairs of things that "decoupled" considers, the best first (official code).
+    # Best (query, class) pairs of things that "decoupled" considers (official code).
     cfg.MODEL.PSF.TEST.THING_PAIRS = 100
     # "mask_wise" (paper, algorithm 1) or "pixel_wise", its ablation.
     cfg.MODEL.PSF.TEST.MERGING = "mask_wise"
     # Exponents of class probability and mean mask value in a segment's score (official code).
     cfg.MODEL.PSF.TEST.CLASS_EXPONENT = 1.0
     cfg.MODEL.PSF.TEST.MASK_EXPONENT = 2.0
-    # Least score of a segment (t_cnf; official code: 0.25 for ResNet, 0.3 for PVTv2 and Swin).
+    # Minimum score of a segment (t_cnf; official code: 0.25 for ResNet, 0.3 for PVTv2 and Swin).
     cfg.MODEL.PSF.TEST.SCORE_THRESHOLD = 0.25
-    # Least free fraction of a mask (t_keep; official code: overlaps up to 0.4 and 0.2).
+    # Minimum fraction of a mask that no better segment covers (t_keep; official code: overlaps up
+    # to 0.4 and 0.2).
     cfg.MODEL.PSF.TEST.THING_KEEP_FRACTION = 0.6
     cfg.MODEL.PSF.TEST.STUFF_KEEP_FRACTION = 0.8
 
 
 def _add_data(cfg: CN) -> None:
-    # Data sets to register, each [name, images, PNGs, JSON] or with the instances JSON as a fifth.
+    # Data sets to register: lists [name, images, PNGs, JSON], optionally with the instances JSON.
     cfg.DATASETS.REGISTER = []
 
-    # Augmentation in training: "multi_scale" (DETR; with its crop if INPUT.CROP.ENABLED),
+    # Augmentation in training: "multi_scale" (DETR, with its crop if INPUT.CROP.ENABLED),
     # "large_scale_jitter" (Ghiasi et al., 2021) or "fixed_crop" (to INPUT.CROP.SIZE).
     cfg.INPUT.AUGMENTATION = "multi_scale"
     # Large-scale jitter: side of the square and range of scales (Mask2Former's keys and values).
@@ -142,42 +217,41 @@ def _add_data(cfg: CN) -> None:
 
 
 def _add_backbones(cfg: CN) -> None:
-    # Swin (MODEL.BACKBONE.NAME: build_swin_backbone), in Mask2Former's keys; Swin-T's values (Swin
-    # paper, section 3.3). DROP_PATH_RATE is the last block's.
+    # Swin (MODEL.BACKBONE.NAME: build_swin_backbone), Mask2Former's keys, with the values of Swin-T
+    # (Swin paper, section 3.3). DROP_PATH_RATE is that of the last block.
     cfg.MODEL.SWIN = CN()
     cfg.MODEL.SWIN.EMBED_DIM = 96
     cfg.MODEL.SWIN.DEPTHS = [2, 2, 6, 2]
     cfg.MODEL.SWIN.NUM_HEADS = [3, 6, 12, 24]
     cfg.MODEL.SWIN.WINDOW_SIZE = 7
     cfg.MODEL.SWIN.DROP_PATH_RATE = 0.3  # official code
-    # Recompute activations in the backward pass: less memory, more time.
+    # Activation checkpointing.
     cfg.MODEL.SWIN.USE_CHECKPOINT = False
 
-    # Any network of timm with maps of strides 8, 16, 32 (MODEL.BACKBONE.NAME: build_timm_backbone).
+    # Any timm network with maps of strides 8, 16, 32 (MODEL.BACKBONE.NAME: build_timm_backbone).
     cfg.MODEL.TIMM = CN()
     cfg.MODEL.TIMM.NAME = "pvt_v2_b2"
-    # Fetch timm's weights when MODEL.WEIGHTS names none.
+    # Download timm's weights if MODEL.WEIGHTS is empty.
     cfg.MODEL.TIMM.PRETRAINED = False
     cfg.MODEL.TIMM.DROP_PATH_RATE = 0.1  # of the last block (official code, for PVTv2)
-    cfg.MODEL.TIMM.USE_CHECKPOINT = False  # as MODEL.SWIN's
-    # Batch normalisations keep their statistics and weights, as in Detectron2's FrozenBN.
+    cfg.MODEL.TIMM.USE_CHECKPOINT = False
+    # Keep statistics and weights of batch normalization, as Detectron2's FrozenBN does.
     cfg.MODEL.TIMM.FREEZE_BATCH_NORM = True
 
 
 def _add_solver(cfg: CN) -> None:
-    # Factors on the learning rate of the backbone, and of the layers that predict where to sample
-    # (Deformable DETR, section A.4). AdamW is the only optimizer; Detectron2's other SOLVER keys
-    # keep their meaning, and CLIP_GRADIENTS.CLIP_TYPE also takes Mask2Former's "full_model".
+    # AdamW is the only optimizer. Detectron2's other SOLVER keys keep their meaning, and
+    # CLIP_GRADIENTS.CLIP_TYPE also takes Mask2Former's "full_model".
+    # Factors of the learning rate for the backbone, and for the layers that predict sampling
+    # locations (Deformable DETR, section A.4).
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
     cfg.SOLVER.SAMPLING_MULTIPLIER = 0.1
-    # The batch that learning rate and schedule are written for. With another IMS_PER_BATCH the
-    # learning rate is scaled with the images, and iterations and steps against them; 0: never.
-    # Unlike Detectron2's REFERENCE_WORLD_SIZE it leaves the batch size to you.
+    # The batch size that learning rate and schedule are written for. If IMS_PER_BATCH is k times as
+    # large, the learning rate is multiplied by k and iterations and steps are divided by k. 0: no
+    # scaling. Unlike Detectron2's REFERENCE_WORLD_SIZE it does not change the batch size.
     cfg.SOLVER.REFERENCE_BATCH_SIZE = 0
-    # Cut every batch of IMS_PER_BATCH images into so many parts, one after the other through the
-    # model, and add up their gradients: the memory of a part, the gradient of the batch.
+    # Gradient accumulation: split each batch of IMS_PER_BATCH images into this many parts.
     cfg.SOLVER.ACCUMULATE_STEPS = 1
-    # Compile the layers with torch.compile when training starts, which takes a minute or more; what
-    # it changes is measured in docs/training_performance.md. Needs a C++ compiler on a CPU, Triton
-    # on a GPU.
+    # Compile the layers with torch.compile in training (docs/training_performance.md). Needs a C++
+    # compiler on a CPU, Triton on a GPU.
     cfg.SOLVER.COMPILE = False

@@ -1,6 +1,6 @@
-"""Starting from a checkpoint of other classes: what belongs to a class is matched by its name.
+"""Fine-tuning from a checkpoint of other classes: weights of a class are matched by its name.
 
-Shapes: K and K' thing classes, T and T' stuff classes, of the checkpoint and of the model.
+Shapes: K thing and T stuff classes of the checkpoint, K' and T' of the model.
 """
 
 import logging
@@ -15,21 +15,21 @@ from psf.weights import Checkpointer
 
 logger = logging.getLogger(__name__)
 
-# Parameters with a row for each thing class, and with a row for each stuff class.
+# Parameters with one row per thing class, and with one row per stuff class.
 _THING_ROWS = re.compile(r"(^|\.)(class_heads|thing_heads)\.\d+\.(weight|bias)$")
 _STUFF_ROWS = re.compile(r"(^|\.)stuff_query\.weight$")
 
 
 class Matches(NamedTuple):
-    """Where the classes of a model are in a checkpoint."""
+    """Classes of a model and of a checkpoint, matched."""
 
-    rows: list[int | None]  # of each class of the model; None: not in the checkpoint
-    new: list[str]  # classes of the model that the checkpoint lacks
-    unused: list[str]  # classes of the checkpoint that the model lacks
+    rows: list[int | None]  # row in the checkpoint of each class of the model; None: it has none
+    new: list[str]  # classes of the model that are not in the checkpoint
+    unused: list[str]  # classes of the checkpoint that are not in the model
 
 
 def match_names(theirs: Sequence[str], ours: Sequence[str]) -> Matches:
-    """Match classes by name, upper and lower case being the same; each name once."""
+    """Match classes by name, ignoring case; of a repeated name the first class counts."""
     positions = {_normal(name): i for i, name in reversed(list(enumerate(theirs)))}
     rows = [positions.get(_normal(name)) for name in ours]
     wanted = {_normal(name) for name in ours}
@@ -52,16 +52,16 @@ def transfer_classes(
     stuff: Matches,
 ) -> dict[str, Tensor]:
     """
-    Rearrange the rows of all parameters that have one for each class.
+    Rearrange the rows of all parameters with one row per class.
 
     Args:
-        weights: the checkpoint's, with K or T rows.
-        own: the model's freshly initialised state, with K' or T' rows.
-        things: matches of K' classes.
-        stuff: matches of T' classes.
+        weights: of the checkpoint, with K or T rows.
+        own: state of the newly initialized model, with K' or T' rows.
+        things: matches of the K' classes.
+        stuff: matches of the T' classes.
 
     Returns:
-        The weights with K' or T' rows: those of matched classes, else the model's own.
+        The weights with K' or T' rows: the checkpoint's for matched classes, else the model's.
     """
     result = dict(weights)
     for pattern, matches in ((_THING_ROWS, things), (_STUFF_ROWS, stuff)):
@@ -75,7 +75,7 @@ def transfer_classes(
 
 
 class ClassCheckpointer(Checkpointer):
-    """A checkpointer that saves the names of the classes and fits other ones to the model."""
+    """A checkpointer that saves class names, and loads checkpoints of other classes by name."""
 
     def __init__(
         self,
@@ -89,17 +89,17 @@ class ClassCheckpointer(Checkpointer):
         """
         Args:
             model: to load and save.
-            save_dir: where checkpoints go.
-            class_names: of the model; None: unknown, nothing is matched.
-            weights_class_names: of weights that do not say themselves.
-            checkpointables: what else is saved, as in Detectron2.
+            save_dir: folder of the checkpoints.
+            class_names: of the model; None: unknown, classes are not matched.
+            weights_class_names: classes of checkpoints that do not name theirs.
+            checkpointables: other objects to save, as in Detectron2.
         """
         super().__init__(model, save_dir, **checkpointables)
         self.class_names = class_names
         self.weights_class_names = weights_class_names
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Save the model, with the names of its classes."""
+        """Save the model with the names of its classes."""
         if self.class_names is not None:
             kwargs["classes"] = {key: list(v) for key, v in self.class_names._asdict().items()}
         super().save(name, **kwargs)
@@ -122,7 +122,7 @@ class ClassCheckpointer(Checkpointer):
         for kind, matches in (("thing", things), ("stuff", stuff)):
             count = len(matches.rows)
             logger.info(
-                "The weights know %d of the %d %s classes. From scratch: %s. Not needed: %s.",
+                "The checkpoint has %d of the %d %s classes. Randomly initialized: %s. Unused: %s.",
                 count - len(matches.new),
                 count,
                 kind,

@@ -1,8 +1,6 @@
-"""A model made ready to predict: the same results up to rounding, in less time and memory.
+"""Optimize a model for inference: same results up to rounding, less time and memory.
 
-What ``MODEL.PSF.TEST`` asks for in addition (precision, layers, compilation) is the model's own;
-here its weights are put into the form that is fastest to compute with. It cannot be trained
-afterwards.
+Precision, number of layers and compilation are options of the model itself (``MODEL.PSF.TEST``).
 """
 
 from typing import cast
@@ -16,16 +14,16 @@ from psf.layers.linear import is_linear, multiply_by_convolutions, replace
 from psf.layers.transformer import FeedForward
 from psf.modeling.panoptic_segformer import PanopticSegFormer
 
-# Hidden values of a feed-forward network that are computed together on a CPU: 8 MB of float32 stay
-# in its caches, and the C library keeps such blocks instead of fetching new pages for every layer.
+# Hidden values of a feed-forward network that are computed at once on a CPU: 8 MB of float32 fit
+# into its caches, and the C library reuses blocks of this size.
 HIDDEN_VALUES = 2**21
 
-# The fast preset: two layers are nearly as good as all (paper, table 6).
+# Mask-decoder layers of the fast preset: two are nearly as good as six (paper, table 6).
 FAST_LAYERS = 2
 
 
 def fast_preset(cfg: CfgNode) -> CfgNode:
-    """A copy with bfloat16, at most two mask-decoder layers, and compilation."""
+    """Copy a config and set bfloat16, at most two mask-decoder layers, and compilation."""
     fast = cfg.clone()
     fast.defrost()
     test, decoder = fast.MODEL.PSF.TEST, fast.MODEL.PSF.MASK_DECODER
@@ -42,18 +40,19 @@ def fast_preset(cfg: CfgNode) -> CfgNode:
 @torch.no_grad()
 def optimize_for_inference(model: PanopticSegFormer) -> PanopticSegFormer:
     """
-    Change a model in place, on the device where it will predict.
+    Optimize a model in place, on the device that it will run on. It cannot be trained afterwards.
 
-    Frozen batch normalisations become part of their convolutions; convolutions take channels last;
-    with a lower precision the weights of products are stored in it; on a CPU feed-forward networks
-    go through their hidden layer in parts, and linear layers in float32 run as convolutions.
+    Folds frozen batch normalization into convolutions, uses the channels-last memory format, and
+    stores weights of convolutions and linear layers in the model's inference precision. On a CPU,
+    feed-forward networks compute a part of their tokens at a time, and float32 linear layers run as
+    convolutions.
 
     Returns:
         The model, in evaluation mode.
     """
     model.eval()
     fold_frozen_batch_norms(model.backbone)
-    precision = model.inference_options.precision
+    precision = model.runtime.precision
     if precision != torch.float32:
         for module in model.modules():
             if is_linear(module) or isinstance(module, nn.Conv2d):
@@ -66,7 +65,7 @@ def optimize_for_inference(model: PanopticSegFormer) -> PanopticSegFormer:
 
 
 def fold_frozen_batch_norms(backbone: nn.Module) -> None:
-    """Scale the weights of convolutions instead of their results (Detectron2's layers)."""
+    """Fold the frozen batch normalization of Detectron2's layers into their convolutions."""
     for module in backbone.modules():
         if not (isinstance(module, Conv2d) and isinstance(module.norm, FrozenBatchNorm2d)):
             continue
@@ -90,7 +89,7 @@ class ChunkedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, S, C) to (N, S, C)."""
-        # A compiled program fuses the layers itself, and is not to depend on the number of parts.
+        # The compiler fuses the layers itself, and the number of parts would be a constant to it.
         if torch.compiler.is_compiling() or x.numel() // x.shape[-1] <= self.rows:
             return self.layers(x)
         parts = x.flatten(0, -2).split(self.rows)

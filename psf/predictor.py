@@ -20,16 +20,16 @@ class Predictor(DefaultPredictor):
     """
     Detectron2's ``DefaultPredictor`` for one image or a list of them.
 
-    Weights may be in a format of others, too, and the model is made ready to predict
+    It also loads third-party checkpoints (``psf.weights``), and optimizes the model for inference
     (``psf.inference``).
     """
 
     def __init__(self, cfg: CfgNode, *, fast: bool = False, batch_size: int = 1) -> None:
         """
         Args:
-            cfg: with ``MODEL.WEIGHTS``, and the data set with the classes in ``DATASETS.TEST``.
-            fast: bfloat16, two mask-decoder layers, compiled, whatever ``cfg`` says.
-            batch_size: images of a list that go through the model together.
+            cfg: with ``MODEL.WEIGHTS``, and in ``DATASETS.TEST`` the data set with the classes.
+            fast: use bfloat16, two mask-decoder layers and compilation, whatever ``cfg`` says.
+            batch_size: number of images of a list that are predicted together.
         """
         self.cfg = fast_preset(cfg) if fast else cfg.clone()
         model = build_model(self.cfg).eval()
@@ -52,10 +52,10 @@ class Predictor(DefaultPredictor):
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """
         Args:
-            images: (H, W, 3) BGR, or a list of such, of any sizes.
+            images: one image (H, W, 3) BGR, or a list of images of any sizes.
 
         Returns:
-            The model's outputs, at the size of the image; of a list, a list.
+            The model's outputs at the size of the image; a list for a list.
         """
         if isinstance(images, np.ndarray):
             return self([images])[0]
@@ -66,7 +66,7 @@ class Predictor(DefaultPredictor):
         return outputs
 
     def _input(self, image: NDArray[np.uint8]) -> dict[str, Any]:
-        """The model's input for an image (H, W, 3) BGR."""
+        """Convert an image (H, W, 3) BGR to an input of the model."""
         height, width = image.shape[:2]
         if self.input_format == "RGB":
             image = image[:, :, ::-1]

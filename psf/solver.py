@@ -8,11 +8,9 @@ from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
 
-from psf.adamw import PackedAdamW
-
 logger = logging.getLogger(__name__)
 
-# Layers that predict where to sample (Deformable DETR, section A.4; official code).
+# Layers that predict sampling locations (Deformable DETR, section A.4; official code).
 SAMPLING_LAYERS = ("sampling_offsets", "reference_points")
 
 
@@ -20,9 +18,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """
     Build AdamW from ``cfg.SOLVER``.
 
-    Learning rates are ``BASE_LR``, times ``BACKBONE_MULTIPLIER`` in the backbone and
-    ``SAMPLING_MULTIPLIER`` in the layers that predict sampling places. Weight decay is
-    ``WEIGHT_DECAY`` unless ``WEIGHT_DECAY_NORM`` or ``WEIGHT_DECAY_BIAS`` says otherwise.
+    The learning rate is ``BASE_LR``, times ``BACKBONE_MULTIPLIER`` in the backbone and
+    ``SAMPLING_MULTIPLIER`` in the layers that predict sampling locations. Weight decay is
+    ``WEIGHT_DECAY``, or ``WEIGHT_DECAY_NORM`` and ``WEIGHT_DECAY_BIAS`` where they apply.
     """
 
     def lr_factor(name: str) -> float:
@@ -42,14 +40,14 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
         lr_factor_func=lr_factor,
     )
-    optimizer = PackedAdamW(params, lr=cfg.SOLVER.BASE_LR, fused=True)
+    optimizer = torch.optim.AdamW(params, lr=cfg.SOLVER.BASE_LR, fused=True)
     if full_model_clip_norm(cfg) is not None:
-        return optimizer  # the trainer clips, after unscaling
+        return optimizer  # the trainer clips
     return maybe_add_gradient_clipping(cfg, optimizer)
 
 
 def full_model_clip_norm(cfg: CfgNode) -> float | None:
-    """The largest norm of the whole gradient, or None when the config does not clip so."""
+    """The maximum norm of the whole gradient; None if ``CLIP_TYPE`` is not ``full_model``."""
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if not clip.ENABLED or clip.CLIP_TYPE != "full_model":
         return None
@@ -60,31 +58,31 @@ def full_model_clip_norm(cfg: CfgNode) -> float | None:
 
 def check_reference_world_size(cfg: CfgNode) -> None:
     """
-    Check what Detectron2's ``DefaultTrainer.auto_scale_workers`` asserts without saying the mend.
+    Check that ``SOLVER.REFERENCE_WORLD_SIZE`` divides the batch size.
+
+    Detectron2's ``DefaultTrainer.auto_scale_workers`` asserts it without a message.
 
     Raises:
-        ValueError: the batch cannot be shared among ``SOLVER.REFERENCE_WORLD_SIZE`` processes.
+        ValueError: it does not.
     """
     batch_size, world_size = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
     if world_size and batch_size % world_size:
         raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {batch_size}, which SOLVER.REFERENCE_WORLD_SIZE "
-            f"{world_size} does not divide: batch and schedule are written for that number of "
-            "processes and scaled to yours. Set SOLVER.REFERENCE_WORLD_SIZE 0 to take them as they "
-            "are, or leave SOLVER.IMS_PER_BATCH to be scaled."
+            f"SOLVER.IMS_PER_BATCH is {batch_size}, which is not a multiple of "
+            f"SOLVER.REFERENCE_WORLD_SIZE, {world_size}: the number of processes that batch and "
+            "schedule are written for. Set SOLVER.REFERENCE_WORLD_SIZE to 0 to use both unscaled."
         )
 
 
 def scale_to_batch_size(cfg: CfgNode) -> CfgNode:
     """
-    Scale learning rate and schedule to ``SOLVER.IMS_PER_BATCH``.
+    Scale learning rate and schedule from ``SOLVER.REFERENCE_BATCH_SIZE`` to ``IMS_PER_BATCH``.
 
-    They are written for ``SOLVER.REFERENCE_BATCH_SIZE`` images (0: no scaling). For a batch of k
-    times as many, the learning rate is multiplied by k (linear scaling, arXiv 1706.02677) and all
-    counts of iterations are divided by it, so that as many images are seen.
+    For a batch k times as large, the learning rate is multiplied by k (linear scaling rule, arXiv
+    1706.02677) and numbers of iterations are divided by k, so the number of epochs stays the same.
 
     Returns:
-        A scaled config, with the reference set to its batch size; ``cfg`` if nothing changes.
+        The scaled config, whose reference is its batch size; ``cfg`` itself if nothing changes.
     """
     reference, batch_size = cfg.SOLVER.REFERENCE_BATCH_SIZE, cfg.SOLVER.IMS_PER_BATCH
     if reference in (0, batch_size):
@@ -92,7 +90,7 @@ def scale_to_batch_size(cfg: CfgNode) -> CfgNode:
     if cfg.SOLVER.REFERENCE_WORLD_SIZE:
         raise ValueError(
             f"SOLVER.REFERENCE_BATCH_SIZE is {reference} and SOLVER.REFERENCE_WORLD_SIZE is "
-            f"{cfg.SOLVER.REFERENCE_WORLD_SIZE}: both would scale the schedule. Set one to 0."
+            f"{cfg.SOLVER.REFERENCE_WORLD_SIZE}: both scale the schedule. Set one of them to 0."
         )
     scaled = cfg.clone()
     scaled.defrost()
@@ -105,7 +103,7 @@ def scale_to_batch_size(cfg: CfgNode) -> CfgNode:
     scaled.TEST.EVAL_PERIOD = round(cfg.TEST.EVAL_PERIOD / factor)
     scaled.freeze()
     logger.info(
-        "Scaled from batches of %d images to %d: learning rate %g, %d iterations, steps at %s",
+        "Schedule scaled from batch size %d to %d: learning rate %g, %d iterations, steps at %s",
         reference,
         batch_size,
         solver.BASE_LR,

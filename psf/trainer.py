@@ -1,7 +1,6 @@
-"""Training and evaluation with Detectron2's engine, on a CPU as on GPUs."""
+"""Training and evaluation with Detectron2's engine, on CPUs and GPUs."""
 
 import contextlib
-import gc
 import logging
 import math
 import os
@@ -35,11 +34,7 @@ from psf.evaluation.ground_truth import PanopticSegmentation, load_ground_truth
 from psf.evaluation.pictures import Sample, write_contact_sheet
 from psf.finetuning import ClassCheckpointer
 from psf.layers.host_memory import keep_freed_memory
-from psf.layers.linear import convolutions_pay_in_training, multiply_by_convolutions
-from psf.layers.total_norm import total_norm
-from psf.modeling.location_decoder import LocationDecoderLayer
-from psf.modeling.mask_decoder import MaskDecoderLayer
-from psf.modeling.pixel_encoder import EncoderLayer
+from psf.modeling.build import TRANSFORMER_LAYERS
 from psf.solver import (
     build_optimizer,
     check_reference_world_size,
@@ -52,17 +47,17 @@ logger = logging.getLogger(__name__)
 CONTACT_SHEET = "contact_sheet.png"
 CURVES = "curves.png"
 
-# Of one function, for all that differs between the layers that share it: the blocks of a ResNet
-# alone are of eight kinds, each for fixed and for changing sizes; torch's own limit is eight.
-MOST_TRANSLATIONS = 64
+# Compilations of one function, for all layers that share it (torch's limit is 8). A ResNet has
+# eight kinds of blocks, each compiled for fixed and for symbolic sizes.
+RECOMPILE_LIMIT = 64
 
 
 class TrainStep(SimpleTrainer):
     """
     One training iteration: forward, loss check, backward, clipping, optimizer step.
 
-    Detectron2's AMPTrainer needs CUDA and clips scaled gradients; this step runs mixed precision on
-    any device, in bfloat16 where the device has it (no loss scaling needed) and float16 elsewhere.
+    Unlike Detectron2's AMPTrainer it supports mixed precision on any device (bfloat16, or float16
+    with loss scaling on GPUs without it), clips unscaled gradients, and accumulates gradients.
     """
 
     def __init__(
@@ -78,13 +73,12 @@ class TrainStep(SimpleTrainer):
         """
         Args:
             model: returns a dict of losses in training.
-            data_loader: endless.
+            data_loader: infinite.
             optimizer: of the model's parameters.
             amp: use mixed precision.
-            clip_norm: largest norm of the whole gradient; None: no clipping.
-            accumulate_steps: parts that every batch is cut into. With more than one the model
-                (inside ``DistributedDataParallel``, too) has ``count_segments`` and takes its
-                result.
+            clip_norm: maximum norm of the whole gradient; None: no clipping.
+            accumulate_steps: number of parts that each batch is split into. If more than one, the
+                model must have ``count_segments`` and take its result as ``num_segments``.
         """
         super().__init__(model, data_loader, optimizer)
         device_type = next(model.parameters()).device.type
@@ -98,7 +92,7 @@ class TrainStep(SimpleTrainer):
         self.grad_scaler = torch.amp.GradScaler(device_type, enabled=amp and not has_bfloat16)
 
     def run_step(self) -> None:
-        """Run one iteration; its losses go to the event storage."""
+        """Run one iteration; losses are written to the event storage."""
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
@@ -109,22 +103,22 @@ class TrainStep(SimpleTrainer):
         self._step()
 
     def _backward(self, data: Any, **options: Any) -> dict[str, Tensor]:
-        """Add the gradient of a batch, or a part of one, and return its losses on the host."""
+        """Add the gradient of a batch, or of a part of it; returns its losses on the host."""
         with torch.autocast(self.device_type, self.amp_dtype, enabled=self.amp):
             losses: dict[str, Tensor] = self.model(data, **options)
         values = torch.stack(list(losses.values()))
-        on_host = dict(zip(losses, values.detach().cpu(), strict=True))  # the only transfer
+        on_host = dict(zip(losses, values.detach().cpu(), strict=True))  # one transfer
         self._check_finite(on_host)
         self.grad_scaler.scale(values.sum()).backward()
         return on_host
 
     def _accumulate(self, data: list[Any]) -> dict[str, Tensor]:
-        """As :meth:`_backward`, in parts: the sums are divided by the segments of the batch."""
+        """As :meth:`_backward`, part by part; losses are divided by the whole batch's segments."""
         if len(data) % self.accumulate_steps:
             raise ValueError(
                 f"SOLVER.ACCUMULATE_STEPS is {self.accumulate_steps}, but the batch of a process "
-                f"has {len(data)} images (SOLVER.IMS_PER_BATCH over the processes): make it a "
-                "multiple"
+                f"has {len(data)} images: SOLVER.IMS_PER_BATCH must be a multiple of "
+                "ACCUMULATE_STEPS times the number of processes"
             )
         distributed = isinstance(self.model, nn.parallel.DistributedDataParallel)
         module: Any = self.model.module if distributed else self.model
@@ -133,25 +127,18 @@ class TrainStep(SimpleTrainer):
         total: dict[str, Tensor] = {}
         for start in range(0, len(data), size):
             last = start + size == len(data)
-            # Gradients are averaged over processes once, with the last part.
-            waits = contextlib.nullcontext() if last or not distributed else self.model.no_sync()
-            with waits:
+            # Gradients are averaged over processes once, in the last part.
+            sync = contextlib.nullcontext() if last or not distributed else self.model.no_sync()
+            with sync:
                 losses = self._backward(data[start : start + size], num_segments=num_segments)
             total = {name: total.get(name, 0) + loss for name, loss in losses.items()}
         return total
 
     def _step(self) -> None:
-        """Clip the gradient and change the weights."""
-        fused = self.optimizer.defaults.get("fused", False)
+        """Clip the gradient and update the weights."""
         if self.clip_norm is not None:
             self.grad_scaler.unscale_(self.optimizer)
-            if fused and not self.grad_scaler.is_enabled():
-                # The kernel divides by this as it reads the gradient: no pass of its own.
-                gradients = [p.grad for p in self.parameters if p.grad is not None]
-                norm = total_norm(gradients)
-                self.optimizer.grad_scale = (norm / self.clip_norm).clamp(min=1)
-            else:
-                nn.utils.clip_grad_norm_(self.parameters, self.clip_norm, foreach=True)
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
@@ -159,9 +146,9 @@ class TrainStep(SimpleTrainer):
         bad = [f"{name} = {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
         if bad:
             raise FloatingPointError(
-                f"The loss is not finite at iteration {self.iter}: {', '.join(bad)}. The last "
-                "checkpoint is untouched: continue from it with --resume, after lowering "
-                "SOLVER.BASE_LR or switching SOLVER.AMP.ENABLED off."
+                f"The loss is not finite at iteration {self.iter}: {', '.join(bad)}. Resume from "
+                "the last checkpoint with --resume, with a lower SOLVER.BASE_LR or with "
+                "SOLVER.AMP.ENABLED False."
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,12 +161,11 @@ class TrainStep(SimpleTrainer):
 
 def compile_layers(model: nn.Module) -> None:
     """
-    Let torch.compile translate the layers of a model when they first run in training.
+    Compile the layers of a model with torch.compile for training.
 
-    Layers of one kind share their code, and sizes that change become variables of it: the number
-    of translations depends on the architecture, not on images. What surrounds the layers stays as
-    it is (matching, losses, evaluation), and so do masks, whose number is different in every image
-    and which are made in parts to bound the memory.
+    Layers of one kind share their code, and sizes that vary become symbolic, so the number of
+    compilations depends on the architecture, not on the images. Matching and losses are not
+    compiled, nor are masks, whose number is different in every image.
 
     Raises:
         RuntimeError: on a CPU without a C++ compiler.
@@ -188,45 +174,41 @@ def compile_layers(model: nn.Module) -> None:
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and shutil.which(compiler) is None:
         raise RuntimeError(
-            f"SOLVER.COMPILE needs a C++ compiler, but there is no '{compiler}'. Install one, let "
-            "the environment variable CXX name it, or set SOLVER.COMPILE to False."
+            f"SOLVER.COMPILE needs a C++ compiler, but there is no '{compiler}'. Install one, set "
+            "the environment variable CXX to it, or set SOLVER.COMPILE to False."
         )
     limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, MOST_TRANSLATIONS)
-    kinds = (BottleneckBlock, BasicBlock, EncoderLayer, LocationDecoderLayer)
+    torch._dynamo.config.recompile_limit = max(limit, RECOMPILE_LIMIT)
     for module in model.modules():
-        if isinstance(module, kinds):
-            _compile_in_training(module, "forward")
-        elif isinstance(module, MaskDecoderLayer):
-            _compile_in_training(module, "self_attended")
-            _compile_in_training(module, "refine")
+        if isinstance(module, (BottleneckBlock, BasicBlock, *TRANSFORMER_LAYERS)):
+            _compile_in_training(module)
 
 
-def _compile_in_training(module: nn.Module, method: str) -> None:
-    """Evaluation would need translations of its own, for little time spent there."""
-    plain = getattr(module, method)
+def _compile_in_training(module: nn.Module) -> None:
+    """Compile ``forward``; evaluation, which would be compiled anew, runs it as it is."""
+    plain = module.forward
     compiled = torch.compile(plain)
 
-    def choose(*args: Any) -> Any:
+    def forward(*args: Any) -> Any:
         return compiled(*args) if module.training else plain(*args)
 
-    setattr(module, method, choose)
+    module.forward = forward
 
 
 class PicturesHook(HookBase):
-    """After training: a contact sheet of predictions and the curves, in ``OUTPUT_DIR``."""
+    """Draws a contact sheet of predictions and the curves into ``OUTPUT_DIR`` after training."""
 
     def after_train(self) -> None:
-        """Draw, if training came to its end."""
+        """Draw if training reached its last iteration."""
         if self.trainer.iter + 1 >= self.trainer.max_iter and comm.is_main_process():
             write_pictures(self.trainer.cfg, self.trainer.model)
 
 
 class Trainer(DefaultTrainer):
-    """Detectron2's trainer with this project's loaders, solver, step, evaluators and pictures."""
+    """Detectron2's trainer with this project's data loaders, optimizer, step and evaluators."""
 
     def __init__(self, cfg: CfgNode) -> None:
-        """As ``DefaultTrainer``, but also for several CPU processes and with :class:`TrainStep`."""
+        """As ``DefaultTrainer``, with :class:`TrainStep`, also for several CPU processes."""
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
@@ -241,9 +223,6 @@ class Trainer(DefaultTrainer):
         on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
         if on_cpu:
             keep_freed_memory()
-            # The compiler has its own ways.
-            if not cfg.SOLVER.COMPILE and convolutions_pay_in_training():
-                multiply_by_convolutions(model)
         model = create_ddp_model(
             model,
             broadcast_buffers=False,
@@ -270,22 +249,13 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
-    def train(self) -> Any:
-        """Run the training; what exists now lasts as long as it, so no collection looks at it."""
-        gc.collect()
-        gc.freeze()
-        try:
-            return super().train()
-        finally:
-            gc.unfreeze()
-
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks, then the pictures: they need the last evaluation in metrics.json."""
+        """Detectron2's hooks, then the pictures, which show the last evaluation."""
         return [*super().build_hooks(), PicturesHook()]
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """AdamW with this project's parameter groups."""
+        """AdamW with parameter groups (:func:`psf.solver.build_optimizer`)."""
         return build_optimizer(cfg, model)
 
     @classmethod
@@ -297,7 +267,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Test images without ground truth, one at a time."""
+        """Test images without ground truth."""
         mapper = PanopticDatasetMapper(cfg, False)
         with _hint_at_data_root():
             return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
@@ -306,7 +276,7 @@ class Trainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str
     ) -> DatasetEvaluator | DatasetEvaluators:
-        """Evaluators of the outputs that the config switches on."""
+        """Evaluators of the outputs that the config enables."""
         test = cfg.MODEL.PSF.TEST
         return build_evaluators(
             dataset_name,
@@ -325,7 +295,7 @@ def _class_names(dataset_name: str) -> ClassNames | None:
 
 @contextlib.contextmanager
 def _hint_at_data_root() -> Iterator[None]:
-    """Detectron2's own data sets name the missing file, but not what decides where it is sought."""
+    """Name the variable that decides where Detectron2's data sets are searched for."""
     try:
         yield
     except FileNotFoundError as error:
@@ -334,17 +304,16 @@ def _hint_at_data_root() -> Iterator[None]:
             raise
         root = os.environ.get(variable, "datasets")
         raise FileNotFoundError(
-            f"{error}. Data sets are sought under '{root}': put the data there, or set the "
-            f"environment variable {variable} to the folder that holds it."
+            f"{error}. Data sets are searched for under '{root}': put the data there, or set the "
+            f"environment variable {variable} to its folder."
         ) from error
 
 
 def write_pictures(cfg: CfgNode, model: nn.Module) -> None:
     """
-    Draw into ``OUTPUT_DIR``: a contact sheet of predictions, and the curves of the training.
+    Draw a contact sheet of predictions and the training curves into ``OUTPUT_DIR``.
 
-    Without a test data set, or with ``PANOPTIC_ON`` off, there is no sheet; without a
-    ``metrics.json`` there are no curves. The model keeps its mode.
+    The sheet needs a test data set and ``PANOPTIC_ON``, the curves need a ``metrics.json``.
     """
     output_dir = Path(cfg.OUTPUT_DIR)
     if cfg.DATASETS.TEST and cfg.MODEL.PSF.TEST.PANOPTIC_ON:
@@ -359,7 +328,7 @@ def write_pictures(cfg: CfgNode, model: nn.Module) -> None:
 def _predict_samples(
     cfg: CfgNode, model: nn.Module, dicts: list[dict[str, Any]], num_images: int = 6
 ) -> list[Sample]:
-    """Predictions for images evenly spaced over a data set."""
+    """Predict images that are evenly spaced over a data set; the model keeps its mode."""
     chosen = dicts[:: max(1, len(dicts) // num_images)][:num_images]
     mapper = PanopticDatasetMapper(cfg, False)
     was_training = model.training
@@ -377,7 +346,7 @@ def _predict_samples(
 
 
 def summary(results: OrderedDict[str, Any]) -> str | None:
-    """The line ``PQ .. PQ_th .. PQ_st ..`` of an evaluation; None where PQ was not evaluated."""
+    """One line with PQ, PQ_th and PQ_st of an evaluation; None if PQ was not evaluated."""
     panoptic = results.get("panoptic_seg")
     if panoptic is None:
         return None

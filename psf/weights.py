@@ -1,4 +1,4 @@
-"""Loading ``MODEL.WEIGHTS``: Detectron2's checkpoints, and those of others by conversion."""
+"""Loading ``MODEL.WEIGHTS``: Detectron2's checkpoints and, converted, third-party ones."""
 
 import logging
 import os
@@ -8,51 +8,66 @@ from typing import Any, NamedTuple
 from urllib.error import URLError
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from psf import checkpoint
 
 logger = logging.getLogger(__name__)
 
-# The key of a converted file that names the format which it was converted from.
+# The key in a converted file for the name of its original format.
 CONVERTED_FROM = "converted_from"
 
 
 class Origin(NamedTuple):
-    """Where converted weights are from."""
+    """Where converted weights come from."""
 
     path: str
     source: checkpoint.Format
-    dropped: dict[str, str]  # entries to reasons
+    dropped: dict[str, str]  # dropped entries and the reasons
+
+
+def check_weights(path: str) -> None:
+    """
+    Check that ``MODEL.WEIGHTS`` is empty, a URL, or a file that exists.
+
+    Raises:
+        FileNotFoundError: it is a path without a file.
+    """
+    if path and "://" not in path and not PathManager.isfile(path):
+        raise FileNotFoundError(
+            f"MODEL.WEIGHTS: there is no file '{path}'. Correct the path, or train first"
+        )
 
 
 class Checkpointer(DetectionCheckpointer):
     """
-    Detectron2's checkpointer, which also knows the formats of :mod:`psf.checkpoint`.
+    Detectron2's checkpointer, which also loads the formats of :mod:`psf.checkpoint`.
 
-    A file in one of these is converted when it is read. It, or one that was converted before, must
-    fit the model when it is loaded: nothing in it is left over, and only what its format cannot
-    have is missing. One line in the log says what became of it.
+    Files in these formats are converted on reading. They are loaded strictly, as are files that
+    were converted before: no entry is left over, and only those that the format lacks are missing.
+    One line in the log summarizes the conversion.
     """
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """
-        Load a file, or what is at an address.
+        Load a file or a URL.
 
         Raises:
-            OSError: nothing can be fetched from the address.
+            OSError: there is no such file, or the URL cannot be downloaded.
         """
+        check_weights(path)
         try:
             rest: dict[str, Any] = super().load(path, checkpointables)
         except URLError as error:
             raise OSError(
-                f"MODEL.WEIGHTS: '{path}' cannot be fetched ({error}). Check the address and the "
-                "connection, or download it by other means and name the file."
+                f"MODEL.WEIGHTS: '{path}' cannot be downloaded ({error}). Check the URL and the "
+                "connection, or download the file by other means and give its path."
             ) from error
         return rest
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Name the file that ``--resume`` takes; a kill leaves the name before or this one."""
+        """Write the name of the file for ``--resume``, atomically."""
         path = os.path.join(self.save_dir, "last_checkpoint")
         with open(f"{path}.partial", "w", encoding="utf-8") as file:
             file.write(last_filename_basename)
@@ -65,7 +80,7 @@ class Checkpointer(DetectionCheckpointer):
             origin = Origin(f, checkpoint.by_name(content[CONVERTED_FROM]), {})
             return {"model": weights, "origin": origin}
         source = checkpoint.recognise(weights)
-        if source is None:  # this project's own, or what the model will refuse
+        if source is None:  # this project's, or unknown, which loading refuses
             return content if "model" in content else {"model": weights}
         conversion = checkpoint.convert(weights, source)
         origin = Origin(f, source, conversion.dropped)
@@ -89,18 +104,18 @@ def check_fit(
     weights: Mapping[str, Tensor], own: Mapping[str, Tensor], origin: Origin
 ) -> list[str]:
     """
-    Check that weights belong to a model: to its backbone, if they are of nothing else.
+    Check that converted weights fit a model, or its backbone if they are a backbone's.
 
     Args:
-        weights: converted.
-        own: the model's state dict.
+        weights: converted weights.
+        own: state dict of the model.
         origin: of the weights.
 
     Returns:
-        What the weights lack, as all of their format do.
+        The entries of the model that the weights' format lacks.
 
     Raises:
-        ValueError: an entry is not in the model or of another shape, or another one is missing.
+        ValueError: an entry is not in the model, has another shape, or is missing.
     """
     part = "backbone." if all(name.startswith("backbone.") for name in weights) else ""
     absent = sorted(n for n in own.keys() - weights.keys() if n.startswith(part))
@@ -113,22 +128,21 @@ def check_fit(
     ]
     if unexpected or misshapen or missing:
         raise ValueError(
-            f"'{origin.path}' is incomplete or of another model. Not in this one: "
-            f"{_shorten(unexpected)}. Of another shape: {_shorten(misshapen)}. Missing: "
-            f"{_shorten(missing)}. Use the config that belongs to the file (MODEL_ZOO.md), or, to "
-            "train on with other classes, name in MODEL.PSF.WEIGHTS_DATASET a data set with the "
-            "file's."
+            f"'{origin.path}' is incomplete or belongs to another model. Not in this model: "
+            f"{_shorten(unexpected)}. Other shapes: {_shorten(misshapen)}. Missing: "
+            f"{_shorten(missing)}. Use the config of the file (MODEL_ZOO.md). To fine-tune on "
+            "other classes, set MODEL.PSF.WEIGHTS_DATASET to a data set with the file's classes."
         )
     return absent
 
 
 def describe(weights: Mapping[str, Tensor], dropped: Mapping[str, str], absent: list[str]) -> str:
-    """What became of the entries of a file, in one line."""
+    """Summarize in one line which entries of a file were loaded and dropped."""
     parts = [f"{len(weights)} entries"]
     reasons = Counter(dropped.values())
     parts += [f"{count} dropped ({reason})" for reason, count in reasons.items()]
     if absent:
-        parts.append(f"not in the file and left as initialised: {_shorten(absent)}")
+        parts.append(f"not in the file, randomly initialized: {_shorten(absent)}")
     return "; ".join(parts)
 
 

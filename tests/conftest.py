@@ -2,14 +2,16 @@
 
 import random
 
+import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
+
 import numpy as np
 import pytest
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from hypothesis import HealthCheck, settings
 
-from psf import add_psf_config
+from psf.config import load_config
 from psf.data import register_shapes
 
 # The same examples in every run, however slow the machine is: what fails, fails for everybody.
@@ -39,10 +41,8 @@ def tiny_cfg() -> CfgNode:
     metadata.stuff_dataset_id_to_contiguous_id = STUFF_IDS
     names = ["grass", "circle", "water", "square", "star"]
     metadata.thing_classes = metadata.stuff_classes = names
-    cfg = get_cfg()
-    add_psf_config(cfg)
-    cfg.merge_from_list(
-        [
+    return load_config(
+        opts=[
             *("MODEL.DEVICE", "cpu"),
             *("MODEL.BACKBONE.NAME", "build_resnet_backbone"),
             *("MODEL.BACKBONE.FREEZE_AT", 0),
@@ -73,7 +73,6 @@ def tiny_cfg() -> CfgNode:
             *("SEED", 7),
         ]
     )
-    return cfg
 
 
 @pytest.fixture

@@ -15,16 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from torch import Tensor, nn
 
-from psf import add_psf_config, checkpoint
+from psf import checkpoint
+from psf.config import load_config
+from psf.modeling.criterion import matched_queries
+from psf.modeling.mask_decoder import MaskPredictions
+from psf.modeling.runtime import valid_sizes
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = ROOT / "configs/coco/release"
 REFERENCE = ROOT.parent / "shared/reference"
 SHIPPED = Path(__file__).parent / "release/cases"
 # All the recorded cases where they are, else what is shipped.
@@ -142,14 +145,13 @@ def ours(name: str) -> str | None:
 
 def release_cfg(config: str, options: list[Any] = []) -> CfgNode:  # noqa: B006  only read
     """The config of a released model, without dropout, to be built with random weights on a CPU."""
-    cfg = get_cfg()
-    add_psf_config(cfg)
-    cfg.merge_from_file(str(CONFIGS / f"panoptic_segformer_{config}.yaml"))
-    cfg.merge_from_list(
-        ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.TIMM.PRETRAINED", False]
+    return load_config(
+        f"coco/release/panoptic_segformer_{config}.yaml",
+        [
+            *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.TIMM.PRETRAINED", False),
+            *("MODEL.PSF.DROPOUT", 0.0, *options),
+        ],
     )
-    cfg.merge_from_list(["MODEL.PSF.DROPOUT", 0.0, *options])
-    return cfg
 
 
 @functools.cache
@@ -158,6 +160,23 @@ def small_model() -> nn.Module:
     model = build_model(release_cfg("R50_24ep", SMALL)).eval()
     load_seeded(model, SMALL_SEED, arrays(SHIPPED, "small/overrides"))
     return model
+
+
+def predict_and_match(model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """Location predictions, mask predictions, targets and matchings of a training image."""
+    feature_maps, valid_shapes = model.extract_features(model.preprocess_images([inputs]))
+    memory, locations, outputs = model.transformer(
+        feature_maps, *valid_sizes(feature_maps, valid_shapes)
+    )
+    targets = model.prepare_targets([inputs])
+    matchings = model.criterion.match(locations, targets)
+    queries = matched_queries(matchings[-1], targets)
+    decoder = model.mask_decoder
+    predictions = MaskPredictions(
+        *decoder.predict_classes(outputs, locations, last_only=False),
+        *decoder.predict_masks(outputs, locations, memory, valid_shapes, queries, last_only=False),
+    )
+    return locations, predictions, targets, matchings
 
 
 def training_input(case: Mapping[str, Tensor], image: Tensor) -> dict[str, Any]:

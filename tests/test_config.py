@@ -6,30 +6,22 @@ import pytest
 from detectron2.config import get_cfg
 from detectron2.data import transforms as T
 
-from psf import add_psf_config
+from psf.config import add_psf_config, load_config
 from psf.data import PanopticDatasetMapper
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
-def psf_cfg():
-    cfg = get_cfg()
-    add_psf_config(cfg)
-    return cfg
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_config_loads(path):
-    cfg = psf_cfg()
-    cfg.merge_from_file(str(path))
+    cfg = load_config(path)
     assert cfg.MODEL.META_ARCHITECTURE == "PanopticSegFormer"
     assert cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == "full_model"
 
 
 def test_the_paper_recipe():
-    cfg = psf_cfg()
-    cfg.merge_from_file(str(ROOT / "configs/coco/panoptic_segformer_R50_24ep.yaml"))
+    cfg = load_config("coco/panoptic_segformer_R50_24ep.yaml")
     psf, solver = cfg.MODEL.PSF, cfg.SOLVER
     assert (psf.HIDDEN_DIM, psf.ENC_LAYERS, psf.NUM_OBJECT_QUERIES) == (256, 6, 300)
     assert (psf.LOCATION_DECODER.DEC_LAYERS, psf.MASK_DECODER.DEC_LAYERS) == (6, 6)
@@ -45,8 +37,7 @@ RELEASED = sorted((ROOT / "configs/coco/release").glob("panoptic*.yaml"))
 @pytest.mark.parametrize("path", RELEASED, ids=lambda p: p.stem)
 def test_the_released_recipes(path):
     """MODEL.md, 2.1 and 2.5 to 2.7: batches, schedule, thresholds, frozen stages, drop path."""
-    cfg = psf_cfg()
-    cfg.merge_from_file(str(path))
+    cfg = load_config(path)
     psf, solver = cfg.MODEL.PSF, cfg.SOLVER
     assert (psf.MASK_DECODER.NAME, psf.NUM_FEATURE_LEVELS) == ("decoupled", 4)
     assert (psf.MASK_DECODER.THING_LAYERS, psf.MASK_DECODER.STUFF_LAYERS) == (4, 6)
@@ -67,8 +58,55 @@ def test_the_released_recipes(path):
     assert (min(cfg.INPUT.MIN_SIZE_TRAIN), max(cfg.INPUT.MIN_SIZE_TRAIN)) == (480, 800)
 
 
-def test_adding_twice_gives_the_same():
-    assert psf_cfg() == psf_cfg()
+def test_no_file_and_no_options():
+    cfg = get_cfg()
+    add_psf_config(cfg)
+    assert load_config() == cfg
+
+
+def test_options_come_after_the_file(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("SEED: 3\nMODEL:\n  PSF:\n    ENC_LAYERS: 2\n")
+    cfg = load_config(path, ["SEED", "4", "SOLVER.STEPS", (1, 2)])
+    assert (cfg.SEED, cfg.MODEL.PSF.ENC_LAYERS, cfg.SOLVER.STEPS) == (4, 2, (1, 2))
+
+
+def test_configs_of_the_project_are_found_from_anywhere(tmp_path, monkeypatch):
+    name = "shapes/panoptic_segformer_shapes.yaml"
+    expected = load_config(ROOT / "configs" / name)
+    monkeypatch.chdir(tmp_path)
+    assert load_config(name) == load_config(f"configs/{name}") == expected
+    # A file goes before a config of the project.
+    (tmp_path / "shapes").mkdir()
+    (tmp_path / name).write_text("SEED: 77\n")
+    assert load_config(name).SEED == 77
+    with pytest.raises(FileNotFoundError, match=r"'configs/a\.yaml': .*'/.*/configs/a\.yaml'"):
+        load_config("configs/a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "MODEL:\n  PSF:\n    ENC_LAYER: 3\n",
+            r"MODEL\.PSF\.ENC_LAYER\. Did .* MODEL\.PSF\.ENC_LA",
+        ),
+        ("NO_SUCH_THING: 3\n", r"Non-existent config key: NO_SUCH_THING$"),
+        ("SEED: many\n", "SEED"),
+        ("SEED: [\n", "while parsing a flow"),
+    ],
+    ids=["misspelt", "unknown", "type", "syntax"],
+)
+def test_errors_are_one_line_that_names_the_file(tmp_path, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"^Config error in '/.*bad\.yaml': .*{message}") as error:
+        load_config(tmp_path / "bad.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_errors_in_options_name_the_key():
+    with pytest.raises(ValueError, match=r"^Config error in KEY VALUE pairs: .*MODEL\.NO_KEY"):
+        load_config(opts=["MODEL.NO_KEY", 1])
 
 
 def test_every_key_is_used():
@@ -87,7 +125,7 @@ def test_every_key_is_used():
             elif key not in attributes:
                 yield prefix + key
 
-    assert list(unused(psf_cfg().MODEL.PSF)) == []
+    assert list(unused(load_config().MODEL.PSF)) == []
     assert {"BACKBONE_MULTIPLIER", "SAMPLING_MULTIPLIER"} <= attributes
 
 
@@ -100,8 +138,7 @@ def test_every_key_is_used():
     ],
 )
 def test_schedules_and_augmentations(name, num_images, epochs):
-    cfg = psf_cfg()
-    cfg.merge_from_file(str(ROOT / "configs" / f"{name}.yaml"))
+    cfg = load_config(f"{name}.yaml")
     seen = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH
     assert seen / num_images == pytest.approx(epochs, abs=0.5)
     assert all(step < cfg.SOLVER.MAX_ITER for step in cfg.SOLVER.STEPS) or "Cosine" in (

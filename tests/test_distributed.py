@@ -14,7 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from psf.trainer import TrainStep
 
 DESIGNS = ["joint", "decoupled"]
-PARTS = ["backbone", "pixel_encoder", "location_decoder", "mask_decoder"]
+PARTS = ["backbone", "encoder", "location_decoder", "mask_decoder"]
 # Keys of MODEL.PSF.CHECKPOINT, parts of a process's batch.
 WAYS = {
     "whole": ([], 1),

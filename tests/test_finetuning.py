@@ -100,8 +100,8 @@ def test_a_checkpoint_of_other_classes(shapes_cfg, tmp_path, other_classes, capl
     with caplog.at_level(logging.INFO, logger="psf"):
         trainer.resume_or_load(resume=False)
     messages = "\n".join(caplog.messages)
-    assert "4 of the 5 thing classes. From scratch: asterisk. Not needed: star." in messages
-    assert "4 of the 4 stuff classes. From scratch: none. Not needed: sand." in messages
+    assert "4 of the 5 thing classes. Randomly initialized: asterisk. Unused: star." in messages
+    assert "4 of the 4 stuff classes. Randomly initialized: none. Unused: sand." in messages
 
     old, new = before.state_dict(), trainer.model.state_dict()
     ours = ClassNames.from_metadata(MetadataCatalog.get(other_classes))
@@ -110,7 +110,7 @@ def test_a_checkpoint_of_other_classes(shapes_cfg, tmp_path, other_classes, capl
         assert torch.equal(new[HEAD][row], expected)
     for row, name in enumerate(ours.stuff):
         assert torch.equal(new[STUFF][row], old[STUFF][names.stuff.index(name)])
-    encoder = next(n for n in old if n.startswith("pixel_encoder"))
+    encoder = next(n for n in old if n.startswith("encoder"))
     assert torch.equal(new[encoder], old[encoder])
     shapes_cfg.SOLVER.MAX_ITER = 1
     trainer.max_iter = 1

@@ -96,7 +96,7 @@ def test_lower_precision_keeps_its_weights_in_it(tiny_cfg, monkeypatch):
     model = optimize_for_inference(build(tiny_cfg, PRECISION="bfloat16"))
     convolution = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
     assert convolution.weight.dtype == torch.bfloat16
-    assert model.pixel_encoder.layers[0].norm1.weight.dtype == torch.float32
+    assert model.encoder.layers[0].norm1.weight.dtype == torch.float32
     output = predict(model, image)[0]["sem_seg"]
     assert output.dtype == torch.float32
     # bfloat16 has 8 bits, and its errors add up over the layers.
@@ -118,8 +118,8 @@ def test_padding_to_a_multiple_changes_nothing(tiny_cfg, name, pad_to):
 def test_maps_are_padded_to_those_of_a_larger_image(tiny_cfg):
     model = build(tiny_cfg)
     images = model.preprocess_images([make_input(70, 133, [])])
-    maps, _ = model.extract_maps(images)
-    padded = psf.modeling.panoptic_segformer.pad_maps(maps, 64)
+    maps, _ = model.extract_features(images)
+    padded = psf.modeling.runtime.pad_maps(maps, 64)
     assert [m.shape[-2:] for m in padded] == [(16, 24), (8, 12), (4, 6)]
     for own, larger in zip(maps, padded, strict=True):
         height, width = own.shape[-2:]

@@ -38,9 +38,9 @@ def test_every_parameter_has_its_rate(solver_cfg):
     expected = {
         "backbone.stem.conv1.weight": (0.005, 0.001),
         "backbone.stem.conv1.norm.weight": (0.005, 0.002),
-        "pixel_encoder.layers.0.self_attn.sampling_offsets.weight": (0.001, 0.001),
-        "pixel_encoder.layers.0.self_attn.value_proj.weight": (0.01, 0.001),
-        "pixel_encoder.layers.0.norm1.weight": (0.01, 0.002),
+        "encoder.layers.0.self_attn.sampling_offsets.weight": (0.001, 0.001),
+        "encoder.layers.0.self_attn.value_proj.weight": (0.01, 0.001),
+        "encoder.layers.0.norm1.weight": (0.01, 0.002),
         "location_decoder.reference_points.bias": (0.001, 0.001),
         "location_decoder.query_embed.weight": (0.01, 0.001),
         "mask_decoder.thing_heads.0.weight": (0.01, 0.001),
@@ -76,6 +76,23 @@ def test_detectron2s_own_clipping_still_works(solver_cfg):
     assert max(p.grad.max() for p in model.parameters()) == pytest.approx(1e-3)
 
 
+def test_optimizer_checkpoints_whose_steps_share_memory_still_load(solver_cfg, tmp_path):
+    """Earlier versions kept the step counts of a parameter group as views of one tensor."""
+    model = build_model(solver_cfg)
+    optimizers = [build_optimizer(solver_cfg, model) for _ in range(2)]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizers[0].step()
+    saved = optimizers[0].state_dict()
+    steps = torch.full((len(saved["state"]),), 7.0).unbind()
+    for state, step in zip(saved["state"].values(), steps, strict=True):
+        state["step"] = step
+    torch.save(saved, tmp_path / "optimizer.pth")
+    optimizers[1].load_state_dict(torch.load(tmp_path / "optimizer.pth"))
+    optimizers[1].step()
+    assert {float(state["step"]) for state in optimizers[1].state.values()} == {8.0}
+
+
 class TestBatchSize:
     @pytest.fixture
     def schedule_cfg(self, solver_cfg):
@@ -102,7 +119,7 @@ class TestBatchSize:
 
     def test_two_rules_are_one_too_many(self, schedule_cfg):
         schedule_cfg.SOLVER.REFERENCE_WORLD_SIZE = 8
-        with pytest.raises(ValueError, match=r"BATCH_SIZE is 8 and .*WORLD_SIZE is 8: both would"):
+        with pytest.raises(ValueError, match=r"BATCH_SIZE is 8 and .*WORLD_SIZE is 8: both scale"):
             scale_to_batch_size(schedule_cfg)
 
     def test_a_batch_that_cannot_be_shared(self, schedule_cfg):
@@ -112,5 +129,5 @@ class TestBatchSize:
         schedule_cfg.SOLVER.IMS_PER_BATCH = 4
         check_reference_world_size(schedule_cfg)
         schedule_cfg.SOLVER.IMS_PER_BATCH = 5
-        with pytest.raises(ValueError, match=r"BATCH is 5, which .* 2 does not divide"):
+        with pytest.raises(ValueError, match=r"BATCH is 5, which is not a multiple of .*, 2:"):
             check_reference_world_size(schedule_cfg)

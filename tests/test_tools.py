@@ -1,4 +1,4 @@
-"""The tools that look: offline scores and what the mapper feeds the model."""
+"""Offline evaluation, and pictures of the mapper's output."""
 
 import json
 import sys
@@ -78,7 +78,7 @@ def test_evaluate_predictions(saved, tmp_path, capsys):
     evaluate_predictions.main(options)
     printed = capsys.readouterr().out
     assert "| cat" in printed
-    assert "ant" in printed.split("class predicted")[1]
+    assert "ant" in printed.split("predicted class")[1]
     assert {p.name for p in output.iterdir()} == {
         *("pq.txt", "confusion.txt", "images.txt", "pq.png", "worst.png")
     }
@@ -132,7 +132,7 @@ def test_visualize_data(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["INPUT.RESAMPLNG", "fast"], "Config error: Non-existent key: INPUT.RESAMPLNG"),
+        (["INPUT.RESAMPLNG", "fast"], "Non-existent key: INPUT.RESAMPLNG"),
         (["DATASETS.TRAIN", "('coco_2017_trian_panoptic',)"], "'coco_2017_trian_panoptic' has no"),
         (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
         (["DATASETS.REGISTER", "[['a', 'b']]"], "DATASETS.REGISTER"),
@@ -145,7 +145,7 @@ def test_visualize_data_says_what_is_wrong(tmp_path, options, message):
             ["--config-file", str(config), "--output", str(tmp_path / "x.png"), *options]
         )
     assert message in str(error.value)
-    with pytest.raises(SystemExit, match="Config error: Config file 'nowhere"):
+    with pytest.raises(SystemExit, match=r"no config 'nowhere\.yaml'"):
         visualize_data.main(["--config-file", "nowhere.yaml", "--output", "x.png"])
 
 

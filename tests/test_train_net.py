@@ -36,10 +36,10 @@ def arguments(*arguments: str):
     ("given", "message"),
     [
         (["MODEL.PSF.NUM_OBJECT_QUERY", "7"], "NUM_OBJECT_QUERY.*MODEL.PSF.NUM_OBJECT_QUERIES"),
-        (["SOLVER.BASE_RL", "7"], "the command line.*SOLVER.BASE_RL.*SOLVER.BASE_LR"),
-        (["SEED"], r"Config error in the command line: .*odd length"),
-        (["SOLVER.MAX_ITER", "many"], r"the command line: .*SOLVER\.MAX_ITER"),
-        (["SEED", "3", "--resume"], "--resume stands after KEY VALUE pairs"),
+        (["SOLVER.BASE_RL", "7"], "KEY VALUE pairs.*SOLVER.BASE_RL.*SOLVER.BASE_LR"),
+        (["SEED"], r"Config error in KEY VALUE pairs: .*odd length"),
+        (["SOLVER.MAX_ITER", "many"], r"KEY VALUE pairs: .*SOLVER\.MAX_ITER"),
+        (["SEED", "3", "--resume"], "--resume comes after KEY VALUE pairs"),
         (["MODEL.WEIGHTS", "no/such.pth"], "MODEL.WEIGHTS: there is no file 'no/such.pth'"),
     ],
 )
@@ -51,7 +51,7 @@ def test_bad_command_lines(given, message):
 
 def test_missing_config_file():
     args = train_net.default_argument_parser().parse_args(["--config-file", "no/such.yaml"])
-    with pytest.raises(SystemExit, match=r"there is no file 'no/such\.yaml'"):
+    with pytest.raises(SystemExit, match=r"There is no config 'no/such\.yaml'"):
         train_net.setup(args)
 
 

@@ -3,7 +3,7 @@
 
 python tools/check_dataset.py --json data.json --images images/ --pngs panoptic/ --sheet sheet.png
 
-Prints every defect with its file and id; ends with status 1 if there is one.
+Prints every defect with its file and id. The exit status is 1 if there are any.
 """
 
 import argparse
@@ -11,6 +11,8 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import psf.threads  # isort: skip  before torch is loaded
 
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 
@@ -30,21 +32,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="the annotations")
     parser.add_argument("--images", type=Path, help="folder of the images")
     parser.add_argument("--pngs", type=Path, help="folder of the panoptic PNGs")
-    parser.add_argument("--processes", type=int, default=1, help="that read images (%(default)s)")
-    parser.add_argument("--sheet", type=Path, help="PNG to draw images and annotations into")
-    parser.add_argument("--samples", type=int, default=6, help="images on it (%(default)s)")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="processes that read images (%(default)s)"
+    )
+    parser.add_argument("--sheet", type=Path, help="PNG to write, with images and annotations")
+    parser.add_argument("--samples", type=int, default=6, help="images in the PNG (%(default)s)")
     args = parser.parse_args(argv)
     image_file = None
     if args.name:
         if args.name not in DatasetCatalog.list():
-            parser.error(f"--name: no data set '{args.name}'. Known: {known_names()}")
+            parser.error(f"--name: there is no data set '{args.name}'. Known: {known_names()}")
         metadata = MetadataCatalog.get(args.name)
         args.json, args.images, args.pngs = (
             Path(metadata.get(key)) for key in ("panoptic_json", "image_root", "panoptic_root")
         )
         image_file = metadata.get("image_file")
         if not args.json.is_file():
-            try:  # some are made when first used
+            try:  # generates data sets such as shapes
                 DatasetCatalog.get(args.name)
             except (OSError, ValueError) as error:
                 raise SystemExit(str(error)) from error
@@ -66,7 +70,7 @@ def known_names() -> str:
 
 
 def draw(args: argparse.Namespace, image_file: Callable[[str], str] | None) -> None:
-    """A sheet of images evenly spaced over the data set, each beside its annotation."""
+    """Draw images that are evenly spaced over the data set, with their annotations."""
     try:
         records = load_coco_panoptic(
             str(args.json), str(args.images), str(args.pngs), image_file=image_file

@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
-r"""Convert checkpoints of others for this project, and back.
+r"""Convert third-party checkpoints to this project's names, and back.
 
     python tools/convert_checkpoint.py panoptic_segformer_r50_2x.pth converted/r50_24ep.pth
     python tools/convert_checkpoint.py --to-authors output/model_final.pth for_mmdet.pth
 
-Known are the authors' released Panoptic SegFormer (with early and present names), torchvision's
-ResNet, the official Swin and PVTv2, and timm's PVTv2 (.pth, .bin or .safetensors); the format is
-recognised. MODEL.WEIGHTS takes all but .safetensors as they are, too.
+Recognizes the authors' released Panoptic SegFormer (early and present names), torchvision's ResNet,
+the official Swin and PVTv2, and timm's PVTv2 (.pth, .bin or .safetensors). MODEL.WEIGHTS also takes
+these files directly, except .safetensors.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
 
 import torch
 from torch import Tensor
@@ -22,14 +24,14 @@ from psf.weights import CONVERTED_FROM
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line (``sys.argv`` by default)."""
+    """Parse the command line (default: ``sys.argv``)."""
     usage, _, description = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
         description=usage,
         epilog=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", type=Path, help="the file to convert; it is not changed")
+    parser.add_argument("source", type=Path, help="the file to convert")
     parser.add_argument("target", type=Path, help="the file to write")
     parser.add_argument(
         "--to-authors", action="store_true", help="from this project's names to the authors'"
@@ -38,7 +40,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def load(path: Path) -> dict[str, Tensor]:
-    """The weights in a file."""
+    """Load the weights in a file."""
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file  # comes with timm
 
@@ -47,14 +49,14 @@ def load(path: Path) -> dict[str, Tensor]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; stops with one line where it cannot convert."""
+    """Run the conversion; errors are one line."""
     args = parse_args(argv)
     if not args.source.is_file():
         raise SystemExit(f"There is no file '{args.source}'")
     if args.target.is_dir():
         raise SystemExit(f"'{args.target}' is a folder: name the file to write")
     if args.target.exists() and args.target.samefile(args.source):
-        raise SystemExit(f"'{args.target}' would overwrite what is to be converted")
+        raise SystemExit(f"'{args.target}' would overwrite the file to convert")
     try:
         weights = load(args.source)
         if args.to_authors:
@@ -69,11 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def convert(weights: dict[str, Tensor], path: Path) -> dict[str, Any]:
-    """The weights under this project's names, and whose they were; says what is dropped."""
+    """Convert weights to this project's names; print the dropped entries."""
     source = checkpoint.recognise(weights)
     if source is None:
         known = "; ".join(f.name for f in checkpoint.FORMATS)
-        raise SystemExit(f"'{path}' is in none of the known formats: {known}")
+        raise SystemExit(f"'{path}' has none of the known formats: {known}")
     conversion = checkpoint.convert(weights, source)
     print(f"{source.name}: {len(weights)} entries, {len(conversion.dropped)} dropped:")
     for name, reason in conversion.dropped.items():
@@ -82,9 +84,9 @@ def convert(weights: dict[str, Tensor], path: Path) -> dict[str, Any]:
 
 
 def to_authors(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The weights under the authors' names."""
+    """Convert weights to the authors' names."""
     if checkpoint.recognise(weights) in checkpoint.AUTHORS:
-        raise SystemExit(f"'{path}' has the authors' names already")
+        raise SystemExit(f"'{path}' already has the authors' names")
     return checkpoint.to_authors(weights)
 
 

@@ -5,7 +5,7 @@ python tools/convert_to_panoptic.py instances --json instances.json --labels stu
     --stuff-categories stuff.json --output converted/
 python tools/convert_to_panoptic.py labelme --input folder/ --stuff sky,grass --output converted/
 
-Both leave panoptic.json, panoptic/ and instances.json in the output folder.
+Both write panoptic.json, panoptic/ and instances.json into the output folder.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    instances = commands.add_parser("instances", help="COCO instances with label maps of stuff")
+    instances = commands.add_parser("instances", help="COCO instances with stuff label maps")
     instances.add_argument("--json", type=Path, required=True, help="COCO instance annotations")
     instances.add_argument(
         "--labels", type=Path, required=True, help="folder of PNGs whose values are category ids"
@@ -31,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     labelme = commands.add_parser("labelme", help="a folder of LabelMe's JSON files")
     labelme.add_argument("--input", type=Path, required=True, help="folder of the JSON files")
-    labelme.add_argument("--stuff", default="", help="labels that are stuff, with commas between")
+    labelme.add_argument("--stuff", default="", help="stuff labels, separated by commas")
     for command in (instances, labelme):
-        command.add_argument("--output", type=Path, required=True, help="folder to make")
+        command.add_argument("--output", type=Path, required=True, help="folder to write")
     args = parser.parse_args(argv)
     try:
         if args.command == "instances":

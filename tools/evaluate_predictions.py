@@ -1,17 +1,19 @@
 #!/usr/bin/env python3
-"""Score saved predictions, say what is confused with what, and draw the worst images.
+"""Evaluate saved predictions, list confused classes, and draw the worst images.
 
 python tools/evaluate_predictions.py --name coco_2017_val_panoptic --predictions predictions.json \\
     --output scores/
 
-The predictions are those of COCO's server: a JSON and PNGs, in the folder of the JSON's name unless
---prediction-pngs says another. Instead of --name: --json, --pngs and, for pictures, --images.
+Predictions have the format of COCO's server: a JSON file, and PNGs in a folder with the same name
+(or --prediction-pngs). Instead of --name: --json, --pngs and, for pictures, --images.
 """
 
 import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+
+import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
 
 import torch
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
@@ -71,12 +73,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="folder for tables and pictures")
     parser.add_argument("--boundary", action="store_true", help="Boundary PQ instead of PQ")
     parser.add_argument("--worst", type=int, default=6, help="images to draw (%(default)s)")
-    parser.add_argument("--confusions", type=int, default=20, help="to list (%(default)s)")
+    parser.add_argument(
+        "--confusions", type=int, default=20, help="confusions to list (%(default)s)"
+    )
     args = parser.parse_args(argv)
     args.image_file = None
     if args.name:
         if args.name not in DatasetCatalog.list():
-            parser.error(f"--name: no data set '{args.name}' is registered")
+            parser.error(f"--name: there is no data set '{args.name}'")
         metadata = MetadataCatalog.get(args.name)
         args.json, args.pngs, args.images = (
             Path(metadata.get(key)) for key in ("panoptic_json", "panoptic_root", "image_root")
@@ -93,14 +97,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def confusion_table(scores: Scores, most: int) -> str:
-    """The most frequent pairs of different classes, and what was missed or invented."""
+    """The most frequent confusions, including missed and false segments."""
     pairs = [(t, p, n) for (t, p), n in scores.confusion.most_common() if t != p]
-    headers = ["class in the truth", "class predicted", "segments"]
+    headers = ["true class", "predicted class", "segments"]
     return tabulate(pairs[:most], headers=headers, tablefmt="pipe")
 
 
 def draw_worst(args: argparse.Namespace, scores: Scores) -> None:
-    """The images of least quality: image, ground truth, prediction."""
+    """Draw image, ground truth and prediction of the images with the lowest PQ."""
     truth = json.loads(args.json.read_text(encoding="utf-8"))
     predicted = json.loads(args.predictions.read_text(encoding="utf-8"))
     metadata = Metadata(name="scored", **panoptic_metadata(truth["categories"]))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw what the mapper feeds the model: augmented images with their targets and boxes.
+"""Draw the output of the mapper: augmented images with their targets and boxes.
 
 python tools/visualize_data.py --config-file configs/coco/panoptic_segformer_R50_24ep.yaml \\
     --output data.png --samples 4 --repeats 2
@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
+
 import cv2
 import numpy as np
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from numpy.typing import NDArray
 
-from psf import add_psf_config
+from psf.config import load_config
 from psf.data import ClassMap, PanopticDatasetMapper
 from psf.evaluation.pictures import SheetRow, cell_size, draw_panoptic, resize_picture, write_sheet
 
@@ -27,22 +29,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--output", type=Path, required=True, help="PNG to write")
-    parser.add_argument("--samples", type=int, default=4, help="images (%(default)s)")
+    parser.add_argument("--samples", type=int, default=4, help="number of images (%(default)s)")
     parser.add_argument(
-        "--repeats", type=int, default=2, help="times each is augmented (%(default)s)"
+        "--repeats", type=int, default=2, help="augmentations per image (%(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the augmentation (%(default)s)")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the augmentation (%(default)s)"
+    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs")
     args = parser.parse_args(argv)
-    cfg = get_cfg()
-    add_psf_config(cfg)
     try:
-        cfg.merge_from_file(args.config_file)
-        cfg.merge_from_list(args.opts)
-    except (AssertionError, KeyError, ValueError) as error:  # what yacs raises
-        raise SystemExit(f"Config error: {error.args[0]}") from error
-    try:
-        results = feed(cfg, args.samples, args.repeats, args.seed)
+        cfg = load_config(args.config_file, args.opts)
+        results = map_images(cfg, args.samples, args.repeats, args.seed)
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
     metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
@@ -57,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(args.output)
 
 
-def feed(cfg: CfgNode, samples: int, repeats: int, seed: int) -> list[dict[str, Any]]:
-    """Images evenly spaced over the first data set, each mapped several times."""
+def map_images(cfg: CfgNode, samples: int, repeats: int, seed: int) -> list[dict[str, Any]]:
+    """Map images that are evenly spaced over the first data set, several times each."""
     mapper = PanopticDatasetMapper(cfg, is_train=True)
     records = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
     chosen = records[:: max(1, len(records) // samples)][:samples]
@@ -78,7 +76,7 @@ def draw_row(
     class_map: ClassMap,
     scale: float,
 ) -> SheetRow:
-    """The image, and its targets with the boxes of the things."""
+    """Draw an image, and its targets with the boxes of things."""
     instances = result["instances"]
     masks = instances.gt_masks
     infos = []

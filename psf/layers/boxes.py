@@ -7,8 +7,6 @@ number of leading dimensions, broadcast where two tensors are given.
 import torch
 from torch import Tensor
 
-from psf.layers.native import has_cpu_kernels
-
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """(..., 4) centres and sizes to corners."""
@@ -42,27 +40,6 @@ def generalized_box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor, eps: float = 1
     hull_size = torch.maximum(high1, high2) - torch.minimum(low1, low2)
     hull = _area(hull_size.clamp(min=0)).clamp(min=eps)
     return overlap / union - (hull - union) / hull
-
-
-def compare_boxes(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """
-    What the losses of matched boxes are made of; on a CPU by one operator with its gradient.
-
-    Args:
-        boxes: (..., 4) cxcywh.
-        others: (..., 4) cxcywh, constants, of the same shape.
-
-    Returns:
-        The L1 distance and the generalised IoU of every pair, (...).
-    """
-    distance: Tensor
-    iou: Tensor
-    if has_cpu_kernels(boxes):
-        distance, iou = torch.ops.psf.compare_boxes.default(boxes, others.to(boxes.dtype))
-    else:
-        distance = (boxes - others).abs().sum(-1)
-        iou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(others))
-    return distance, iou
 
 
 def _area(size: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ import sys
 
 def keep_freed_memory() -> None:
     """
-    Have the C library keep freed memory for the next allocation (glibc; elsewhere nothing changes).
+    Make the C library keep freed memory for later allocations (glibc only).
 
-    By default it returns what an iteration frees to the system, which hands it out again, zeroed
-    page by page, in the next one: thousands of page faults an iteration for small images.
+    By default it returns the memory of freed tensors to the system, so the next iteration has
+    thousands of page faults.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -1,4 +1,4 @@
-"""Linear layers on a CPU, by the library that is faster at them."""
+"""Linear layers for inference on a CPU."""
 
 from collections.abc import Callable, Iterator
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Layers with fewer channels spend their time elsewhere.
+# Smaller layers take too little time to matter.
 LEAST_CHANNELS = 64
 
-# For fewer rows, what a convolution needs beside its arithmetic takes longer than it saves.
+# With fewer rows, the overhead of a convolution exceeds its gain.
 LEAST_ROWS = 512
 
 
@@ -17,9 +17,8 @@ class ConvolutionalLinear(nn.Module):
     """
     A linear layer on a CPU that runs as a convolution over one pixel.
 
-    PyTorch gives float32 convolutions to oneDNN but products to MKL, which leaves the AVX-512 of
-    processors that are not Intel's unused and takes up to twice as long there, in the backward pass
-    as well.
+    PyTorch computes float32 convolutions with oneDNN but matrix products with MKL, which does not
+    use AVX-512 on processors of other makers than Intel and takes up to twice as long there.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -42,13 +41,8 @@ class ConvolutionalLinear(nn.Module):
         return not half and x.numel() >= LEAST_ROWS * x.shape[-1]
 
 
-def convolutions_pay_in_training() -> bool:
-    """Whether that is faster backward, too: where processors have AVX2 alone, it is slower."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
 def multiply_by_convolutions(model: nn.Module) -> None:
-    """Let the large linear layers of a model on a CPU run so; its weights and names stay."""
+    """Replace the large linear layers of a model on a CPU; names and values of weights stay."""
     if torch.backends.mkldnn.is_available():
         replace(model, is_linear, ConvolutionalLinear)
 
@@ -63,7 +57,7 @@ def is_linear(module: nn.Module) -> bool:
 def replace(
     model: nn.Module, is_meant: Callable[[nn.Module], bool], build: Callable[..., nn.Module]
 ) -> None:
-    """Put ``build(module)`` in the place of every module that is meant."""
+    """Replace every module for which ``is_meant`` holds by ``build(module)``."""
     for parent, name, module in list(_children(model)):
         if is_meant(module):
             setattr(parent, name, build(module))

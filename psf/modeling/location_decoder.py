@@ -11,25 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from psf.layers.blocks import (
-    deformable_attention_block,
-    feed_forward_block,
-    self_attention_block,
-)
 from psf.layers.ms_deform_attn import MSDeformAttn
-from psf.layers.transformer import BoxHead, ClassHead, FeedForward, class_logits
-from psf.modeling.pixel_encoder import Memory
+from psf.layers.transformer import BoxHead, ClassHead, FeedForward
+from psf.modeling.encoder import Memory
 
 # Boxes are refined from logits within this: coordinates from 1e-5 to 1 - 1e-5 (Deformable DETR).
 GREATEST_LOGIT = math.log(1e5)
 
 
-class Locations(NamedTuple):
-    """What the location decoder knows about the things."""
+class LocationPredictions(NamedTuple):
+    """Location-aware queries, and the auxiliary predictions of every layer."""
 
     query: Tensor  # (N, Q, C) location-aware queries
-    logits: Tensor  # (layers, N, Q, K) auxiliary classes of every layer
-    boxes: Tensor  # (layers, N, Q, 4) auxiliary boxes, cxcywh in [0, 1] of the unpadded image
+    pred_logits: Tensor  # (layers, N, Q, K) class logits
+    pred_boxes: Tensor  # (layers, N, Q, 4) cxcywh in [0, 1] of the unpadded image
 
 
 class LocationDecoderLayer(nn.Module):
@@ -73,19 +68,18 @@ class LocationDecoderLayer(nn.Module):
         Returns:
             (N, Q, C).
         """
-        query = self_attention_block(query, position, self.self_attn, self.dropout, self.norm1)
-        query = deformable_attention_block(
-            query,
-            position,
+        placed = query + position
+        attended, _ = self.self_attn(placed, placed, query, need_weights=False)
+        query = self.norm1(query + self.dropout(attended))
+        attended = self.cross_attn(
+            query + position,
             reference_points,
             memory.features,
             memory.spatial_shapes,
             memory.padding_mask,
-            self.cross_attn,
-            self.dropout,
-            self.norm2,
         )
-        return feed_forward_block(query, self.ffn, self.norm3)
+        query = self.norm2(query + self.dropout(attended))
+        return self.norm3(query + self.ffn(query))
 
 
 class LocationDecoder(nn.Module):
@@ -112,7 +106,7 @@ class LocationDecoder(nn.Module):
             num_layers: decoder layers (paper: 6), each with its own class and box head.
             num_heads: attention heads.
             num_levels: feature levels L.
-            num_points: sampling points a head and level.
+            num_points: sampling points per head and level.
             feedforward_dim: hidden channels of the feed-forward networks.
             dropout: probability, after attention and in the feed-forward networks.
         """
@@ -138,7 +132,7 @@ class LocationDecoder(nn.Module):
         nn.init.xavier_uniform_(self.reference_points.weight)
         nn.init.zeros_(self.reference_points.bias)
 
-    def forward(self, memory: Memory) -> Locations:
+    def forward(self, memory: Memory) -> LocationPredictions:
         """
         Args:
             memory: the encoder's tokens.
@@ -150,16 +144,17 @@ class LocationDecoder(nn.Module):
         position, query = self.query_embed.weight.expand(batch_size, -1, -1).chunk(2, dim=-1)
         reference = self.reference_points(position).float()  # (N, Q, 2) logits of points
         ratios = memory.valid_ratios[:, None]  # (N, 1, L, 2)
-        queries, boxes = [], []
-        for layer, box_head in zip(self.layers, self.box_heads, strict=True):
+        logits, boxes = [], []
+        for layer, class_head, box_head in zip(
+            self.layers, self.class_heads, self.box_heads, strict=True
+        ):
             scale = ratios.repeat(1, 1, 1, reference.shape[-1] // 2)
             query = layer(query, position, reference.sigmoid()[:, :, None] * scale, memory)
             anchor = reference.clamp(-GREATEST_LOGIT, GREATEST_LOGIT)
             if anchor.shape[-1] == 2:  # a point has no size yet
                 anchor = F.pad(anchor, (0, 2))
             box = box_head(query).float() + anchor  # (N, Q, 4) logits
-            queries.append(query)
+            logits.append(class_head(query))
             boxes.append(box)
             reference = box.detach()
-        logits = class_logits(self.class_heads, torch.stack(queries))
-        return Locations(query, logits, torch.stack(boxes).sigmoid())
+        return LocationPredictions(query, torch.stack(logits), torch.stack(boxes).sigmoid())

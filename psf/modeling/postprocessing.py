@@ -1,26 +1,27 @@
-"""Post-processing: candidates, their scores, mask-wise merging and its ablation, pixel-wise argmax.
+"""Post-processing: segment scores, mask-wise merging and its ablation, pixel-wise argmax.
 
-Paper, section 3.7. Masks are brought to the output's size a few at a time and never kept, and what
-happens to a segment is decided on the device: memory does not grow with their number, and the host
-waits for the device once a function, not once a segment.
+Paper, section 3.7. Masks are resized to the output's size a few at a time and never stored, and all
+decisions about segments are made on the device: memory does not grow with the number of segments,
+and the host waits for the device once per function, not once per segment.
 
 Shapes: Q thing and T stuff queries, K thing classes, R candidate segments of one image, H x W the
 size of the output.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from psf.modeling.mask_head import resize_masks
+
 # A pixel belongs to a segment where its soft mask exceeds this (paper, section 3.7).
 MASK_THRESHOLD = 0.5
 
-# Values of full-size masks that are computed together: on a CPU what its caches hold (more is ten
-# times slower for each mask: every temporary then comes as new pages from the system), elsewhere
-# enough to fill the device.
+# Values of full-size masks that are computed together: on a CPU as many as fit into its caches,
+# elsewhere enough to fill the device.
 CHUNK_ON_CPU = 2**20
 CHUNK = 2**26
 
@@ -35,14 +36,6 @@ class Segments(NamedTuple):
     candidates: list[int]  # index in [0, R) that became segment 1, 2, ...
 
 
-class Candidates(NamedTuple):
-    """Queries of one image that may become segments, each with a class."""
-
-    query: Tensor  # (R,) int64; the stuff query of class i is Q + i
-    labels: Tensor  # (R,) int64 classes: things 0..K-1, stuff K..K+T-1
-    class_scores: Tensor  # (R,) in [0, 1]
-
-
 class MergingRules(NamedTuple):
     """Thresholds and exponents of the merging."""
 
@@ -55,10 +48,10 @@ class MergingRules(NamedTuple):
 
 
 class SoftMasks(NamedTuple):
-    """Masks of the output's size, which exist only while they are looked at."""
+    """Mask probabilities at the output's size, computed a few at a time and never stored."""
 
-    maps: Tensor  # (R, h, w) at the decoder's resolution
-    activation: Callable[[Tensor], Tensor]  # turns maps, once resized, into soft masks >= 0
+    mask_logits: Tensor  # (R, h, w) at the decoder's resolution
+    activation: Callable[[Tensor], Tensor]  # applied after upsampling; gives probabilities >= 0
     size: tuple[int, int]  # (H, W)
 
     def chunks(self, index: Tensor | None = None) -> Iterator[Tensor]:
@@ -71,76 +64,17 @@ class SoftMasks(NamedTuple):
         Yields:
             (r, H, W) soft masks; together R' of them.
         """
-        limit = CHUNK_ON_CPU if self.maps.device.type == "cpu" else CHUNK
+        limit = CHUNK_ON_CPU if self.mask_logits.device.type == "cpu" else CHUNK
         number = max(1, limit // max(1, self.size[0] * self.size[1]))
-        maps = self.maps if index is None else self.maps[index]
-        for part in maps.split(number) if len(maps) else ():
-            yield self.activation(resize_maps(part, self.size))
+        logits = self.mask_logits if index is None else self.mask_logits[index]
+        for part in logits.split(number) if len(logits) else ():
+            yield self.activation(resize_masks(part, self.size))
 
     def foreground(self, index: Tensor) -> Tensor:
         """(R', H, W) bool: the wanted masks (R',), thresholded."""
         masks = [part > MASK_THRESHOLD for part in self.chunks(index)]
-        empty = torch.zeros(0, *self.size, dtype=torch.bool, device=self.maps.device)
+        empty = torch.zeros(0, *self.size, dtype=torch.bool, device=self.mask_logits.device)
         return torch.cat([empty, *masks])
-
-
-def resize_maps(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """(R, h, w) to (R, *size), bilinear; R may be 0."""
-    return F.interpolate(maps[:, None], size=list(size), mode="bilinear", align_corners=False)[:, 0]
-
-
-def as_they_are(maps: Tensor) -> Tensor:
-    """The activation of maps that have had theirs."""
-    return maps
-
-
-def best_class_of_each_query(thing_scores: Tensor, stuff_scores: Tensor) -> Candidates:
-    """
-    The paper's candidates: each query once.
-
-    Args:
-        thing_scores: (Q, K) in [0, 1].
-        stuff_scores: (T,) in [0, 1].
-
-    Returns:
-        R = Q + T candidates, things first.
-    """
-    best, labels = thing_scores.max(-1)
-    return _with_stuff(
-        torch.arange(len(best), device=best.device), labels, best, stuff_scores, thing_scores.shape
-    )
-
-
-def best_thing_pairs(thing_scores: Tensor, stuff_scores: Tensor, num_pairs: int) -> Candidates:
-    """
-    The official code's candidates: the best (query, class) pairs, and all stuff.
-
-    Args:
-        thing_scores: (Q, K) in [0, 1].
-        stuff_scores: (T,) in [0, 1].
-        num_pairs: most things; a query may come several times, with different classes.
-
-    Returns:
-        R = min(num_pairs, Q K) + T candidates, things first, by falling score.
-    """
-    num_classes = thing_scores.shape[1]
-    best, pair = thing_scores.flatten().topk(min(num_pairs, thing_scores.numel()))
-    return _with_stuff(
-        pair // num_classes, pair % num_classes, best, stuff_scores, thing_scores.shape
-    )
-
-
-def _with_stuff(
-    query: Tensor, labels: Tensor, scores: Tensor, stuff_scores: Tensor, shape: Sequence[int]
-) -> Candidates:
-    """Thing candidates, then every stuff query; ``shape`` is (Q, K)."""
-    num_queries, num_classes = shape
-    stuff = torch.arange(len(stuff_scores), device=scores.device)
-    return Candidates(
-        query=torch.cat([query, num_queries + stuff]),
-        labels=torch.cat([labels, num_classes + stuff]),
-        class_scores=torch.cat([scores, stuff_scores]),
-    )
 
 
 def segment_scores(class_scores: Tensor, masks: SoftMasks, rules: MergingRules) -> Tensor:
@@ -180,18 +114,18 @@ def merge_mask_wise(
     order = scores.argsort(descending=True, stable=True)
     order = order[scores[order] >= rules.score_threshold]
     fractions = _keep_fractions(labels[order], num_thing_classes, rules)
-    taken = _take_pixels(masks, order, fractions, lambda mask, owner, _: mask & (owner == 0))
-    return _segments(taken, order, scores, labels)
+    owner, areas = _take_pixels(masks, order, fractions, lambda mask, owner, _: mask & (owner == 0))
+    return _segments(owner, areas, order, scores, labels)
 
 
 def merge_pixel_wise(
     scores: Tensor, masks: SoftMasks, labels: Tensor, num_thing_classes: int, rules: MergingRules
 ) -> Segments:
     """
-    The baseline of the paper's ablation: every pixel goes to the mask that is highest there.
+    The baseline of the paper's ablation: every pixel goes to the mask with the largest value there.
 
-    Masks are weighted by their scores. Segments below the score threshold take no part; one that
-    loses too many of its pixels to others is dropped, and what it won stays void. Arguments as
+    Masks are weighted by their scores. Segments below the score threshold take no part; a segment
+    that loses too many of its pixels to others is dropped, and its pixels stay void. Arguments as
     :func:`merge_mask_wise`.
     """
     candidates = torch.nonzero(scores >= rules.score_threshold)[:, 0]
@@ -206,18 +140,13 @@ def merge_pixel_wise(
             number += 1
             winner = torch.where(value > highest, number, winner)
             highest = torch.maximum(highest, value)
-    taken = _take_pixels(
+    owner, areas = _take_pixels(
         masks, candidates, fractions, lambda mask, _, number: mask & (winner == number)
     )
-    return _segments(taken, candidates, scores, labels)
+    return _segments(owner, areas, candidates, scores, labels)
 
 
-class _Taken(NamedTuple):
-    """Which of R' segments have been kept, and their pixels."""
-
-    owner: Tensor  # (H, W) int32, 0 or the number 1..R' of the segment that has the pixel
-    kept: list[Tensor]  # R' bools
-    areas: list[Tensor]  # R' numbers of pixels, of what each segment asked for
+MERGING = {"mask_wise": merge_mask_wise, "pixel_wise": merge_pixel_wise}
 
 
 def _take_pixels(
@@ -225,7 +154,7 @@ def _take_pixels(
     order: Tensor,
     fractions: Tensor,
     claim: Callable[[Tensor, Tensor, int], Tensor],
-) -> _Taken:
+) -> tuple[Tensor, Tensor]:
     """
     Let segments take pixels one after the other, each if it keeps enough of its mask.
 
@@ -235,19 +164,26 @@ def _take_pixels(
         fractions: (R',) of :func:`_keep_fractions`.
         claim: from a mask (H, W) bool, the owners so far and the segment's number, the pixels
             (H, W) bool that it may have.
+
+    Returns:
+        (H, W) int32, 0 or the number 1..R' of the segment that owns the pixel; and (R',) int64
+        areas, 0 for the segments that are dropped.
     """
     owner = torch.zeros(masks.size, dtype=torch.int32, device=order.device)
-    kept: list[Tensor] = []
-    areas: list[Tensor] = []
+    areas = [order.new_zeros(0)]
+    number = 0
     for part in masks.chunks(order):
         foreground = part > MASK_THRESHOLD
         for mask, area in zip(foreground, _areas(foreground), strict=True):
-            claimed = claim(mask, owner, len(kept) + 1)
-            areas.append(_areas(claimed[None])[0])
-            kept.append(_keeps_enough(area, areas[-1], fractions[len(kept)]))
-            # A condition of the host would wait for the device.
-            owner = torch.where(claimed & kept[-1], len(kept), owner)
-    return _Taken(owner, kept, areas)
+            fraction = fractions[number]
+            number += 1
+            claimed = claim(mask, owner, number)
+            remaining = _areas(claimed[None])
+            kept = (remaining > 0) & (remaining >= fraction * area)  # (1,)
+            # A condition on the host would wait for the device.
+            owner = torch.where(claimed & kept, number, owner)
+            areas.append(remaining * kept)
+    return owner, torch.cat(areas)
 
 
 def _areas(masks: Tensor) -> Tensor:
@@ -258,38 +194,32 @@ def _areas(masks: Tensor) -> Tensor:
 
 def _keep_fractions(labels: Tensor, num_thing_classes: int, rules: MergingRules) -> Tensor:
     """(R,) float64 the least fraction of each mask that must be left."""
-    fractions = [rules.thing_keep_fraction, rules.stuff_keep_fraction]
-    # As a number of the host, in double precision: 0.6 of 5 pixels are 3.
-    things, stuff = (torch.full_like(labels, f, dtype=torch.float64) for f in fractions)
-    return torch.where(labels < num_thing_classes, things, stuff)
+    # In double precision: 0.6 of 5 pixels are 3.
+    things = torch.full_like(labels, rules.thing_keep_fraction, dtype=torch.float64)
+    return torch.where(labels < num_thing_classes, things, rules.stuff_keep_fraction)
 
 
-def _keeps_enough(area: Tensor, remaining: Tensor, fraction: Tensor) -> Tensor:
-    """Whether what remains of a mask's area is a segment: not empty, and a fair part; a bool."""
-    return (remaining > 0) & (remaining >= fraction * area)
-
-
-def _segments(taken: _Taken, candidates: Tensor, scores: Tensor, labels: Tensor) -> Segments:
+def _segments(
+    owner: Tensor, areas: Tensor, candidates: Tensor, scores: Tensor, labels: Tensor
+) -> Segments:
     """
     Number the kept segments; the only function here that brings them to the host, all at once.
 
     Args:
-        taken: of :func:`_take_pixels`.
-        candidates: (R',) int64 in [0, R), the order that they took their pixels in.
+        owner: (H, W) of :func:`_take_pixels`.
+        areas: (R',) likewise.
+        candidates: (R',) int64 in [0, R), the order in which they took their pixels.
         scores: (R,).
         labels: (R,) int64.
     """
-    if not taken.kept:
-        return Segments(id_map=taken.owner, labels=[], scores=[], areas=[], candidates=[])
-    columns = [torch.stack(taken.kept), torch.stack(taken.areas), candidates]
-    columns += [scores[candidates], labels[candidates]]
+    columns = [areas, labels[candidates], candidates, scores[candidates]]
     table = torch.stack([column.double() for column in columns], dim=1)  # exact for all of them
-    number = F.pad(columns[0].cumsum(0), (1, 0)).int()
-    rows = [row for row in table.tolist() if row[0]]
+    number = F.pad((areas > 0).cumsum(0), (1, 0)).int()
+    rows = [row for row in table.tolist() if row[0] > 0]
     return Segments(
-        id_map=number[taken.owner],
-        labels=[int(label) for *_, label in rows],
-        scores=[score for *_, score, _ in rows],
-        areas=[int(area) for _, area, *_ in rows],
-        candidates=[int(candidate) for _, _, candidate, *_ in rows],
+        id_map=number[owner],
+        labels=[int(label) for _, label, _, _ in rows],
+        scores=[score for *_, score in rows],
+        areas=[int(area) for area, *_ in rows],
+        candidates=[int(candidate) for _, _, candidate, _ in rows],
     )

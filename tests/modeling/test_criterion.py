@@ -1,26 +1,35 @@
 import pytest
 import torch
 
-from psf.modeling.criterion import Criterion, LossWeights, Targets, mask_queries
-from psf.modeling.location_decoder import Locations
-from psf.modeling.mask_decoder import DeepPredictions
-from psf.modeling.matcher import Assignment, MaskMatchingWeights, MatchingWeights
+from psf.modeling.criterion import LossWeights, SetCriterion, Targets, matched_queries
+from psf.modeling.location_decoder import LocationPredictions
+from psf.modeling.mask_decoder import MaskPredictions
+from psf.modeling.matcher import MaskMatchingWeights, Matching, MatchingWeights
 
 NUM_QUERIES, NUM_THINGS, NUM_STUFF, LAYERS = 5, 3, 2, 2
-CRITERION = Criterion(
-    matching_weights=MatchingWeights(2, 5, 2),
-    mask_matching=None,
-    loss_weights=LossWeights(
-        class_weight=2,
-        stuff_class_weight=2,
-        l1_weight=5,
-        giou_weight=2,
-        mask_weight=2,
-        things_weight=1,
-        stuff_weight=1,
-    ),
-    mask_loss_scale=2,
+LOSS_WEIGHTS = LossWeights(
+    class_weight=2,
+    stuff_class_weight=2,
+    l1_weight=5,
+    giou_weight=2,
+    mask_weight=2,
+    things_weight=1,
+    stuff_weight=1,
 )
+
+
+def build(**changes) -> SetCriterion:
+    arguments = {
+        "matching_weights": MatchingWeights(2, 5, 2),
+        "mask_matching": None,
+        "loss_weights": LOSS_WEIGHTS,
+        "mask_loss_scale": 2,
+        "mask_activation": torch.sigmoid,
+    }
+    return SetCriterion(**{**arguments, **changes})
+
+
+CRITERION = build()
 
 
 def targets(things: list[int], stuff: list[int], size=(16, 24)) -> Targets:
@@ -38,29 +47,24 @@ def leaf(*shape: int) -> torch.Tensor:
     return torch.randn(shape, requires_grad=True)
 
 
-def predict(all_targets: list[Targets]) -> tuple[Locations, DeepPredictions, list, dict]:
+def predict(all_targets: list[Targets]) -> tuple[LocationPredictions, MaskPredictions, list, dict]:
     """Random predictions for the targets, with gradients, and their losses."""
     n = len(all_targets)
-    locations = Locations(
+    locations = LocationPredictions(
         query=torch.zeros(n, NUM_QUERIES, 4),
-        logits=torch.randn(LAYERS, n, NUM_QUERIES, NUM_THINGS, requires_grad=True),
-        boxes=torch.rand(LAYERS, n, NUM_QUERIES, 4).requires_grad_(),
+        pred_logits=torch.randn(LAYERS, n, NUM_QUERIES, NUM_THINGS, requires_grad=True),
+        pred_boxes=torch.rand(LAYERS, n, NUM_QUERIES, 4).requires_grad_(),
     )
-    assignments = CRITERION.assign(locations, all_targets)
-    wanted = mask_queries(assignments[-1], all_targets)
-    predictions = DeepPredictions(
+    matchings = CRITERION.match(locations, all_targets)
+    wanted = matched_queries(matchings[-1], all_targets)
+    predictions = MaskPredictions(
         thing_logits=leaf(LAYERS, n, NUM_QUERIES, NUM_THINGS),
         stuff_logits=leaf(LAYERS, n, NUM_STUFF),
-        thing_maps=[[leaf(len(i), 2, 3) for i in wanted.things] for _ in range(LAYERS)],
-        stuff_maps=[[leaf(len(i), 2, 3) for i in wanted.stuff] for _ in range(LAYERS)],
-        activation=torch.sigmoid,
+        thing_masks=[[leaf(len(i), 2, 3) for i in wanted.things] for _ in range(LAYERS)],
+        stuff_masks=[[leaf(len(i), 2, 3) for i in wanted.stuff] for _ in range(LAYERS)],
     )
-    return (
-        locations,
-        predictions,
-        assignments,
-        CRITERION(locations, predictions, all_targets, assignments),
-    )
+    losses = CRITERION(locations, predictions, all_targets, matchings)
+    return locations, predictions, matchings, losses
 
 
 CASES = {
@@ -77,9 +81,9 @@ def test_losses_are_finite_and_reach_every_prediction(case):
     locations, predictions, _, losses = predict(CASES[case])
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
-    leaves = [locations.logits, locations.boxes]
+    leaves = [locations.pred_logits, locations.pred_boxes]
     leaves += [predictions.thing_logits, predictions.stuff_logits]
-    leaves += [m for layer in predictions.thing_maps + predictions.stuff_maps for m in layer]
+    leaves += [m for layer in predictions.thing_masks + predictions.stuff_masks for m in layer]
     assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
 
 
@@ -106,14 +110,12 @@ def test_losses_of_perfect_predictions_vanish():
     logits[0, 0, 2, 1] = 30
     boxes = torch.rand(1, 1, NUM_QUERIES, 4)
     boxes[0, 0, 2] = target.thing_boxes[0]
-    locations = Locations(torch.zeros(1, NUM_QUERIES, 4), logits, boxes)
-    assignments = CRITERION.assign(locations, [target])
-    assert assignments[0][0].query.tolist() == [2]
-    maps = [[torch.full((1, 2, 2), 30.0)]]
-    predictions = DeepPredictions(
-        logits, torch.tensor([[[30.0, -30.0]]]), maps, maps, torch.sigmoid
-    )
-    losses = CRITERION(locations, predictions, [target], assignments)
+    locations = LocationPredictions(torch.zeros(1, NUM_QUERIES, 4), logits, boxes)
+    matchings = CRITERION.match(locations, [target])
+    assert matchings[0][0].query.tolist() == [2]
+    masks = [[torch.full((1, 2, 2), 30.0)]]
+    predictions = MaskPredictions(logits, torch.tensor([[[30.0, -30.0]]]), masks, masks)
+    losses = CRITERION(locations, predictions, [target], matchings)
     assert sum(losses.values()) < 1e-5
 
 
@@ -124,25 +126,24 @@ def test_masks_are_compared_with_their_own_targets():
     left[:, :, :4] = True
     right[:, :, 4:] = True
     target = target._replace(thing_masks=left, stuff_masks=right)
-    assignments = [[Assignment(torch.tensor([3]), torch.tensor([0]))]]
-    wanted = mask_queries(assignments[-1], [target])
+    matchings = [[Matching(torch.tensor([3]), torch.tensor([0]))]]
+    wanted = matched_queries(matchings[-1], [target])
     assert (wanted.things[0].tolist(), wanted.stuff[0].tolist()) == ([3], [1])
-    locations = Locations(
+    locations = LocationPredictions(
         torch.zeros(1, NUM_QUERIES, 4),
         torch.zeros(1, 1, NUM_QUERIES, NUM_THINGS),
         torch.rand(1, 1, NUM_QUERIES, 4),
     )
-    maps = [[[mask.float() * 60 - 30]] for mask in (left, right)]
+    logits = [[[mask.float() * 60 - 30]] for mask in (left, right)]
     losses = {}
-    for name, (things, stuff) in (("right", maps), ("wrong", maps[::-1])):
-        predictions = DeepPredictions(
+    for name, (things, stuff) in (("right", logits), ("wrong", logits[::-1])):
+        predictions = MaskPredictions(
             torch.zeros(1, 1, NUM_QUERIES, NUM_THINGS),
             torch.zeros(1, 1, NUM_STUFF),
             things,
             stuff,
-            torch.sigmoid,
         )
-        losses[name] = CRITERION(locations, predictions, [target], assignments)
+        losses[name] = CRITERION(locations, predictions, [target], matchings)
     # The predictions are upsampled twofold, hence not zero at the edge.
     assert losses["right"]["loss_thing_mask"] < 0.1 < 0.9 < losses["wrong"]["loss_thing_mask"]
     assert losses["right"]["loss_stuff_mask"] < 0.1 < 0.9 < losses["wrong"]["loss_stuff_mask"]
@@ -151,18 +152,17 @@ def test_masks_are_compared_with_their_own_targets():
 def test_batch_loss_is_the_mean_over_segments():
     """Sums over images, divided by all segments: independent images just add up."""
     cases = [targets([0, 1], [1]), targets([2], [0, 1])]
-    locations, predictions, assignments, together = predict(cases)
+    locations, predictions, matchings, together = predict(cases)
     sums = dict.fromkeys(together, 0)
     for i, target in enumerate(cases):
         alone = CRITERION(
-            Locations(*(x[:, i : i + 1] for x in (locations.logits, *locations[1:]))),
-            DeepPredictions(
+            LocationPredictions(locations.query, *(x[:, i : i + 1] for x in locations[1:])),
+            MaskPredictions(
                 *(logits[:, i : i + 1] for logits in predictions[:2]),
-                *([layer[i : i + 1] for layer in maps] for maps in predictions[2:4]),
-                torch.sigmoid,
+                *([layer[i : i + 1] for layer in masks] for masks in predictions[2:]),
             ),
             [target],
-            [layer[i : i + 1] for layer in assignments],
+            [layer[i : i + 1] for layer in matchings],
         )
         for name, loss in alone.items():
             sums[name] += loss * 3  # each image has three segments
@@ -180,46 +180,34 @@ def test_masks_may_be_matched_again():
         thing_masks=torch.stack([left, right]),
         stuff_masks=torch.zeros(0, 8, 8).bool(),
     )
-    locations = Locations(
+    locations = LocationPredictions(
         torch.zeros(1, NUM_QUERIES, 4),
         torch.zeros(1, 1, NUM_QUERIES, NUM_THINGS),
         torch.full((1, 1, NUM_QUERIES, 4), 0.5),
     )
-    assignments = [[Assignment(torch.tensor([1, 3]), torch.tensor([0, 1]))]]
-    swapped = DeepPredictions(
+    matchings = [[Matching(torch.tensor([1, 3]), torch.tensor([0, 1]))]]
+    swapped = MaskPredictions(
         thing_logits=torch.zeros(0, 1, NUM_QUERIES, NUM_THINGS),
         stuff_logits=torch.zeros(1, 1, NUM_STUFF),
-        thing_maps=[[torch.stack([right, left]).float()]],
-        stuff_maps=[[torch.zeros(0, 8, 8)]],
-        activation=torch.relu,
+        thing_masks=[[torch.stack([right, left]).float()]],
+        stuff_masks=[[torch.zeros(0, 8, 8)]],
     )
     losses = {}
     for name, weights in (
         ("once", None),
         ("again", MaskMatchingWeights(MatchingWeights(4, 5, 2), 2)),
     ):
-        criterion = Criterion(
-            matching_weights=CRITERION.matching_weights,
-            mask_matching=weights,
-            loss_weights=CRITERION.loss_weights,
-            mask_loss_scale=2,
-        )
-        losses[name] = criterion(locations, swapped, [target], assignments)
+        criterion = build(mask_matching=weights, mask_activation=torch.relu)
+        losses[name] = criterion(locations, swapped, [target], matchings)
     assert losses["again"]["loss_thing_mask"] < 0.1 < 0.9 < losses["once"]["loss_thing_mask"]
     assert "loss_thing_class" not in losses["again"]
 
 
 def test_stuff_classes_have_a_weight_of_their_own():
     case = [targets([0], [1])]
-    locations, predictions, assignments, once = predict(case)
-    weights = CRITERION.loss_weights._replace(stuff_class_weight=4)
-    criterion = Criterion(
-        matching_weights=CRITERION.matching_weights,
-        mask_matching=None,
-        loss_weights=weights,
-        mask_loss_scale=2,
-    )
-    twice = criterion(locations, predictions, case, assignments)
+    locations, predictions, matchings, once = predict(case)
+    criterion = build(loss_weights=LOSS_WEIGHTS._replace(stuff_class_weight=4))
+    twice = criterion(locations, predictions, case, matchings)
     for name, loss in twice.items():
         factor = 2 if name.startswith("loss_stuff_class") else 1
         torch.testing.assert_close(loss, factor * once[name])

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from random_input import make_input
 from torch import distributed as dist
@@ -63,6 +64,29 @@ def test_training_on_odd_images(model, case, size):
         assert parameter.grad.isfinite().all(), name
 
 
+@pytest.mark.parametrize(
+    ("thing_ids", "stuff_ids"),
+    [({}, {20: 0, 40: 1}), ({10: 0, 30: 1}, {})],
+    ids=["stuff", "things"],
+)
+def test_data_sets_with_one_kind_of_classes(tiny_cfg, thing_ids, stuff_ids):
+    """Stuff only or things only: trained and predicted."""
+    name = "tiny_things" if thing_ids else "tiny_stuff"
+    MetadataCatalog.get(name).set(
+        thing_dataset_id_to_contiguous_id=thing_ids, stuff_dataset_id_to_contiguous_id=stuff_ids
+    )
+    tiny_cfg.DATASETS.TRAIN = (name,)
+    tiny_cfg.MODEL.PSF.NUM_THING_CLASSES = tiny_cfg.MODEL.PSF.NUM_STUFF_CLASSES = 0
+    model = outputs_on(tiny_cfg, INSTANCE_ON=True, SEMANTIC_ON=True)
+    losses = model.train()([make_input(40, 60, [0, 1])])
+    sum(losses.values()).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    (output,) = predict(model, make_input(40, 60, []))
+    assert output["sem_seg"].shape == (2, 40, 60)
+    assert all(info["isthing"] == bool(thing_ids) for info in output["panoptic_seg"][1])
+    assert (len(output["instances"]) > 0) == bool(thing_ids)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (40, 60), (16, 320)])
 def test_prediction_of_odd_images(tiny_cfg, size):
     model = outputs_on(tiny_cfg, INSTANCE_ON=True, SEMANTIC_ON=True)
@@ -105,11 +129,11 @@ def test_semantic_scores_stand_at_their_contiguous_ids(tiny_cfg):
     """Class scores of one class at a time light up the channel of its contiguous id."""
     model = outputs_on(tiny_cfg, SEMANTIC_ON=True)
     things, stuff = torch.eye(3), torch.ones(2)
-    masks = torch.ones(5, 4, 4)
-    by_class = model._semantic(things, stuff, masks, (4, 4))[:, 0, 0]
-    assert by_class.tolist() == [1] * 5
-    only_circle = model._semantic(things * torch.tensor([1.0, 0, 0]), stuff * 0, masks, (4, 4))
-    assert only_circle[:, 0, 0].tolist() == [0, 1, 0, 0, 0]
+    logits = torch.full((5, 4, 4), 100.0)
+    by_class = model.semantic_scores(things, stuff, logits.sign(), (4, 4))[:, 0, 0]
+    assert len(by_class.unique()) == 1
+    circle = model.semantic_scores(things * torch.tensor([1.0, 0, 0]), stuff * 0, logits, (4, 4))
+    assert circle[:, 0, 0].nonzero().tolist() == [[1]]
 
 
 def test_neighbours_and_padding_change_no_prediction(tiny_cfg):
@@ -135,7 +159,7 @@ def test_a_backbone_that_pads_its_images(tiny_cfg):
     tiny_cfg.MODEL.PSF.IN_FEATURES = ["p3", "p4", "p5"]
     model = outputs_on(tiny_cfg, SEMANTIC_ON=True)
     small, large = make_input(70, 90, []), make_input(128, 128, [])
-    maps, valid_shapes = model.extract_maps(model.preprocess_images([small, large]))
+    maps, valid_shapes = model.extract_features(model.preprocess_images([small, large]))
     shapes, small_shapes = [(16, 16), (8, 8), (4, 4), (2, 2)], [(9, 12), (5, 6), (3, 3), (2, 2)]
     assert [tuple(m.shape[-2:]) for m in maps] == shapes[: len(maps)]
     assert valid_shapes == [small_shapes[: len(maps)], shapes[: len(maps)]]
@@ -185,27 +209,6 @@ def test_mixed_precision(model):
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss, exact[name], atol=0.05, rtol=0.1)
     assert output[0]["panoptic_seg"][0].shape == (40, 60)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("NUM_THING_CLASSES", 7, r"7 thing and 2 stuff .*'tiny_interleaved' has 3 and 2"),
-        ("TEST.MERGING", "magic", r"MERGING is 'magic'; known: .*mask_wise"),
-        ("TEST.MASK_DECODER_LAYERS", 3, "is 3, but the mask decoder has 2 layers"),
-        ("MASK_DECODER.NAME", "other", "NAME is 'other'; known: .'decoupled', 'joint'"),
-    ],
-)
-def test_config_errors_name_the_key_and_the_mend(tiny_cfg, key, value, message):
-    tiny_cfg.merge_from_list([f"MODEL.PSF.{key}", value])
-    with pytest.raises(ValueError, match=message):
-        build_model(tiny_cfg)
-
-
-def test_unregistered_data_set(tiny_cfg):
-    tiny_cfg.DATASETS.TRAIN = ("no_such_data",)
-    with pytest.raises(ValueError, match=r"'no_such_data' has no 'thing_dataset_id.*registered"):
-        build_model(tiny_cfg)
 
 
 class TestCheckpoints:

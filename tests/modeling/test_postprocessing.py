@@ -4,14 +4,12 @@ from plain_postprocessing import plain_mask_wise, plain_pixel_wise, plain_scores
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from psf.modeling import postprocessing
+from psf.modeling.mask_head import resize_masks
 from psf.modeling.postprocessing import (
     MergingRules,
     SoftMasks,
-    best_class_of_each_query,
-    best_thing_pairs,
     merge_mask_wise,
     merge_pixel_wise,
-    resize_maps,
     segment_scores,
 )
 
@@ -116,25 +114,6 @@ def test_pixel_wise_gives_a_pixel_to_the_highest_mask():
     assert merge_pixel_wise(scores, masks, labels, 2, rules).id_map.tolist() == [[1, 2, 2, 2]]
 
 
-def test_each_query_has_its_best_class():
-    things = torch.tensor([[0.1, 0.9, 0.2], [0.3, 0.2, 0.1]])
-    found = best_class_of_each_query(things, torch.tensor([0.5, 0.6]))
-    assert found.query.tolist() == [0, 1, 2, 3]
-    assert found.labels.tolist() == [1, 0, 3, 4]
-    torch.testing.assert_close(found.class_scores, torch.tensor([0.9, 0.3, 0.5, 0.6]))
-
-
-@pytest.mark.parametrize("num_pairs", [3, 100])
-def test_a_query_may_come_with_several_classes(num_pairs):
-    things = torch.tensor([[0.1, 0.9, 0.8], [0.3, 0.2, 0.0]])
-    found = best_thing_pairs(things, torch.tensor([0.5]), num_pairs)
-    number = min(num_pairs, 6)
-    assert found.query[:3].tolist() == [0, 0, 1]
-    assert found.labels[:3].tolist() == [1, 2, 0]
-    assert (found.query[number:].tolist(), found.labels[number:].tolist()) == ([2], [3])
-    assert len(found.class_scores) == number + 1
-
-
 def test_the_released_codes_mean_of_a_mask():
     """Two pixels of 0.9: (0.9 + 0.9) / (2 + 1) = 0.6, squared, times 0.5."""
     masks = torch.tensor([[[0.9, 0.9, 0.1]]])
@@ -148,7 +127,7 @@ ACTIVATIONS = {"sigmoid": torch.sigmoid, "relu": torch.relu}
 
 
 def blobs(number: int, generator: torch.Generator) -> torch.Tensor:
-    """(R, 9, 11) maps with overlapping hills, some above the threshold and some not."""
+    """(R, 9, 11) mask logits with overlapping hills, some above the threshold and some not."""
     y, x = torch.meshgrid(torch.arange(9.0), torch.arange(11.0), indexing="ij")
     place = torch.rand(number, 2, 1, 1, generator=generator) * torch.tensor([9, 11])[:, None, None]
     radius = 1 + 4 * torch.rand(number, 1, 1, generator=generator)
@@ -168,11 +147,11 @@ def test_merging_equals_the_obvious_way(merge, plain, activation, seed, chunk, m
     monkeypatch.setattr(postprocessing, "CHUNK_ON_CPU", chunk)
     generator = torch.Generator().manual_seed(seed)
     number = 25
-    maps, labels = blobs(number, generator), torch.randint(0, 6, (number,), generator=generator)
+    logits, labels = blobs(number, generator), torch.randint(0, 6, (number,), generator=generator)
     class_scores = torch.rand(number, generator=generator)
     rules = RULES._replace(score_threshold=0.1, thing_keep_fraction=0.5, area_offset=seed % 2)
-    masks = SoftMasks(maps, activation, (40, 51))
-    resized = activation(resize_maps(maps, (40, 51)))
+    masks = SoftMasks(logits, activation, (40, 51))
+    resized = activation(resize_masks(logits, (40, 51)))
     expected_scores = plain_scores(class_scores, resized, rules)
     scores = segment_scores(class_scores, masks, rules)
     torch.testing.assert_close(scores, expected_scores)
@@ -189,11 +168,11 @@ def test_merging_equals_the_obvious_way(merge, plain, activation, seed, chunk, m
 
 @pytest.mark.parametrize("wanted", [[], [4, 0]])
 def test_foreground_of_some_masks(wanted):
-    maps = blobs(5, torch.Generator().manual_seed(0))
-    foreground = SoftMasks(maps, torch.sigmoid, (20, 30)).foreground(
+    logits = blobs(5, torch.Generator().manual_seed(0))
+    foreground = SoftMasks(logits, torch.sigmoid, (20, 30)).foreground(
         torch.tensor(wanted, dtype=torch.int64)
     )
-    assert torch.equal(foreground, resize_maps(maps, (20, 30)).sigmoid()[wanted] > 0.5)
+    assert torch.equal(foreground, resize_masks(logits, (20, 30)).sigmoid()[wanted] > 0.5)
     assert foreground.shape == (len(wanted), 20, 30)
 
 
@@ -223,10 +202,10 @@ def test_number_of_segments_costs_neither_waits_nor_memory(merge, monkeypatch):
     monkeypatch.setattr(postprocessing, "CHUNK_ON_CPU", chunk)
     waits = []
     for number in (4, 40):
-        maps = torch.full((number, 1, 40), -3.0)
-        maps[torch.arange(number), 0, torch.arange(number)] = 3.0
+        logits = torch.full((number, 1, 40), -3.0)
+        logits[torch.arange(number), 0, torch.arange(number)] = 3.0
         labels, scores = torch.zeros(number, dtype=torch.int64), torch.rand(number) + 1
-        masks = SoftMasks(maps, torch.sigmoid, size)
+        masks = SoftMasks(logits, torch.sigmoid, size)
         with Watch() as watch:
             segment_scores(scores, masks, RULES)
             segments = merge(scores, masks, labels, 2, RULES)

@@ -6,7 +6,7 @@ import torch
 from detectron2.modeling import build_model
 from random_input import make_input
 
-PARTS = ["backbone", "pixel_encoder", "location_decoder", "mask_decoder"]
+PARTS = ["backbone", "encoder", "location_decoder", "mask_decoder"]
 
 
 def losses_and_gradients(model, data, **autocast):
@@ -94,7 +94,7 @@ def test_frozen_blocks_are_left_as_they_are(tiny_cfg):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["MODEL.PSF.CHECKPOINT", ["encoder"]], "has ['encoder']; known parts: ['backbone'"),
+        (["MODEL.PSF.CHECKPOINT", ["pixels"]], "has ['pixels']; known parts: ['backbone'"),
         (["MODEL.RESNETS.NORM", "BN"], "would count every image twice. Set MODEL.RESNETS.NORM"),
         (["MODEL.BACKBONE.NAME", "build_swin_backbone"], "Use MODEL.SWIN.USE_CHECKPOINT"),
     ],

@@ -6,9 +6,15 @@ import pytest
 import random_input
 import torch
 from detectron2.modeling import build_model
-from release_cases import SHIPPED, SMALL, arrays, release_cfg, small_model, training_input
-
-from psf.modeling.criterion import mask_queries
+from release_cases import (
+    SHIPPED,
+    SMALL,
+    arrays,
+    predict_and_match,
+    release_cfg,
+    small_model,
+    training_input,
+)
 
 # Images without things keep the stuff class loss: test_release_losses.py.
 
@@ -38,14 +44,10 @@ def make_input(labels, size, picture):
 def test_more_things_than_queries(model):
     """Of 25 things the 20 queries take one each; there the assignment is None and training ends."""
     inputs = make_input([*range(25), 80], (149, 203), image())
-    targets = model.prepare_targets([inputs])
-    maps, valid_shapes = model.extract_maps(model.preprocess_images([inputs]))
-    locations = model.location_decoder(memory := model.pixel_encoder(maps, valid_shapes))
-    assignments = model.criterion.assign(locations, targets)
-    predictions = model.mask_decoder(memory, locations, mask_queries(assignments[-1], targets))
-    (segments,) = model.criterion._mask_segments(locations, predictions, targets, assignments[-1])
-    assert len(segments) == len(set(segments.tolist())) == 20
-    assert set(segments.tolist()) == set(assignments[-1][0].segment.tolist())
+    locations, predictions, targets, matchings = predict_and_match(model, inputs)
+    (again,) = model.criterion.match_again(locations, predictions, targets, matchings[-1])
+    assert len(again.target) == len(set(again.target.tolist())) == 20
+    assert set(again.target.tolist()) == set(matchings[-1][0].target.tolist())
     losses = model([inputs])
     assert all(loss.isfinite() for loss in losses.values())
 
@@ -99,4 +101,5 @@ def test_any_numbers_of_classes(tiny_cfg, classes):
 
 def test_heads_without_a_loss_are_not_built():
     names = small_model().state_dict()
-    assert not any(name.startswith("mask_decoder.things") and "head" in name for name in names)
+    assert not any(name.startswith("mask_decoder.thing_heads") for name in names)
+    assert not any(".box_heads." in name for name in names if name.startswith("mask_decoder"))

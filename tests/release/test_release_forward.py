@@ -16,9 +16,10 @@ from release_cases import (
 )
 
 from psf.layers.transformer import sine_position_encoding
-from psf.modeling.location_decoder import Locations
-from psf.modeling.mask_decoder import MaskQueries
-from psf.modeling.pixel_encoder import Memory
+from psf.modeling.encoder import Memory
+from psf.modeling.location_decoder import LocationPredictions
+from psf.modeling.mask_decoder import MatchedQueries
+from psf.modeling.runtime import valid_sizes
 
 # Reached: 2.8e-6 (mask maps), 1.2e-6 (all before them).
 TOLERANCE = 1e-5
@@ -35,25 +36,38 @@ def run(model, image) -> dict:
 
     hooks = [
         layer.register_forward_hook(record(f"transformer/{name}_layer_{i}"))
-        for name, part in (("enc", model.pixel_encoder), ("dec", model.location_decoder))
+        for name, part in (("enc", model.encoder), ("dec", model.location_decoder))
         for i, layer in enumerate(part.layers)
     ]
     (normalised,) = model.preprocess_images([{"image": image.permute(2, 0, 1)}])
     found["img"] = normalised
     for i, output in enumerate(model.backbone(normalised[None]).values()):
         found[f"backbone/{i}"] = output
-    maps, valid_shapes = model.extract_maps([normalised])
+    maps, valid_shapes = model.extract_features([normalised])
     found |= {f"neck/{i}": level for i, level in enumerate(maps)}
-    found["memory"] = model.pixel_encoder(maps, valid_shapes)
-    found["locations"] = model.location_decoder(found["memory"])
+    sizes, padded = valid_sizes(maps, valid_shapes)
+    found["memory"], found["locations"], found["outputs"] = model.transformer(maps, sizes, padded)
+    found["valid_shapes"] = valid_shapes
     for hook in hooks:
         hook.remove()
     return found
 
 
-def everything(num_things: int, num_stuff: int, batch_size: int = 1) -> MaskQueries:
+def everything(num_things: int, num_stuff: int, batch_size: int = 1) -> MatchedQueries:
     things, stuff = torch.arange(num_things), torch.arange(num_stuff)
-    return MaskQueries([things] * batch_size, [stuff] * batch_size)
+    return MatchedQueries([things] * batch_size, [stuff] * batch_size)
+
+
+def mask_logits(model, found, queries, *, last_only):
+    """Of things and of stuff, layers x N x (R, h, w)."""
+    return model.mask_decoder.predict_masks(
+        found["outputs"],
+        found["locations"],
+        found["memory"],
+        found["valid_shapes"],
+        queries,
+        last_only=last_only,
+    )
 
 
 class TestSmallModel:
@@ -80,7 +94,7 @@ class TestSmallModel:
     def test_positions(self, case):
         for name, expected in nested(case, "pos_enc/").items():
             shape = SHAPES[int(name)]
-            sine = sine_position_encoding(shape, [shape], 64).permute(0, 3, 1, 2)
+            sine = sine_position_encoding(shape, torch.tensor([shape]), 64).permute(0, 3, 1, 2)
             assert difference(sine, expected) < TOLERANCE, name
 
     def test_location_decoder(self, case, found):
@@ -91,28 +105,31 @@ class TestSmallModel:
         position = decoder.query_embed.weight.chunk(2, dim=-1)[0]
         reference = decoder.reference_points(position).sigmoid()[None]
         assert difference(reference, case["transformer/out_init_reference"]) < TOLERANCE
-        assert difference(locations.logits, case["location/all_cls_scores"]) < TOLERANCE
-        assert difference(locations.boxes, case["location/all_bbox_preds"]) < TOLERANCE
+        assert difference(locations.pred_logits, case["location/all_cls_scores"]) < TOLERANCE
+        assert difference(locations.pred_boxes, case["location/all_bbox_preds"]) < TOLERANCE
 
     @torch.no_grad()
     def test_masks_of_every_layer(self, case, found):
-        decoder = small_model().mask_decoder
-        prediction = decoder(found["memory"], found["locations"], everything(20, 53))
+        model = small_model()
+        thing_masks, stuff_masks = mask_logits(model, found, everything(20, 53), last_only=False)
+        _, stuff_logits = model.mask_decoder.predict_classes(
+            found["outputs"], found["locations"], last_only=False
+        )
         queries = case["infer/0/topk_query_index"]
         things = nested(case, "infer/0/things/")
         stuff = nested(case, "infer/0/stuff/")
         compared = [
-            (prediction.thing_maps[-1][0][queries], things["mask_tail"]),
-            (prediction.stuff_maps[-1][0], stuff["mask_tail"]),
+            (thing_masks[-1][0][queries], things["mask_tail"]),
+            (stuff_masks[-1][0], stuff["mask_tail"]),
         ]
         for i, expected in nested(things, "mask_inter/").items():
-            compared.append((prediction.thing_maps[int(i)][0][queries[:30]], expected))
+            compared.append((thing_masks[int(i)][0][queries[:30]], expected))
         for i, expected in nested(stuff, "mask_inter/").items():
-            compared.append((prediction.stuff_maps[int(i)][0], expected))
+            compared.append((stuff_masks[int(i)][0], expected))
         for maps, expected in compared:
             assert difference(maps.flatten(1)[None], expected) < TOLERANCE
         for i, expected in nested(stuff, "cls_logits/").items():
-            assert difference(prediction.stuff_logits[int(i)][..., None], expected) < TOLERANCE
+            assert difference(stuff_logits[int(i)][..., None], expected) < TOLERANCE
 
     @torch.no_grad()
     def test_refined_queries(self, case, found):
@@ -122,11 +139,10 @@ class TestSmallModel:
             ("things", decoder.things, found["locations"].query, 0.0),
             ("stuff", decoder.stuff, content[None], position),
         ):
-            wanted = [torch.arange(query.shape[1])]
-            output = stack(query, place, memory, wanted, deep_supervision=False)
+            outputs = stack(query, place, memory)
             index = case["infer/0/topk_query_index"] if name == "things" else slice(None)
             for i, expected in nested(case, f"infer/0/{name}/query_inter/").items():
-                assert difference(output.queries[int(i)][:, index], expected) < TOLERANCE
+                assert difference(outputs[int(i)].query[:, index], expected) < TOLERANCE
 
     @torch.no_grad()
     def test_panoptic_map(self, case):
@@ -178,7 +194,7 @@ class TestPaddedBatch:
         for name, maps in (("backbone", features), ("neck", levels)):
             for i, expected in nested(case, f"{name}/").items():
                 assert difference(maps[int(i)], expected) < TOLERANCE
-        memory = model.pixel_encoder(levels, valid_shapes)
+        memory = model.encoder(levels, torch.tensor(valid_shapes).float(), padded=True)
         recorded_mask = case["transformer/enc_arg_query_key_padding_mask"]
         assert torch.equal(memory.padding_mask, recorded_mask)
         assert difference(memory.valid_ratios, case["transformer/enc_arg_valid_ratios"]) == 0
@@ -187,8 +203,8 @@ class TestPaddedBatch:
         assert difference(memory.features[valid], expected[valid]) < TOLERANCE
         locations = model.location_decoder(memory)
         assert difference(locations.query, case["args/query"]) < TOLERANCE
-        assert difference(locations.logits, case["location/all_cls_scores"]) < TOLERANCE
-        assert difference(locations.boxes, case["location/all_bbox_preds"]) < TOLERANCE
+        assert difference(locations.pred_logits, case["location/all_cls_scores"]) < TOLERANCE
+        assert difference(locations.pred_boxes, case["location/all_bbox_preds"]) < TOLERANCE
 
     @torch.no_grad()
     def test_mask_decoder_on_what_the_official_one_saw(self, case):
@@ -196,15 +212,20 @@ class TestPaddedBatch:
         shapes = SHAPES[:3]
         num_positions = sum(h * w for h, w in shapes)
         features = case["transformer/enc_layer_1"].transpose(0, 1)[:, :num_positions]
-        memory = Memory(features, None, shapes, [shapes, shapes])
-        places = Locations(case["args/query"], case["location/all_cls_scores"], torch.zeros(0))
-        decoder, wanted = small_model().mask_decoder, everything(20, 53, 2)
-        maps_of = decoder.predict_masks(memory, decoder.predict_classes(memory, places), wanted)
+        memory = Memory(features, None, shapes, torch.ones(2, 3, 2))
+        logits = case["location/all_cls_scores"]
+        locations = LocationPredictions(case["args/query"], logits, torch.zeros(0))
+        model = small_model()
+        found = {"memory": memory, "locations": locations, "valid_shapes": [shapes, shapes]}
+        found["outputs"] = model.mask_decoder(memory, locations.query)
+        (thing_masks,), (stuff_masks,) = mask_logits(
+            model, found, everything(20, 53, 2), last_only=True
+        )
         for image in (0, 1):
             if f"infer/{image}/topk_query_index" not in case:
                 continue
             queries = case[f"infer/{image}/topk_query_index"]
-            things, stuff = maps_of[image][queries], maps_of[image][20:]
+            things, stuff = thing_masks[image][queries], stuff_masks[image]
             for maps, group in ((things, "things"), (stuff, "stuff")):
                 expected = case[f"infer/{image}/{group}/mask_tail"][0]
                 assert difference(maps.flatten(1), expected) < TOLERANCE
@@ -233,8 +254,8 @@ class TestFullSize:
         found = run(model, case["img_rgb_uint8"])
         locations = found["locations"]
         compared = {
-            "all_bbox_preds": locations.boxes,
-            "cls_scores_last": locations.logits[-1],
+            "all_bbox_preds": locations.pred_boxes,
+            "cls_scores_last": locations.pred_logits[-1],
             "hs_last": locations.query,
             "memory_without_last_level": found["memory"].finest(3).features,
             **{f"neck/{i}": found[f"neck/{i}"] for i in range(4)},
@@ -243,12 +264,10 @@ class TestFullSize:
         for name, value in compared.items():
             if name in case:
                 assert difference(value, case[name]) < TOLERANCE, name
-        decoder, memory = model.mask_decoder, found["memory"]
-        classes = decoder.predict_classes(memory, locations)
-        (maps,) = decoder.predict_masks(memory, classes, everything(300, 53))
-        pairs = locations.logits[-1, 0].sigmoid().flatten().topk(100).indices
+        ((things,),), ((stuff,),) = mask_logits(model, found, everything(300, 53), last_only=True)
+        pairs = locations.pred_logits[-1, 0].sigmoid().flatten().topk(100).indices
         assert torch.equal(pairs % 80, case["merge/labels"])
-        things, stuff = maps[pairs // 80], maps[300:]
+        things = things[pairs // 80]
         assert difference(things.flatten(1)[None], case["things/mask_tail"]) < TOLERANCE
         assert difference(stuff.flatten(1)[None], case["stuff/mask_tail"]) < TOLERANCE
         height, width = case["panoptic"].shape[:2]

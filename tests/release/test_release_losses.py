@@ -17,13 +17,13 @@ from release_cases import (
     nested,
     numbers,
     ours,
+    predict_and_match,
     release_cfg,
     small_model,
     training_input,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from psf.modeling.criterion import mask_queries
 from psf.modeling.matcher import detection_cost
 from psf.solver import build_optimizer, full_model_clip_norm
 
@@ -139,29 +139,26 @@ def test_images_without_things_keep_the_stuff_class_loss(model):
 @pytest.mark.parametrize("case_name", CASES)
 def test_matching(model, case_name):
     case, inputs = make_input(case_name)
-    maps, valid_shapes = model.extract_maps(model.preprocess_images([inputs]))
-    locations = model.location_decoder(memory := model.pixel_encoder(maps, valid_shapes))
-    (target,) = targets = model.prepare_targets([inputs])
-    assignments = model.criterion.assign(locations, targets)
+    locations, predictions, targets, matchings = predict_and_match(model, inputs)
+    (target,) = targets
     solved = [nested(case, f"lsa/{i}_{kind}/") for i, kind in _kinds(case)]
     if not solved:  # no things
-        assert all(len(assignment.query) == 0 for (assignment,) in assignments)
+        assert all(len(matching.query) == 0 for (matching,) in matchings)
         return
-    for i, (assignment,) in enumerate(assignments):
-        assert torch.equal(assignment.query, solved[i]["rows"])
-        assert torch.equal(assignment.segment, solved[i]["cols"])
+    for i, (matching,) in enumerate(matchings):
+        assert torch.equal(matching.query, solved[i]["rows"])
+        assert torch.equal(matching.target, solved[i]["cols"])
         cost = detection_cost(
-            locations.logits[i, 0],
-            locations.boxes[i, 0],
+            locations.pred_logits[i, 0],
+            locations.pred_boxes[i, 0],
             target.thing_labels,
             target.thing_boxes,
             model.criterion.matching_weights,
         )
         assert difference(cost, solved[i]["cost"]) < 1e-5
-    predictions = model.mask_decoder(memory, locations, mask_queries(assignments[-1], targets))
-    (segments,) = model.criterion._mask_segments(locations, predictions, targets, assignments[-1])
+    (again,) = model.criterion.match_again(locations, predictions, targets, matchings[-1])
     order = solved[-1]["rows"].argsort()
-    assert torch.equal(segments, solved[-1]["cols"][order])
+    assert torch.equal(again.target, solved[-1]["cols"][order])
 
 
 def _kinds(case):

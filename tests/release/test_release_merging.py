@@ -5,8 +5,8 @@ import torch
 from detectron2.data import MetadataCatalog
 from release_cases import arrays, difference, official_panoptic, small_model
 
-from psf.modeling.panoptic_segformer import ImagePrediction
-from psf.modeling.postprocessing import SoftMasks, best_thing_pairs, segment_scores
+from psf.modeling.candidates import best_thing_pairs
+from psf.modeling.postprocessing import SoftMasks, segment_scores
 
 
 @pytest.fixture(params=["crafted_r50", "crafted_pvt_swin", "random_0"])
@@ -29,11 +29,11 @@ def model(case, monkeypatch):
 
 @pytest.fixture
 def output(case, model):
-    maps = torch.cat([case["in/thing_masks"], case["in/stuff_masks"]])
+    masks = torch.cat([case["in/thing_masks"], case["in/stuff_masks"]])
     scores = case["in/cls_logits"].sigmoid(), case["in/stuff_logits"].sigmoid()
     candidates = model.inference_options.find_candidates(*scores)
-    prediction = ImagePrediction(*scores, candidates, torch.arange(len(maps)), maps, torch.relu)
-    return model.postprocess(prediction, tuple(case["in/ori_shape"].tolist()))
+    size = tuple(case["in/ori_shape"].tolist())
+    return model.postprocess(candidates, masks[candidates.query], size)
 
 
 def test_thresholds_of_overlap_are_those_of_the_config(case, model):

@@ -1,16 +1,16 @@
 import pytest
 import torch
 
-from psf.modeling import pixel_encoder
-from psf.modeling.pixel_encoder import InputProjection, PixelEncoder
+from psf.modeling.encoder import InputProjection, TransformerEncoder
+from psf.modeling.runtime import valid_sizes
 
 DIM, SHAPES = 32, [(6, 8), (3, 4), (2, 2)]
 
 
 @pytest.fixture
-def encoder() -> PixelEncoder:
+def encoder() -> TransformerEncoder:
     torch.manual_seed(0)
-    return PixelEncoder(
+    return TransformerEncoder(
         dim=DIM,
         num_levels=3,
         num_layers=2,
@@ -25,13 +25,18 @@ def maps(batch_size: int, shapes=SHAPES) -> list[torch.Tensor]:
     return [torch.randn(batch_size, DIM, *shape) for shape in shapes]
 
 
+def encode(encoder, feature_maps, valid_shapes):
+    sizes, padded = valid_sizes(feature_maps, valid_shapes)
+    return encoder(feature_maps, sizes, padded=padded)
+
+
 def test_no_images(encoder):
-    memory = encoder(maps(0), [])
+    memory = encode(encoder, maps(0), [])
     assert memory.features.shape == (0, 64, DIM)
 
 
 def test_tokens_of_all_levels(encoder):
-    memory = encoder(maps(2), [SHAPES, SHAPES])
+    memory = encode(encoder, maps(2), [SHAPES, SHAPES])
     assert memory.features.shape == (2, 48 + 12 + 4, DIM)
     assert memory.padding_mask is None
     assert memory.spatial_shapes == SHAPES
@@ -40,11 +45,11 @@ def test_tokens_of_all_levels(encoder):
 
 def test_padding_changes_nothing_in_the_valid_part(encoder):
     small = [(4, 5), (2, 3), (1, 2)]
-    alone = encoder(own := maps(1, small), [small])
+    alone = encode(encoder, own := maps(1, small), [small])
     padded = [torch.randn(2, DIM, *shape) for shape in SHAPES]  # noise in the padding
     for level, (h, w) in enumerate(small):
         padded[level][0, :, :h, :w] = own[level][0]
-    together = encoder(padded, [small, SHAPES])
+    together = encode(encoder, padded, [small, SHAPES])
     assert together.valid_ratios[0, 0].tolist() == pytest.approx([5 / 8, 4 / 6])
     valid = ~together.padding_mask[0]
     assert valid.sum() == 4 * 5 + 2 * 3 + 1 * 2
@@ -52,42 +57,15 @@ def test_padding_changes_nothing_in_the_valid_part(encoder):
     assert together.features.isfinite().all()
 
 
-def test_what_is_kept_of_sizes_is_what_would_be_computed(encoder, monkeypatch):
-    small = [(4, 5), (2, 3), (1, 2)]
-    own = maps(2)
-    batches = [[SHAPES, SHAPES], [small, SHAPES], [SHAPES, small], [SHAPES, SHAPES]]
-
-    def features():
-        memories = [encoder(own, valid) for valid in batches]
-        return [(memory.features, memory.valid_ratios) for memory in memories]
-
-    kept = features()
-    assert pixel_encoder._kept.cache_info().hits > 0
-    monkeypatch.setattr(pixel_encoder, "FEW_POSITIONS", 0)
-    before = pixel_encoder._kept.cache_info()
-    for expected, given in zip(features(), kept, strict=True):
-        assert torch.equal(expected[0], given[0])
-        assert torch.equal(expected[1], given[1])
-    assert pixel_encoder._kept.cache_info() == before
-
-
-def test_training_after_inference_mode(encoder):
-    pixel_encoder._kept.cache_clear()
-    with torch.inference_mode():
-        encoder(maps(1), [SHAPES])
-    encoder(maps(1), [SHAPES]).features.sum().backward()
-    assert encoder.level_embed.grad is not None
-
-
 def test_position_tells_equal_pixels_apart(encoder):
     constant = [torch.ones(1, DIM, *shape) for shape in SHAPES]
-    memory = encoder(constant, [SHAPES])
+    memory = encode(encoder, constant, [SHAPES])
     assert memory.features[0, 0].ne(memory.features[0, 20]).any()
 
 
 def test_wrong_number_of_maps(encoder):
     with pytest.raises(ValueError, match="expected 3 feature maps, got 2"):
-        encoder(maps(1)[:2], [SHAPES[:2]])
+        encode(encoder, maps(1)[:2], [SHAPES[:2]])
 
 
 def test_input_projection_maps_every_level_to_the_same_channels():
@@ -109,10 +87,10 @@ def test_input_projection_adds_coarser_levels():
 
 def test_the_finest_levels_of_a_memory(encoder):
     small = [(4, 5), (2, 3), (1, 2)]
-    memory = encoder(maps(2), [small, SHAPES])
+    memory = encode(encoder, maps(2), [small, SHAPES])
     finest = memory.finest(2)
     assert finest.spatial_shapes == SHAPES[:2]
-    assert finest.valid_shapes == [small[:2], SHAPES[:2]]
+    assert torch.equal(finest.valid_ratios, memory.valid_ratios[:, :2])
     assert finest.features.shape == (2, 48 + 12, DIM)
     assert torch.equal(finest.padding_mask, memory.padding_mask[:, :60])
     assert memory.finest(3).features.shape == memory.features.shape
