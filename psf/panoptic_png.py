@@ -29,15 +29,16 @@ def read_panoptic_ids(path: str) -> NDArray[np.uint32]:
         )
     with PathManager.open(path, "rb") as file:
         content = np.frombuffer(file.read(), dtype=np.uint8)
-    flags = cv2.IMREAD_COLOR_BGR | cv2.IMREAD_IGNORE_ORIENTATION
-    bgr = cv2.imdecode(content, flags) if content.size else None
-    if bgr is None:
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    rgb = cv2.imdecode(content, flags) if content.size else None
+    if rgb is None:
         raise ValueError(
             f"'{path}' is not a readable image. It may be truncated: copy it again, or remove it "
             "from the data set."
         )
-    rgba = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGBA)
-    return rgba.view(np.dtype("<u4"))[:, :, 0] & np.uint32(MAX_ID)
+    ids = cv2.cvtColor(rgb, cv2.COLOR_RGB2RGBA).view(np.dtype("<u4"))[:, :, 0]
+    ids &= np.uint32(MAX_ID)  # alpha is 255
+    return ids
 
 
 def write_panoptic_ids(path: str, ids: NDArray[np.integer]) -> None:

@@ -177,13 +177,13 @@ def _resize(
     is_all = (bottom - top, right - left) == (new_height, new_width)
     if not enlarges or is_all or transform.interp != Image.Resampling.BILINEAR:
         return transform.apply_image(image)[rows, columns]
-    # A row is interpolated between the two source rows around it; one more on either side is spare.
+    # A row is interpolated between two source rows; take one more on either side.
     first = max(0, int(top * height / new_height) - 2)
     stop = min(height, int(bottom * height / new_height) + 3)
     wide = Image.fromarray(image[first:stop]).resize((new_width, stop - first), transform.interp)
-    window = np.zeros((height, right - left, 3), dtype=np.uint8)
-    window[first:stop] = np.asarray(wide.crop((left, 0, right, stop - first)))
-    tall = Image.fromarray(window).resize((right - left, new_height), transform.interp)
+    # The rows that the window does not need become black.
+    window = wide.crop((left, -first, right, height - first))
+    tall = window.resize((right - left, new_height), transform.interp)
     return np.asarray(tall.crop((0, top, right - left, bottom)))
 
 

@@ -39,6 +39,8 @@ def best_class_of_each_query(thing_scores: Tensor, stuff_scores: Tensor) -> Cand
     Returns:
         R = Q + T candidates, things first.
     """
+    if thing_scores.shape[1] == 0:  # a data set without things; there is no best class
+        return best_thing_pairs(thing_scores, stuff_scores, num_pairs=0)
     best, labels = thing_scores.max(-1)
     things = Candidates(torch.arange(len(best), device=best.device), labels, best)
     return _with_stuff(things, stuff_scores, *thing_scores.shape)

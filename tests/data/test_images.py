@@ -2,7 +2,7 @@ import warnings
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from psf.data import read_image
 
@@ -115,6 +115,23 @@ def test_truncated_and_damaged_files_are_named(tmp_path, suffix):
 def test_unknown_format():
     with pytest.raises(ValueError, match=r"INPUT\.FORMAT must be 'RGB' or 'BGR', not 'L'"):
         read_image("a.png", "L")
+
+
+def upscaled(size):
+    return Image.fromarray(RGB).resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{"orientation": 6}, {"progressive": True}, {"subsampling": 0}])
+def test_jpegs_equal_pillow(tmp_path, mode, options):
+    exif = Image.Exif()
+    exif[0x0112] = options.pop("orientation", 1)
+    for size in ((1, 1), (90, 60), (33, 17)):
+        path = tmp_path / "a.jpg"
+        upscaled(size).convert(mode).save(path, exif=exif, quality=80, **options)
+        expected = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
+        np.testing.assert_array_equal(read_image(str(path), "RGB"), expected)
+        np.testing.assert_array_equal(read_image(str(path), "BGR"), expected[:, :, ::-1])
 
 
 def test_decompression_bombs_are_refused(tmp_path, monkeypatch):

@@ -19,6 +19,14 @@ RULES = MergingRules(
 )
 
 
+@pytest.mark.parametrize("num_queries", [0, 4])
+def test_a_data_set_without_things(num_queries):
+    """Queries have no class to become a segment of; stuff is numbered after them."""
+    found = best_class_of_each_query(torch.zeros(num_queries, 0), torch.tensor([0.5, 0.6]))
+    assert found.query.tolist() == [num_queries, num_queries + 1]
+    assert found.labels.tolist() == [0, 1]
+
+
 def test_no_things_and_no_stuff():
     things = torch.zeros(0, 3)
     for found in (

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from random_input import make_input
 from torch import distributed as dist
@@ -61,6 +62,29 @@ def test_training_on_odd_images(model, case, size):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, f"{name} has no gradient: DDP would hang"
         assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize(
+    ("thing_ids", "stuff_ids"),
+    [({}, {20: 0, 40: 1}), ({10: 0, 30: 1}, {})],
+    ids=["stuff", "things"],
+)
+def test_data_sets_with_one_kind_of_classes(tiny_cfg, thing_ids, stuff_ids):
+    """Stuff only or things only: trained and predicted."""
+    name = "tiny_things" if thing_ids else "tiny_stuff"
+    MetadataCatalog.get(name).set(
+        thing_dataset_id_to_contiguous_id=thing_ids, stuff_dataset_id_to_contiguous_id=stuff_ids
+    )
+    tiny_cfg.DATASETS.TRAIN = (name,)
+    tiny_cfg.MODEL.PSF.NUM_THING_CLASSES = tiny_cfg.MODEL.PSF.NUM_STUFF_CLASSES = 0
+    model = outputs_on(tiny_cfg, INSTANCE_ON=True, SEMANTIC_ON=True)
+    losses = model.train()([make_input(40, 60, [0, 1])])
+    sum(losses.values()).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    (output,) = predict(model, make_input(40, 60, []))
+    assert output["sem_seg"].shape == (2, 40, 60)
+    assert all(info["isthing"] == bool(thing_ids) for info in output["panoptic_seg"][1])
+    assert (len(output["instances"]) > 0) == bool(thing_ids)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (40, 60), (16, 320)])
