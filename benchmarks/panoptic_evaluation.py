@@ -1,7 +1,7 @@
 """PQ of 100 images: CPU time of this project's evaluator and of Detectron2's, and their numbers.
 
-Memory is measured on data sets that repeat these images under other ids, as what Python and numpy
-hold (tracemalloc).
+Memory (by tracemalloc, of Python and numpy) is measured on data sets that repeat these images under
+other ids.
 
 OMP_NUM_THREADS=1 python benchmarks/panoptic_evaluation.py
 """
@@ -14,7 +14,9 @@ import logging
 import multiprocessing
 import tempfile
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import torch
@@ -74,9 +76,9 @@ def memory(workload: Workload, folder: Path, num_images: int) -> dict[str, float
     result = {"size of the JSON": path.stat().st_size / 1e6}
     gc.collect()
     tracemalloc.start()
-    evaluator.process([], [])  # the annotations are found at the first call
+    evaluator.process([], [])  # the annotations are read at the first call
     held, peak = tracemalloc.get_traced_memory()
-    result |= {"annotations found": held / 1e6, "annotations found, peak": peak / 1e6}
+    result |= {"annotations read": held / 1e6, "annotations read, peak": peak / 1e6}
     tracemalloc.reset_peak()
     process(evaluator, workload, num_images)
     gc.collect()
@@ -103,11 +105,64 @@ def detectron2_memory(workload: Workload, num_images: int) -> float:
 
 
 def growth(memories: dict[int, dict[str, float]]) -> dict[str, float]:
-    """Bytes an image by which each stage's memory grows from the least to the greatest data set."""
+    """Bytes per image by which each stage grows from the least to the greatest data set."""
     least, greatest = min(memories), max(memories)
     return {
         stage: (memories[greatest][stage] - value) * 1e6 / (greatest - least)
         for stage, value in memories[least].items()
+    }
+
+
+def quality_and_time(workload: Workload, rounds: int) -> dict[str, Any]:
+    """CPU time of both evaluators, taking turns, and the numbers that they give."""
+    numbers: dict[str, dict[str, float]] = {}
+
+    def ours() -> None:
+        numbers["psf"] = run(PanopticEvaluator(NAME), workload)
+
+    def theirs() -> None:
+        numbers["Detectron2"] = run(COCOPanopticEvaluator(NAME), workload)
+
+    seconds = measure({"psf": ours, "Detectron2": theirs}, rounds=rounds)
+    multiprocessing.cpu_count = lambda: 1  # panopticapi then adds up in the images' order
+    numbers["Detectron2, panopticapi on one core"] = run(COCOPanopticEvaluator(NAME), workload)
+    reference = seconds["Detectron2"]["median"]
+    keys = numbers["Detectron2"].keys()
+    return {
+        "cpu_seconds": seconds,
+        "times_less_than_detectron2": {k: reference / v["median"] for k, v in seconds.items()},
+        "greatest_difference_of_psf_to": {
+            name: max(abs(float(numbers["psf"][k]) - float(found[k])) for k in keys)
+            for name, found in numbers.items()
+        },
+        "PQ": {name: float(found["PQ"]) for name, found in numbers.items()},
+    }
+
+
+def memories(workload: Workload, folder: Path, sizes: Sequence[int]) -> dict[str, Any]:
+    """What both evaluators hold, and how much it grows per image."""
+    ours = {n: memory(workload, folder, n) for n in sizes}
+    least = min(ours)
+    theirs = detectron2_memory(workload, least)
+    return {
+        "memory_mb": {
+            "by the number of images": ours,
+            f"Detectron2, {least} images processed": theirs,
+        },
+        "memory_bytes_per_image": {
+            **growth(ours),
+            "Detectron2, images processed": theirs * 1e6 / least,
+        },
+    }
+
+
+def describe(workload: Workload) -> dict[str, float]:
+    files = list(workload.panoptic_root.glob("*.png"))
+    segments = [len(output["panoptic_seg"][1]) for output in workload.outputs]
+    return {
+        "images": len(workload.inputs),
+        "mean_kb_of_png": sum(f.stat().st_size for f in files) / len(files) / 1000,
+        "mean_predicted_segments": sum(segments) / len(segments),
     }
 
 
@@ -122,8 +177,10 @@ def main() -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     logging.disable(logging.INFO)
-    # Before panopticapi is told below that there is one core.
-    machine = environment("torch", "numpy", "opencv-python-headless", "pillow")
+    # Before quality_and_time tells panopticapi that there is one core.
+    result: dict[str, Any] = {
+        "environment": environment("torch", "numpy", "opencv-python-headless", "pillow")
+    }
     with tempfile.TemporaryDirectory() as folder:
         workload = make_workload(Path(folder), args.images)
         MetadataCatalog.get(NAME).set(
@@ -131,51 +188,10 @@ def main() -> None:
             panoptic_root=str(workload.panoptic_root),
             **panoptic_metadata(COCO_CATEGORIES),
         )
-        numbers: dict[str, dict[str, float]] = {}
-
-        def ours() -> None:
-            numbers["psf"] = run(PanopticEvaluator(NAME), workload)
-
-        def theirs() -> None:
-            numbers["Detectron2"] = run(COCOPanopticEvaluator(NAME), workload)
-
-        seconds = measure({"psf": ours, "Detectron2": theirs}, rounds=args.rounds)
-        multiprocessing.cpu_count = lambda: 1  # panopticapi then adds up in the images' order
-        numbers["Detectron2, panopticapi on one core"] = run(COCOPanopticEvaluator(NAME), workload)
-        memories = {n: memory(workload, Path(folder), n) for n in args.memory_images}
-        least = min(memories)
-        theirs_in_memory = detectron2_memory(workload, least)
-        files = list(workload.panoptic_root.glob("*.png"))
-        segments = [len(output["panoptic_seg"][1]) for output in workload.outputs]
-        description = {
-            "images": args.images,
-            "mean_kb_of_png": sum(f.stat().st_size for f in files) / len(files) / 1000,
-            "mean_predicted_segments": sum(segments) / len(segments),
-        }
-    reference = seconds["Detectron2"]["median"]
-    keys = numbers["Detectron2"].keys()
-    write_result(
-        "panoptic_evaluation",
-        {
-            "environment": machine,
-            "workload": description,
-            "cpu_seconds": seconds,
-            "times_less_than_detectron2": {k: reference / v["median"] for k, v in seconds.items()},
-            "memory_mb": {
-                "by the number of images": memories,
-                f"Detectron2, {least} images processed": theirs_in_memory,
-            },
-            "memory_bytes_an_image": {
-                **growth(memories),
-                "Detectron2, images processed": theirs_in_memory * 1e6 / least,
-            },
-            "greatest_difference_of_psf_to": {
-                name: max(abs(float(numbers["psf"][k]) - float(found[k])) for k in keys)
-                for name, found in numbers.items()
-            },
-            "PQ": {name: float(found["PQ"]) for name, found in numbers.items()},
-        },
-    )
+        result["workload"] = describe(workload)
+        result |= quality_and_time(workload, args.rounds)
+        result |= memories(workload, Path(folder), args.memory_images)
+    write_result("panoptic_evaluation", result)
 
 
 if __name__ == "__main__":

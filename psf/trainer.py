@@ -29,13 +29,9 @@ from torch import Tensor, nn
 
 from psf.data import ClassNames, PanopticDatasetMapper
 from psf.evaluation import build_evaluators
-from psf.evaluation.pictures import (
-    PanopticSegmentation,
-    Sample,
-    load_ground_truth,
-    write_contact_sheet,
-    write_curves,
-)
+from psf.evaluation.charts import write_curves
+from psf.evaluation.ground_truth import PanopticSegmentation, load_ground_truth
+from psf.evaluation.pictures import Sample, write_contact_sheet
 from psf.finetuning import ClassCheckpointer
 from psf.layers.host_memory import keep_freed_memory
 from psf.modeling.build import TRANSFORMER_LAYERS

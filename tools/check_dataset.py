@@ -20,14 +20,8 @@ import psf.data
 from psf.data import load_coco_panoptic, panoptic_metadata
 from psf.data.check import check_dataset
 from psf.data.images import read_image
-from psf.evaluation.pictures import (
-    SheetRow,
-    cell_size,
-    draw_panoptic,
-    load_ground_truth,
-    resize_picture,
-    write_sheet,
-)
+from psf.evaluation.ground_truth import load_ground_truth
+from psf.evaluation.pictures import SheetRow, cell_size, draw_panoptic, resize_picture, write_sheet
 
 
 def main(argv: Sequence[str] | None = None) -> int:

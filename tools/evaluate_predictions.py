@@ -21,6 +21,7 @@ from tabulate import tabulate
 
 from psf.data import panoptic_metadata
 from psf.data.images import read_image
+from psf.evaluation.charts import write_quality_bars
 from psf.evaluation.ground_truth import PanopticSegmentation
 from psf.evaluation.offline import Scores, score_predictions
 from psf.evaluation.panoptic import quality_table
@@ -29,7 +30,6 @@ from psf.evaluation.pictures import (
     cell_size,
     draw_panoptic,
     resize_picture,
-    write_quality_bars,
     write_sheet,
 )
 from psf.panoptic_png import read_panoptic_ids

@@ -1,4 +1,4 @@
-"""The augmentations that panoptic models are trained with, from Detectron2's parts."""
+"""The augmentations of the config (``INPUT.AUGMENTATION``), made of Detectron2's."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from .opencv_resize import OpenCVResize
 
 RESIZE_LIBRARIES = ("pillow", "opencv")
 
-# DETR's crop (datasets/coco.py): half of the images are cropped after a resize to one of these.
+# DETR's crop (datasets/coco.py): half of the images, after a resize to one of these.
 _CROP_PROBABILITY = 0.5
 _SHORT_SIDE_BEFORE_CROP = [400, 500, 600]
 
@@ -27,10 +27,10 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     """
     The geometric augmentations of ``INPUT.AUGMENTATION``.
 
-    In training "multi_scale" resizes the shorter side, every other image being cropped first if
-    ``INPUT.CROP.ENABLED`` (DETR); "large_scale_jitter" scales by a random factor, then crops or
-    pads to a square (Ghiasi et al., 2021, in Mask2Former's keys); "fixed_crop" resizes the shorter
-    side, then crops or pads to ``INPUT.CROP.SIZE``. All flip. Padding is void.
+    In training, "multi_scale" resizes the shorter side, after a random crop of half of the images
+    if ``INPUT.CROP.ENABLED`` (DETR). "large_scale_jitter" scales by a random factor, then crops or
+    pads to a square (Ghiasi et al., 2021). "fixed_crop" resizes the shorter side, then crops or
+    pads to ``INPUT.CROP.SIZE``. All flip. Padding is void.
 
     Raises:
         ValueError: ``INPUT.AUGMENTATION`` or ``INPUT.RESIZE_LIBRARY`` is unknown.
@@ -95,19 +95,19 @@ def _with_resize_library(cfg: CfgNode, resize: T.Augmentation) -> T.Augmentation
 
 
 def _fixed_size(size: tuple[int, int]) -> T.Augmentation:
-    # Detectron2 pads segmentations with 255, which is a segment here; 0 is void.
+    # Void; Detectron2's default, 255, may be the id of a segment.
     return T.FixedSizeCrop(size, pad=True, seg_pad_value=0)
 
 
 def distort_colors(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """
-    SSD's photometric distortion: brightness, contrast, saturation, hue, each in half of the images.
+    SSD's photometric distortion: brightness, contrast, saturation and hue, each at random.
 
     Args:
         image: (h, w, 3), RGB or BGR.
 
     Returns:
-        (h, w, 3). Random numbers are NumPy's global ones, as those of Detectron2's augmentations.
+        (h, w, 3). Random numbers are NumPy's global ones, as in Detectron2's augmentations.
     """
     if _coin():
         image = _scale_and_shift(image, 1.0, np.random.uniform(-_BRIGHTNESS, _BRIGHTNESS))
@@ -117,7 +117,7 @@ def distort_colors(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     saturation = np.random.uniform(*_SATURATION) if _coin() else 1.0
     hue = np.random.randint(-_HUE, _HUE + 1) if _coin() else 0
     if saturation != 1.0 or hue:
-        # BGR taken for RGB mirrors the circle of hues: a random turn of it stays one.
+        # The order of channels does not matter: BGR mirrors the hues, and the rotation is random.
         hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
         levels = np.arange(256)
         hues = ((levels + hue) % 180).astype(np.uint8)

@@ -1,61 +1,63 @@
-"""The public data sets, under the names that users of Detectron2 and Mask2Former know.
+"""The public data sets, under the names of Detectron2 and Mask2Former.
 
-Detectron2 registers some of these names itself. They are registered anew: same classes, numbers
-and files, but each image has its size, segments say whether they are things, and missing or
-contradictory files are named. ``datasets/README.md`` says how to get the files.
+Names that Detectron2 registers itself are registered again, with the same classes, numbers and
+files; the records then have the size of each image and whether a segment is a thing, and missing or
+contradictory files are reported by name. ``datasets/README.md`` says how to get the files.
 """
 
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from . import categories
 from .coco_panoptic import register_panoptic
 
-
-class _Files(NamedTuple):
-    """Paths of a data set, relative to the folder of data sets."""
-
-    images: str
-    panoptic: str  # and with .json at its end, unless given
-    instances: str
-    classes: list[dict[str, Any]]
-    panoptic_json: str | None = None
-    sem_seg: str | None = None
+_FILES = ("image_root", "panoptic_root", "panoptic_json", "instances_json", "sem_seg_root")
 
 
-def _coco(split: str) -> _Files:
-    return _Files(
-        images=f"coco/{split}",
-        panoptic=f"coco/panoptic_{split}",
-        instances=f"coco/annotations/instances_{split}.json",
-        classes=categories.COCO,
-        panoptic_json=f"coco/annotations/panoptic_{split}.json",
-    )
+def _coco(split: str) -> dict[str, Any]:
+    annotations = "coco/annotations"
+    return {
+        "image_root": f"coco/{split}",
+        "panoptic_root": f"coco/panoptic_{split}",
+        "panoptic_json": f"{annotations}/panoptic_{split}.json",
+        "instances_json": f"{annotations}/instances_{split}.json",
+        "categories": categories.COCO,
+    }
 
 
-def _ade20k(split: str, folder: str) -> _Files:
+def _ade20k(split: str, folder: str) -> dict[str, Any]:
     root = "ADEChallengeData2016"
-    return _Files(
-        images=f"{root}/images/{folder}",
-        panoptic=f"{root}/ade20k_panoptic_{split}",
-        instances=f"{root}/ade20k_instance_{split}.json",
-        classes=categories.ADE20K,
-        sem_seg=f"{root}/annotations_detectron2",
-    )
+    return {
+        "image_root": f"{root}/images/{folder}",
+        "panoptic_root": f"{root}/ade20k_panoptic_{split}",
+        "panoptic_json": f"{root}/ade20k_panoptic_{split}.json",
+        "instances_json": f"{root}/ade20k_instance_{split}.json",
+        "sem_seg_root": f"{root}/annotations_detectron2",
+        "categories": categories.ADE20K,
+    }
 
 
-def _cityscapes(split: str) -> _Files:
-    return _Files(
-        images=f"cityscapes/leftImg8bit/{split}",
-        panoptic=f"cityscapes/gtFine/cityscapes_panoptic_{split}",
-        instances=f"cityscapes/gtFine/cityscapes_instances_{split}.json",
-        classes=categories.CITYSCAPES,
-        sem_seg="cityscapes/gtFine",
-    )
+def _cityscapes(split: str) -> dict[str, Any]:
+    truth = "cityscapes/gtFine"
+    return {
+        "image_root": f"cityscapes/leftImg8bit/{split}",
+        "panoptic_root": f"{truth}/cityscapes_panoptic_{split}",
+        "panoptic_json": f"{truth}/cityscapes_panoptic_{split}.json",
+        "instances_json": f"{truth}/cityscapes_instances_{split}.json",
+        "sem_seg_root": truth,
+        "categories": categories.CITYSCAPES,
+        "image_file": _in_city,
+    }
 
 
+def _in_city(file_name: str) -> str:
+    """Add the folder of the city, which the JSON files of Cityscapes leave out."""
+    return file_name if "/" in file_name else f"{file_name.partition('_')[0]}/{file_name}"
+
+
+# Arguments of register_panoptic; paths are relative to the folder of the data sets.
 DATA_SETS = {
     "coco_2017_train_panoptic": _coco("train2017"),
     "coco_2017_val_panoptic": _coco("val2017"),
@@ -68,24 +70,10 @@ DATA_SETS = {
 
 
 def register_builtin(root: str) -> None:
-    """Register all of them, in place of Detectron2's where it has one of that name."""
-    for name, files in DATA_SETS.items():
+    """Register all of them, in place of Detectron2's data sets of the same names."""
+    for name, arguments in DATA_SETS.items():
         if name in DatasetCatalog.list():
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
-        register_panoptic(
-            name,
-            image_root=os.path.join(root, files.images),
-            panoptic_root=os.path.join(root, files.panoptic),
-            panoptic_json=os.path.join(root, files.panoptic_json or f"{files.panoptic}.json"),
-            instances_json=os.path.join(root, files.instances),
-            sem_seg_root=None if files.sem_seg is None else os.path.join(root, files.sem_seg),
-            categories=files.classes,
-            things_first=False,
-            image_file=_in_city if name.startswith("cityscapes") else None,
-        )
-
-
-def _in_city(file_name: str) -> str:
-    """Cityscapes' images are in a folder for each city, which the JSON files leave out."""
-    return file_name if "/" in file_name else f"{file_name.partition('_')[0]}/{file_name}"
+        files = {key: os.path.join(root, arguments[key]) for key in _FILES if key in arguments}
+        register_panoptic(name, **{**arguments, **files}, things_first=False)

@@ -7,8 +7,8 @@ from detectron2.data.datasets.cityscapes_panoptic import CITYSCAPES_CATEGORIES
 
 COCO: list[dict[str, Any]] = COCO_CATEGORIES  # 80 things and 53 stuff classes
 
-# By category of ADE20K's instance annotations (1..100), the class of scene parsing (1..150): from
-# categoryMapping.txt of the Places Challenge 2017, which the instances are from.
+# The class of scene parsing (1..150) of each category of the instance annotations (1..100), from
+# categoryMapping.txt of the Places Challenge 2017.
 ADE20K_INSTANCE_CLASSES = (
     *(8, 9, 11, 13, 15, 16, 19, 20, 21, 23, 24, 25, 28, 31, 32, 33, 34, 36, 37, 38, 39, 40, 42, 43),
     *(44, 45, 46, 48, 50, 51, 54, 56, 57, 58, 59, 63, 65, 66, 67, 68, 70, 71, 72, 73, 74, 75, 76),

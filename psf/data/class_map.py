@@ -1,7 +1,7 @@
-"""The order of classes in the model, and its translation to a data set's contiguous ids.
+"""The model's classes and a data set's contiguous ids.
 
-Inside the model classes are numbered 0..K-1 for things and K..K+T-1 for stuff. Detectron2's
-metadata may number them in any order (ADE20K and Cityscapes interleave things and stuff).
+The model numbers classes 0..K-1 (things) and K..K+T-1 (stuff). Detectron2's metadata may
+number them in any order (ADE20K and Cityscapes interleave things and stuff).
 """
 
 from typing import Any, NamedTuple

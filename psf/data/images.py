@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 # What Pillow raises on files that are not images, truncated or damaged.
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
-_JPEG_END = b"\xff\xd9"  # OpenCV fills what is cut off with gray
+_JPEG_END = b"\xff\xd9"  # without it the file is truncated, which OpenCV accepts
 
 
 def read_image(path: str, image_format: str = "BGR") -> NDArray[np.uint8]:
@@ -60,7 +60,7 @@ def read_image(path: str, image_format: str = "BGR") -> NDArray[np.uint8]:
 
 
 def _decode_jpeg(content: bytes, image_format: str) -> NDArray[np.uint8] | None:
-    """The pixels that Pillow gives, a fifth faster; None: Pillow says what is wrong."""
+    """Decode with OpenCV: the same pixels as Pillow in 4/5 of the time. None if it fails."""
     flag = cv2.IMREAD_COLOR_RGB if image_format == "RGB" else cv2.IMREAD_COLOR_BGR
     pixels = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), flag)
     return None if pixels is None else np.asarray(pixels, dtype=np.uint8)

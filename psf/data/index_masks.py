@@ -1,4 +1,4 @@
-"""Masks that do not overlap, as one map: what the mapper's workers send to the training process.
+"""Masks that do not overlap, stored as one index map.
 
 Shapes: G masks of h x w pixels.
 """
@@ -15,17 +15,17 @@ from torch import Tensor
 
 class IndexMasks(BitMasks):
     """
-    Detectron2's ``BitMasks`` of segments, kept as the index of the mask that owns each pixel.
+    ``BitMasks`` stored as the index of the mask that owns each pixel.
 
-    One byte a pixel instead of G: the dense masks are made when ``tensor`` is read, on the device
-    where the map then is. Everything that takes ``BitMasks`` takes this.
+    A pixel takes one byte instead of G. Reading ``tensor`` creates the dense masks, on the device
+    of the map.
     """
 
     def __init__(self, index_map: Tensor, values: tuple[int, ...]) -> None:
         """
         Args:
             index_map: (h, w) integers.
-            values: of the pixels of each of the G masks.
+            values: the value in the map of each of the G masks.
         """
         self.index_map = index_map
         self.values = values
@@ -33,7 +33,7 @@ class IndexMasks(BitMasks):
 
     @property
     def tensor(self) -> Tensor:
-        """(G, h, w) bool, made anew at each call."""
+        """(G, h, w) bool, a new tensor at each call."""
         values = torch.tensor(self.values, dtype=self.index_map.dtype, device=self.device)
         return self.index_map == values[:, None, None]
 
@@ -48,7 +48,7 @@ class IndexMasks(BitMasks):
         return len(self.values)
 
     def __getitem__(self, item: int | slice | Tensor) -> "IndexMasks":
-        """Some of the masks; they share the map."""
+        """Some of the masks; they share the index map."""
         chosen = torch.arange(len(self))[item.cpu() if isinstance(item, Tensor) else item]
         return IndexMasks(self.index_map, tuple(self.values[i] for i in chosen.view(-1).tolist()))
 
@@ -60,16 +60,16 @@ class IndexMasks(BitMasks):
 
     @staticmethod
     def cat(bitmasks_list: Sequence[BitMasks]) -> BitMasks:
-        """Masks of several maps may overlap: the result is dense."""
+        """Dense, as masks of several maps may overlap."""
         return BitMasks(torch.cat([masks.tensor for masks in bitmasks_list]))
 
 
 class TargetInstances(Instances):
     """
-    Detectron2's ``Instances`` with classes, boxes and masks, sent between processes in one message.
+    ``Instances`` with classes, boxes and masks that pickles classes and boxes by value.
 
-    Every tensor that PyTorch sends from a worker costs a file in shared memory and a connection to
-    hand it over, half a millisecond; classes and boxes are small enough to be in the message.
+    Each tensor that a worker sends takes a file in shared memory and a connection, half a
+    millisecond.
     """
 
     def __reduce__(self) -> Any:
@@ -97,14 +97,14 @@ def _rebuild(
 
 def tight_boxes(index_map: NDArray[np.integer], count: int) -> NDArray[np.int64]:
     """
-    The box around the pixels of each index, in one pass over runs of equal pixels.
+    The box around the pixels of each index, from runs of equal pixels.
 
     Args:
         index_map: (h, w), in 0..count; 0 is none.
-        count: of indices G.
+        count: the number of indices G.
 
     Returns:
-        (G, 4), x0, y0, x1, y1, ends excluded; of index i + 1 in row i, zeros where it is absent.
+        (G, 4), x0, y0, x1, y1, ends excluded; index i + 1 in row i, zeros if it is absent.
     """
     height, width = index_map.shape
     flat = np.ascontiguousarray(index_map).ravel()

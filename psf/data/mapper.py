@@ -1,4 +1,4 @@
-"""From the dict of a panoptic data set to the input of the model.
+"""The dataset mapper: from a record of a panoptic data set to the input of the model.
 
 Shapes: H x W the image file, h x w the augmented image, G ground-truth segments.
 """
@@ -29,14 +29,14 @@ from .resampling import augment, transform_index_map
 
 
 class _Targets(NamedTuple):
-    """The ground truth of an image that is trained on."""
+    """The targets of an image before augmentation."""
 
     index_map: NDArray[np.integer]  # (H, W), 1 + the target at each pixel; 0 is none
     classes: list[int]  # G classes of the model
 
 
 class _Runs(NamedTuple):
-    """Runs of pixels of one segment, in the order of the pixels."""
+    """Runs of pixels of one segment, in pixel order."""
 
     segments: NDArray[np.intp]  # 1 + the segment's position in the JSON; 0 is void
     lengths: NDArray[np.intp]  # pixels
@@ -48,9 +48,8 @@ class PanopticDatasetMapper:
 
     In training the result has ``instances`` with ``gt_classes`` (G,) int64, the model's classes
     (things 0..K-1, then stuff); ``gt_boxes`` (G, 4), absolute xyxy, tight around the masks; and
-    ``gt_masks``, :class:`IndexMasks` of G x h x w: BitMasks that travel as one map. Crowds and void
-    are never targets, segments of one stuff class are one target, and what a crop removes is
-    dropped.
+    ``gt_masks``, :class:`IndexMasks` of (G, h, w). Crowds, void and segments outside a crop are not
+    targets; the segments of a stuff class are one target.
     """
 
     @configurable
@@ -99,7 +98,7 @@ class PanopticDatasetMapper:
         pixels, transforms = augment(image, self.augmentations)
         if self.color_augmentation:
             pixels = distort_colors(pixels)
-        # Image and map share their storage, and so the file in which a worker hands them over.
+        # Image and index map share a storage, so that a worker sends them as one file.
         memory = _empty_planes(*pixels.shape[:2])
         planes = memory.numpy()
         _split_channels(pixels, planes[:3])
@@ -117,7 +116,7 @@ class PanopticDatasetMapper:
 
 
 def _common_class_map(names: Sequence[str]) -> ClassMap:
-    """The classes of the data sets, which must be the same in all of them."""
+    """The classes of the data sets, which must be equal."""
     if not names:
         raise ValueError("DATASETS.TRAIN is empty. Name at least one registered data set.")
     first, *others = [ClassMap.from_metadata(MetadataCatalog.get(name)) for name in names]
@@ -146,7 +145,7 @@ def _read_targets(
     segments = record["segments_info"]
     runs = _find_segments(ids, [s["id"] for s in segments], path)
     classes: list[int] = []
-    # A byte a pixel, where it can count the targets. 0 stays void.
+    # One byte per pixel if that can count the targets; 0 is void.
     dtype = np.uint8 if len(segments) < 256 else np.int32
     target_of_segment = np.zeros(len(segments) + 1, dtype=dtype)
     latest_target: dict[int, int] = {}  # of each class
@@ -173,7 +172,7 @@ def _find_segments(ids: NDArray[np.uint32], segment_ids: Sequence[int], path: st
         segment_ids: as in the JSON.
         path: the PNG, for the messages.
     """
-    # Segments are compact: it pays to look up each run of equal ids instead of each pixel.
+    # Segments are compact, so looking up runs of equal ids is faster than looking up pixels.
     flat = ids.ravel()
     starts = np.append(0, np.flatnonzero(flat[1:] != flat[:-1]) + 1)
     known_ids = np.array([0, *segment_ids], dtype=np.uint32)
@@ -200,13 +199,13 @@ def _find_segments(ids: NDArray[np.uint32], segment_ids: Sequence[int], path: st
 def _empty_planes(height: int, width: int) -> Tensor:
     """(4, height, width) uint8, uninitialised."""
     planes = torch.empty((4, height, width), dtype=torch.uint8)
-    # A worker's tensors are copied to shared memory when they are sent. What is there from the
-    # start goes out at once: no slower to fill, and a third of the time on the way.
+    # A worker sends tensors through shared memory. Allocated there they are not copied again, which
+    # cuts the transfer to a third.
     return planes if get_worker_info() is None else planes.share_memory_()
 
 
 def _split_channels(image: NDArray[np.uint8], planes: NDArray[np.uint8]) -> None:
-    """(h, w, 3) -> (3, h, w), by channels: several times faster than a transposed copy."""
+    """(h, w, 3) -> (3, h, w); several times faster than a transposed copy."""
     contiguous = np.ascontiguousarray(image)
     for channel in range(3):
         cv2.extractChannel(contiguous, channel, dst=planes[channel])

@@ -1,7 +1,7 @@
-"""Resizing by OpenCV, as mmdetection does, instead of Pillow, as Detectron2.
+"""Resizing with OpenCV (as mmdetection) instead of Pillow (as Detectron2).
 
-Pillow averages over what a reduced pixel covers, OpenCV interpolates between neighbours only; where
-an image is enlarged they differ by a grey level. OpenCV's nearest pixel is the one at the corner.
+When reducing, Pillow averages over the area of a pixel, OpenCV interpolates between neighbours.
+When enlarging, they differ by a grey level. OpenCV's nearest pixel is the one at the corner.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ class OpenCVResizeTransform(T.ResizeTransform):
         """
         Args:
             img: (H, W) or (H, W, 3) of bytes.
-            interp: ignored, as this filter has no name in Pillow.
+            interp: ignored.
 
         Returns:
             (h, w) or (h, w, 3).
@@ -37,12 +37,12 @@ class OpenCVResizeTransform(T.ResizeTransform):
 
 
 class OpenCVResize(T.Augmentation):
-    """An augmentation that resizes, its sizes as they are, its pixels OpenCV's."""
+    """Another augmentation's resize, done by OpenCV."""
 
     def __init__(self, augmentation: T.Augmentation) -> None:
         """
         Args:
-            augmentation: one of Detectron2's that gives a ``ResizeTransform`` for an image.
+            augmentation: one of Detectron2's that returns a ``ResizeTransform``.
         """
         super().__init__()
         self.augmentation = augmentation
@@ -50,6 +50,6 @@ class OpenCVResize(T.Augmentation):
     def get_transform(self, image: NDArray[Any]) -> Any:
         """For an image (H, W, 3)."""
         chosen = self.augmentation.get_transform(image)
-        if not isinstance(chosen, T.ResizeTransform):  # a shorter side of 0 leaves images alone
+        if not isinstance(chosen, T.ResizeTransform):  # no resize: the shorter side is 0
             return chosen
         return OpenCVResizeTransform(chosen.h, chosen.w, chosen.new_h, chosen.new_w)

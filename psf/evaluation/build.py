@@ -1,4 +1,4 @@
-"""The evaluators of a data set, one for each output of the model."""
+"""Builds the evaluators of a data set."""
 
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
@@ -18,16 +18,16 @@ def build_evaluators(
     save_predictions: bool = False,
 ) -> DatasetEvaluator:
     """
-    Build what measures the outputs that are switched on.
+    Build an evaluator for each output that is on.
 
     Args:
         dataset_name: a panoptic data set registered with Detectron2.
         panoptic: measure PQ, SQ and RQ of ``panoptic_seg``.
         instances: measure the AP of ``instances``; needs ``json_file`` in the metadata.
         sem_seg: measure the mIoU of ``sem_seg``.
-        output_dir: where tables and predictions go; None: nowhere.
+        output_dir: folder for tables and predictions; None: not written.
         boundary_pq: with ``panoptic``, also measure Boundary PQ.
-        save_predictions: with ``panoptic``, write them in the format of COCO's server.
+        save_predictions: with ``panoptic``, write the predictions in the format of COCO's server.
 
     Raises:
         ValueError: no output is on, or the data set lacks what an evaluator needs.

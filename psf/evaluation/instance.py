@@ -24,7 +24,7 @@ class InstanceEvaluator(COCOEvaluator):
         """
         Args:
             dataset_name: registered with Detectron2, with an instances JSON (``json_file``).
-            output_dir: where Detectron2 writes the predictions; None: nowhere.
+            output_dir: folder for the predictions; None: not written.
 
         Raises:
             ValueError: there is no instances JSON, or it lacks some thing classes.

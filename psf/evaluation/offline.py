@@ -1,4 +1,4 @@
-"""Scores of predictions that were saved in the format of COCO's server, image by image.
+"""Scores predictions saved in the format of COCO's server, also by image.
 
 Shapes: H x W pixels of an image.
 """
@@ -30,7 +30,7 @@ INVENTED = "(nothing there)"
 
 
 class ImageScore(NamedTuple):
-    """The quality of one image by itself."""
+    """The quality of one image."""
 
     image_id: Any
     file_name: str  # of the image
@@ -124,9 +124,9 @@ def _confusion(
     names: Mapping[int, str],
 ) -> Counter[tuple[str, str]]:
     """
-    Match segments whatever their classes; at an IoU above 0.5 there is at most one match each.
+    Match segments of any classes at an IoU above 0.5, so that each has at most one match.
 
-    Predictions that lie mostly in void or crowds are left out, as in PQ.
+    Predictions that are mostly in void or crowds are left out, as in PQ.
     """
     pred_areas: Counter[int] = Counter()
     excused: Counter[int] = Counter()

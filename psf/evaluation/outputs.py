@@ -1,4 +1,4 @@
-"""What an evaluator wants of the model's output."""
+"""Checks of the model's output."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ def require_output(
     inputs: list[dict[str, Any]], outputs: list[dict[str, Any]], key: str, switch: str
 ) -> None:
     """
-    Check that the model gave what is to be evaluated.
+    Check that each output has what is evaluated.
 
     Args:
         inputs: ``file_name`` of each image.
         outputs: the model's output for each image.
-        key: what each output must have.
+        key: the required key.
         switch: the config key under ``MODEL.PSF.TEST`` that switches it on.
 
     Raises:

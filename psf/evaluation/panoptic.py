@@ -22,6 +22,7 @@ from tabulate import tabulate
 
 from psf.panoptic_png import read_panoptic_ids, write_panoptic_ids
 
+from .charts import write_quality_bars
 from .ground_truth import AnnotatedImage, PanopticAnnotations, read_annotations
 from .outputs import require_output
 from .panoptic_quality import (
@@ -31,7 +32,6 @@ from .panoptic_quality import (
     compare,
     quality_rows,
 )
-from .pictures import write_quality_bars
 
 logger = logging.getLogger(__name__)
 

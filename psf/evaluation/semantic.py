@@ -19,24 +19,23 @@ from .outputs import require_output
 
 class SemanticEvaluator(SemSegEvaluator):
     """
-    Detectron2's mIoU evaluator, with labels of the data set or derived from its panoptic PNGs.
+    Detectron2's mIoU evaluator, with label files or labels from the panoptic PNGs.
 
-    Where a record has ``sem_seg_file_name``, that file counts: labels are contiguous ids. Else a
-    pixel's label is the contiguous class of its segment; void and crowd are ignored. So things and
-    stuff must not share contiguous ids (Detectron2's "separated" data sets do).
+    If a record has ``sem_seg_file_name``, its labels are read (contiguous ids). Otherwise the label
+    of a pixel is the class of its segment; void and crowds are ignored. So things and stuff
+    must not share contiguous ids (as in Detectron2's "separated" data sets).
     """
 
     def __init__(self, dataset_name: str, output_dir: str | None = None) -> None:
         """
         Args:
             dataset_name: a panoptic data set registered with Detectron2.
-            output_dir: where Detectron2 writes its results; None: nowhere.
+            output_dir: folder for Detectron2's results; None: not written.
 
         Raises:
             ValueError: things and stuff share contiguous ids.
         """
-        # The parent's constructor insists on a label file ('sem_seg_file_name') in every record,
-        # so its attributes are set here.
+        # The parent's constructor requires a label file in every record; set its attributes here.
         metadata = MetadataCatalog.get(dataset_name)
         self._logger = logging.getLogger(__name__)
         self._dataset_name = dataset_name

@@ -15,8 +15,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import check_dataset as tool  # noqa: E402  a script, not a module of the package
 
-COCO_SAMPLE = ROOT.parent / "shared" / "data" / "coco_sample"
-
 
 class Files:
     """Two images of 6 x 4 pixels: a cat (70000) and a crowd of cats on grass (5)."""
@@ -245,7 +243,6 @@ def test_the_tool_says_what_it_needs(options, capsys):
     assert "--name" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not COCO_SAMPLE.is_dir(), reason="needs ../shared/data/coco_sample")
-def test_real_coco_images():
-    paths = (COCO_SAMPLE / "panoptic.json", COCO_SAMPLE / "images", COCO_SAMPLE / "panoptic")
+def test_real_coco_images(coco_sample):
+    paths = (coco_sample / "panoptic.json", coco_sample / "images", coco_sample / "panoptic")
     assert check_dataset(*paths) == []

@@ -18,8 +18,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 import convert_to_panoptic as tool  # noqa: E402  a script, not a module of the package
 
-COCO_SAMPLE = ROOT.parent / "shared" / "data" / "coco_sample"
-
 
 def square(x, y, side):
     return [x, y, x + side, y, x + side, y + side, x, y + side]
@@ -160,15 +158,14 @@ def test_no_labelme_files(tmp_path):
         convert_labelme(tmp_path, [], tmp_path / "out")
 
 
-@pytest.mark.skipif(not COCO_SAMPLE.is_dir(), reason="needs ../shared/data/coco_sample")
-def test_real_coco_images_come_back(tmp_path):
+def test_real_coco_images_come_back(coco_sample, tmp_path):
     """Taken apart into instances and label maps, and put together again: the same segments."""
-    data = json.loads((COCO_SAMPLE / "panoptic.json").read_text())
+    data = json.loads((coco_sample / "panoptic.json").read_text())
     isthing = {c["id"]: c["isthing"] for c in data["categories"]}
     (tmp_path / "labels").mkdir()
     annotations = []
     for annotation in data["annotations"]:
-        ids = read_panoptic_ids(str(COCO_SAMPLE / "panoptic" / annotation["file_name"]))
+        ids = read_panoptic_ids(str(coco_sample / "panoptic" / annotation["file_name"]))
         labels = np.zeros(ids.shape, dtype=np.uint8)
         for s in annotation["segments_info"]:
             mask = ids == s["id"]

@@ -1,43 +1,27 @@
 import copy
 import json
-import pickle
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import SizeMismatchError
-from detectron2.structures import BitMasks, Instances
+from detectron2.structures import BitMasks
 from PIL import Image
 from plain_mapper import PlainMapper
 
-from psf import add_psf_config
 from psf.data import (
     ClassMap,
-    IndexMasks,
     PanopticDatasetMapper,
     build_augmentations,
     load_coco_panoptic,
-    register_panoptic,
 )
-from psf.data.augmentation import distort_colors
-from psf.data.index_masks import TargetInstances, tight_boxes
-from psf.data.resampling import transform_image, transform_index_map
+from psf.data.index_masks import TargetInstances
 from psf.panoptic_png import read_panoptic_ids
 
-COCO_SAMPLE = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "coco_sample"
-
-# Contiguous ids 0, 1 are things; 2, 3 stuff. In the data set they interleave.
-CATEGORIES = [
-    {"id": 4, "name": "sky", "isthing": 0},
-    {"id": 1, "name": "cat", "isthing": 1},
-    {"id": 3, "name": "grass", "isthing": 0},
-    {"id": 2, "name": "dog", "isthing": 1},
-]
+# Contiguous ids 0, 1 are things; 2, 3 stuff (conftest.py).
 CLASS_MAP = ClassMap(thing_ids=(0, 1), stuff_ids=(2, 3))
 BIG_ID = 255 + 256 * 7 + 65536 * 200
 
@@ -215,7 +199,7 @@ AUGMENTATIONS = {
 
 
 @pytest.mark.parametrize("augmentations", AUGMENTATIONS.values(), ids=AUGMENTATIONS)
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_image_and_targets_are_transformed_alike(record, augmentations, seed):
     """The image shows the ids as colours: the targets must be those of the image's ids."""
     np.random.seed(seed)
@@ -235,30 +219,6 @@ def test_extreme_shapes(tmp_path, height, width):
     assert_targets(result["instances"], [(2, np.ones((h, w), dtype=bool), [0, 0, w, h])])
 
 
-@pytest.fixture
-def cfg(tmp_path):
-    for name in ("test_mapper", "test_mapper_other"):
-        register_panoptic(
-            name,
-            image_root=str(tmp_path),
-            panoptic_root=str(tmp_path),
-            panoptic_json=str(tmp_path / "panoptic.json"),
-            categories=CATEGORIES if name == "test_mapper" else CATEGORIES[1:],
-        )
-    cfg = get_cfg()
-    add_psf_config(cfg)
-    cfg.DATASETS.TRAIN = ("test_mapper",)
-    cfg.DATASETS.TEST = ()
-    cfg.INPUT.MIN_SIZE_TRAIN = (64,)
-    cfg.INPUT.MIN_SIZE_TEST = 48
-    cfg.INPUT.CROP.TYPE = "absolute_range"
-    cfg.INPUT.CROP.SIZE = [384, 600]
-    yield cfg
-    for name in ("test_mapper", "test_mapper_other"):
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-
-
 def test_from_config(cfg, record):
     trained = PanopticDatasetMapper(cfg, is_train=True)
     assert trained.class_map == CLASS_MAP
@@ -275,36 +235,6 @@ def test_channel_order(cfg, tmp_path, image_format):
     image = PanopticDatasetMapper(cfg, is_train=True)(record)["image"]
     expected = [10, 20, 30] if image_format == "RGB" else [30, 20, 10]
     assert image[:, 0, 0].tolist() == expected
-
-
-@pytest.mark.parametrize(("flip", "expected"), [("none", 0), ("horizontal", 1), ("vertical", 1)])
-def test_flip_of_the_config(cfg, flip, expected):
-    cfg.INPUT.RANDOM_FLIP = flip
-    flips = [a for a in build_augmentations(cfg, True) if isinstance(a, T.RandomFlip)]
-    assert len(flips) == expected
-    assert all(
-        (f.horizontal, f.vertical) == (flip == "horizontal", flip == "vertical") for f in flips
-    )
-
-
-def test_half_of_the_images_are_cropped_as_in_detr(cfg):
-    cfg.INPUT.RANDOM_FLIP = "none"
-    cfg.INPUT.CROP.ENABLED = True
-    augmentations = T.AugmentationList(build_augmentations(cfg, is_train=True))
-    np.random.seed(0)
-    image = np.zeros((800, 1000, 3), dtype=np.uint8)
-    cropped = 0
-    for _ in range(60):
-        aug_input = T.AugInput(image)
-        transforms = augmentations(aug_input).transforms
-        assert min(aug_input.image.shape[:2]) == 64
-        if len(transforms) == 3:
-            resize, crop, _ = transforms
-            cropped += 1
-            assert resize.new_h in (400, 500, 600)
-            assert 384 <= crop.h <= 600
-            assert 384 <= crop.w <= 600
-    assert 18 <= cropped <= 42
 
 
 def test_data_sets_of_different_classes_cannot_be_mixed(cfg):
@@ -365,15 +295,14 @@ def test_segment_that_the_png_lacks(record):
 # ----------------------------------------------------------------------------------- real images
 
 
-@pytest.mark.skipif(not COCO_SAMPLE.is_dir(), reason="needs ../shared/data/coco_sample")
-def test_real_coco_images():
-    json_file = COCO_SAMPLE / "panoptic.json"
+def test_real_coco_images(coco_sample):
+    json_file = coco_sample / "panoptic.json"
     categories = json.loads(json_file.read_text())["categories"]
     num_things = sum(c["isthing"] for c in categories)
     class_map = ClassMap(
         thing_ids=tuple(range(num_things)), stuff_ids=tuple(range(num_things, len(categories)))
     )
-    roots = (str(COCO_SAMPLE / "images"), str(COCO_SAMPLE / "panoptic"))
+    roots = (str(coco_sample / "images"), str(coco_sample / "panoptic"))
     records = load_coco_panoptic(str(json_file), *roots)
     assert [len(r["segments_info"]) for r in records] == [18, 32]
     flip = T.RandomFlip(prob=1.0)
@@ -426,12 +355,12 @@ def merge_stuff(instances):
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-@pytest.mark.parametrize("flip", ["none", "horizontal", "vertical"])
+@pytest.mark.parametrize("flip", ["horizontal", "vertical"])
 def test_equals_the_plain_mapper_bit_for_bit(cfg, tmp_path, recipe, flip):
     record = big_record(tmp_path)
     cfg.merge_from_list([*recipe, "INPUT.RANDOM_FLIP", flip, "INPUT.FORMAT", "RGB"])
     ours, plain = PanopticDatasetMapper(cfg), PlainMapper(build_augmentations(cfg, True))
-    for seed in range(12):
+    for seed in range(8):
         results = []
         for mapper in (ours, plain):
             np.random.seed(seed)
@@ -452,59 +381,6 @@ def test_any_augmentation_of_detectron2_works(tmp_path, augmentation):
         results.append(mapper(record))
     assert torch.equal(results[0]["image"], results[1]["image"])
     assert_targets(results[0]["instances"], merge_stuff(results[1]["instances"]))
-
-
-def test_unknown_augmentation(cfg):
-    cfg.INPUT.AUGMENTATION = "mosaic"
-    with pytest.raises(ValueError, match=r"INPUT\.AUGMENTATION is 'mosaic'; known: \['fixed_crop'"):
-        build_augmentations(cfg, True)
-
-
-def test_colors_are_not_changed_in_evaluation(cfg):
-    cfg.INPUT.COLOR_AUG_SSD = True
-    assert not PanopticDatasetMapper(cfg, is_train=False).color_augmentation
-
-
-def test_color_augmentation(cfg, record):
-    cfg.INPUT.COLOR_AUG_SSD = True
-    mapper = PanopticDatasetMapper(cfg)
-    np.random.seed(0)
-    images = [mapper(record)["image"] for _ in range(20)]
-    assert len({image.numpy().tobytes() for image in images}) > 15
-    gray = np.full((4, 5, 3), 100, dtype=np.uint8)
-    for _ in range(50):  # a gray stays gray, within brightness and contrast
-        distorted = distort_colors(gray)
-        assert (distorted == distorted[..., :1]).all()
-        assert (100 - 32) * 0.5 - 1 <= distorted[0, 0, 0] <= (100 + 32) * 1.5
-
-
-def test_no_masks():
-    masks = IndexMasks(torch.zeros(3, 4, dtype=torch.uint8), ())
-    assert masks.tensor.shape == (0, 3, 4)
-    assert len(masks.get_bounding_boxes()) == 0
-
-
-def test_index_masks_are_bit_masks():
-    index_map = torch.tensor([[1, 1, 0], [3, 2, 2]], dtype=torch.uint8)
-    masks = IndexMasks(index_map, (1, 2, 3))
-    dense = BitMasks(torch.stack([index_map == i for i in (1, 2, 3)]))
-    assert isinstance(masks, BitMasks)
-    assert torch.equal(masks.tensor, dense.tensor)
-    assert torch.equal(masks.get_bounding_boxes().tensor, dense.get_bounding_boxes().tensor)
-    keep = torch.tensor([True, False, True])
-    for item in (1, slice(1, 3), keep, torch.tensor([2, 0])):
-        assert torch.equal(masks[item].tensor, dense[item].tensor)
-    assert torch.equal(BitMasks.cat([dense, dense]).tensor, IndexMasks.cat([masks, masks]).tensor)
-    assert [m.tolist() for m in masks] == dense.tensor.tolist()
-    assert torch.equal(masks.to("cpu").tensor, dense.tensor)
-    assert masks.nonempty().all()
-    assert "3" in repr(masks)
-    instances = Instances((2, 3), gt_masks=masks, gt_classes=torch.arange(3))
-    chosen = instances[keep]
-    assert torch.equal(chosen.gt_masks.tensor, dense.tensor[keep])
-    assert len(Instances.cat([instances, chosen]).gt_masks) == 5
-    copied = pickle.loads(pickle.dumps(masks))
-    assert torch.equal(copied.tensor, dense.tensor)
 
 
 def test_what_a_worker_sends_arrives(record):
@@ -539,32 +415,3 @@ def with_shared(mapper, record):
     """What the mapper makes, and whether the image is in shared memory before it is sent."""
     result = mapper(record)
     return {**result, "was_shared": result["image"].is_shared()}
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (17, 23)])
-def test_boxes_in_one_pass(shape):
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        index_map = rng.integers(0, 6, shape).astype(np.uint8) * (rng.random(shape) < 0.3)
-        boxes = tight_boxes(index_map, 6)
-        for i in range(1, 7):
-            y, x = np.nonzero(index_map == i)
-            expected = [x.min(), y.min(), x.max() + 1, y.max() + 1] if len(x) else [0, 0, 0, 0]
-            assert boxes[i - 1].tolist() == expected
-
-
-def test_resizing_a_window_has_the_bits_of_pillow():
-    rng = np.random.default_rng(0)
-    for _ in range(150):
-        h, w, new_h, new_w = (int(v) for v in rng.integers(1, 60, 4))
-        image = rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
-        resize = T.ResizeTransform(h, w, new_h, new_w)
-        y, x = int(rng.integers(new_h)), int(rng.integers(new_w))
-        crop = T.CropTransform(x, y, int(rng.integers(1, 70)), int(rng.integers(1, 70)))
-        expected = crop.apply_image(resize.apply_image(image))
-        np.testing.assert_array_equal(transform_image(image, [resize, crop]), expected)
-        index_map = image[..., 0] + 256 * image[..., 1].astype(np.int32)
-        found = transform_index_map(index_map, [resize, crop])
-        for byte in (0, 1):
-            expected = crop.apply_segmentation(resize.apply_segmentation(image[..., byte].copy()))
-            np.testing.assert_array_equal(found >> 8 * byte & 255, expected)

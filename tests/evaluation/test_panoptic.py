@@ -91,16 +91,6 @@ def test_a_class_that_is_only_predicted_counts(measure):
     assert result["PQ_th"] == result["PQ-cat"] == result["PQ-ant"] == 0
 
 
-@pytest.mark.parametrize(
-    "segments", [{1: (GRASS, 0)}, {1: (GRASS, 0), 300: (CAT, 1)}], ids=["void", "crowd"]
-)
-def test_a_prediction_in_void_or_crowd_is_ignored(measure, segments):
-    ids = [[i if i in segments else 0 for i in row] for row in HALVES[0]]
-    result = measure([(ids, segments)], [HALVES])
-    assert result["PQ"] == result["PQ_st"] == 100
-    assert math.isnan(result["PQ_th"])
-
-
 @pytest.mark.parametrize(("category", "absent"), [(SKY, "PQ_th"), (ANT, "PQ_st")])
 def test_data_set_with_only_stuff_or_only_things(measure, category, absent):
     layout: Layout = ([[5] * 4] * 4, {5: (category, 0)})
@@ -166,12 +156,6 @@ def test_equals_detectron2_and_panopticapi(make_dataset, monkeypatch):
     assert {key: ours[key] for key in reference} == pytest.approx(reference, rel=1e-12)
 
 
-def test_no_process_is_left_behind(measure):
-    before = multiprocessing.active_children()
-    measure([HALVES], [HALVES])
-    assert multiprocessing.active_children() == before
-
-
 def test_the_output_is_not_changed(make_dataset):
     name = make_dataset([HALVES])
     output = panoptic_output(HALVES)
@@ -191,22 +175,6 @@ def test_images_of_one_name_in_two_folders(make_dataset):
     outputs = [panoptic_output(HALVES), panoptic_output(NOTHING)]
     evaluator.process(DatasetCatalog.get(name), outputs)
     assert evaluator.evaluate()["panoptic_seg"]["PQ"] == 100
-
-
-def test_predictions_of_all_processes_are_gathered(make_dataset, monkeypatch):
-    name = make_dataset([HALVES, HALVES])
-    evaluators = []
-    for record in DatasetCatalog.get(name):
-        evaluator = PanopticEvaluator(name)
-        evaluator.reset()
-        evaluator.process([record], [panoptic_output(HALVES)])
-        evaluators.append(evaluator)
-    everything = [evaluator._predicted for evaluator in evaluators]
-    monkeypatch.setattr(comm, "gather", lambda _: everything)
-    assert evaluators[0].evaluate()["panoptic_seg"]["PQ"] == 100
-    monkeypatch.setattr(comm, "gather", lambda _: [])
-    monkeypatch.setattr(comm, "is_main_process", lambda: False)
-    assert evaluators[1].evaluate() is None
 
 
 def test_missing_prediction(make_dataset):
@@ -260,7 +228,7 @@ def test_build_evaluators(make_dataset, tmp_path):
         build()
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 3, 7])
+@pytest.mark.parametrize("num_workers", [1, 2, 7])
 def test_the_number_of_processes_changes_no_bit(make_dataset, monkeypatch, num_workers):
     generator = np.random.default_rng(1)
     truth = [random_layout(generator, crowds=True) for _ in range(9)]
@@ -271,23 +239,16 @@ def test_the_number_of_processes_changes_no_bit(make_dataset, monkeypatch, num_w
     workers = [PanopticEvaluator(name) for _ in range(num_workers)]
     for i in order:
         workers[i % num_workers].process([records[i]], [outputs[i]])
-    gathered = [pickle.loads(pickle.dumps(worker._predicted)) for worker in workers]
+    sent = []
+    monkeypatch.setattr(comm, "gather", lambda data: sent.append(pickle.dumps(data)) or [])
+    monkeypatch.setattr(comm, "is_main_process", lambda: False)
+    assert all(worker.evaluate() is None for worker in workers[1:])
+    monkeypatch.undo()
     alone = PanopticEvaluator(name)
     alone.process(records, outputs)
     expected = alone.evaluate()
-    monkeypatch.setattr(comm, "gather", lambda _: gathered)
+    monkeypatch.setattr(comm, "gather", lambda data: [data, *map(pickle.loads, sent)])
     assert str(workers[0].evaluate()) == str(expected)  # NaN != NaN
-
-
-def test_only_matches_are_kept(make_dataset):
-    """What stays of an image, apart from the annotations, does not grow with its pixels."""
-    sizes = []
-    for side in (8, 400):
-        layout: Layout = ([[1] * side] * side, {1: (CAT, 0)})
-        evaluator = PanopticEvaluator(name := make_dataset([layout]))
-        evaluator.process(DatasetCatalog.get(name), [panoptic_output(layout)])
-        sizes.append(len(pickle.dumps(evaluator._predicted)))
-    assert sizes[0] == sizes[1] < 400
 
 
 def test_boundary_quality(make_dataset, tmp_path):

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import math
-import pickle
 from pathlib import Path
 
 import cv2
@@ -18,7 +17,6 @@ from psf.evaluation.panoptic_quality import (
     TruthSegment,
     add_up,
     compare,
-    count_overlaps,
     quality_rows,
 )
 
@@ -117,10 +115,10 @@ def random_pair(rng: np.random.Generator) -> Pair:
     return Pair(truth_ids, truth, pred_ids, pred)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(12))
 def test_random_maps(tmp_path, seed):
     rng = np.random.default_rng(seed)
-    assert_equals_panopticapi([random_pair(rng) for _ in range(8)], tmp_path)
+    assert_equals_panopticapi([random_pair(rng) for _ in range(6)], tmp_path)
 
 
 def test_no_images():
@@ -180,17 +178,6 @@ def test_sizes_that_differ():
         Pair([[1] * 3], [(1, 3, 0)], [[5] * 4], [(5, 3)]).record()
 
 
-def test_overlaps_of_nothing():
-    assert count_overlaps(np.zeros((0, 4), np.uint32), np.zeros((0, 4), np.uint32)) == {}
-
-
-def test_a_record_is_small():
-    """Thirty segments in less than 2 KB, however large the image."""
-    ids = np.arange(1, 31).repeat(40000).reshape(1000, 1200)
-    pair = Pair(ids, [(i, 3, 0) for i in range(1, 31)], ids, [(i, 3) for i in range(1, 31)])
-    assert len(pickle.dumps(pair.record())) < 2000
-
-
 # ------------------------------------------------------------------------------------ boundary
 
 
@@ -202,7 +189,7 @@ def boundary_of(mask: np.ndarray) -> np.ndarray:
     return mask & (eroded == 0)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(6))
 def test_boundary_matches_by_definition(seed):
     rng = np.random.default_rng(seed)
     cells = rng.integers(0, 4, (3, 4)).astype(np.uint8)

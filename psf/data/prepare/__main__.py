@@ -15,17 +15,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m psf.data.prepare",
         description="Prepare a public data set from its official downloads, which "
-        "datasets/README.md lists. What is done already is not done again.",
+        "datasets/README.md lists. A second run goes on where the first stopped.",
     )
     parser.add_argument("data_set", choices=sorted(_DATA_SETS))
     parser.add_argument(
         "--root",
         type=Path,
         default=Path(datasets_root()),
-        help="folder of the data sets, with the archives or what they hold (%(default)s)",
+        help="folder of the data sets, with the archives or their contents (%(default)s)",
     )
     parser.add_argument(
-        "--allow-partial", action="store_true", help="go on with fewer images than there should be"
+        "--allow-partial", action="store_true", help="accept fewer images than the data set has"
     )
     args = parser.parse_args()
     setup_logger(name="psf")

@@ -1,8 +1,7 @@
-"""ADE20K panoptic: semantic and instance annotations of the Places Challenge 2017, in one map.
+"""ADE20K panoptic: unites the semantic and instance annotations of the Places Challenge 2017.
 
-Like Mask2Former's preparation, which the field trains on, things lie on stuff where the two
-overlap. Unlike it, areas and boxes are those of what remains visible, as panopticapi presumes, and
-stuff that is covered completely is left out.
+As in Mask2Former's preparation, things cover stuff. Unlike there, areas and boxes are of the
+visible pixels, as panopticapi requires, and stuff that is covered completely is left out.
 """
 
 from functools import partial
@@ -14,22 +13,29 @@ from PIL import Image
 
 from .. import categories
 from ..coco_writer import PanopticImage, Segment, Split, convert_split
-from .archives import unpack
+from .archives import require_unpacked, unpack
 
 ROOT = "ADEChallengeData2016"
 # Split, its folder, and its images.
 _SPLITS = (("train", "training", 20_210), ("val", "validation", 2_000))
+# Folders, and the archives that have them.
+_FOLDERS = {
+    "images": f"{ROOT}.zip",
+    "annotations": f"{ROOT}.zip",
+    "annotations_instance": "annotations_instance.tar",
+}
 _VOID = 255
 
 
 def prepare(root: Path, *, allow_partial: bool) -> None:
-    """Unpack what is downloaded to ``root`` and make labels, instances and panoptic files of it."""
+    """Unpack the archives in ``root`` and write labels, instances and panoptic files."""
     data = root / ROOT
     for name, target in ((f"{ROOT}.zip", root), ("annotations_instance.tar", data)):
         for archive in (root / name, data / name):
             unpack(archive, target)
     for split, folder, num_images in _SPLITS:
-        _require_folders(data, folder)
+        for kind, archive_name in _FOLDERS.items():
+            require_unpacked(data / kind / folder, archive_name, data)
         convert_split(
             Split(
                 name=f"ADE20K {split}",
@@ -43,19 +49,6 @@ def prepare(root: Path, *, allow_partial: bool) -> None:
             num_images=num_images,
             allow_partial=allow_partial,
         )
-
-
-def _require_folders(data: Path, folder: str) -> None:
-    for kind, archive in (
-        ("images", f"{ROOT}.zip"),
-        ("annotations", f"{ROOT}.zip"),
-        ("annotations_instance", "annotations_instance.tar"),
-    ):
-        if not (data / kind / folder).is_dir():
-            raise FileNotFoundError(
-                f"'{data / kind / folder}' does not exist. Put {archive} (datasets/README.md says "
-                f"where it is from) into '{data.parent}' or '{data}', or unpack it there."
-            )
 
 
 def _convert(data: Path, folder: str, image: Path) -> PanopticImage:
@@ -95,7 +88,7 @@ def _convert(data: Path, folder: str, image: Path) -> PanopticImage:
 
 
 def _thing_category(values: NDArray[np.uint8], image: Path, instance: int) -> int:
-    """The category of an instance, whose pixels all have the same value in 1..100."""
+    """The category of an instance; all its pixels must have one value in 1..100."""
     found = np.unique(values).tolist()
     if len(found) != 1 or not 1 <= found[0] <= len(categories.ADE20K_INSTANCE_CLASSES):
         raise ValueError(

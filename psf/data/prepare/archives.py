@@ -10,7 +10,7 @@ import tqdm  # type: ignore[import-untyped]
 
 def unpack(archive: Path, folder: Path, *, members: str = "") -> None:
     """
-    Unpack the files of a .zip or .tar, if it exists, except those that have the right size already.
+    Unpack a .zip or .tar, if it exists. Files that have the right size already are skipped.
 
     Args:
         archive: the file.
@@ -42,3 +42,12 @@ def _is_wanted(name: str, size: int, folder: Path, members: str) -> bool:
     target = folder / name
     # A file that an interrupted run has not finished has another size.
     return name.startswith(members) and not (target.is_file() and target.stat().st_size == size)
+
+
+def require_unpacked(path: Path, archive: str, folder: Path) -> None:
+    """Raise FileNotFoundError, with the archive to get, unless a path exists."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"'{path}' does not exist. Put {archive} (see datasets/README.md) into '{folder}', or "
+            "unpack it there."
+        )

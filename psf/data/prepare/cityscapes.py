@@ -1,8 +1,7 @@
-"""Cityscapes panoptic: from the instance ids of the fine annotations, as cityscapesScripts does it.
+"""Cityscapes panoptic, from the instance ids of the fine annotations, as in cityscapesScripts.
 
-A value of at least 1000 is an instance of class value // 1000. A smaller one is a class: for stuff
-its only segment, for things a group that is not told apart, a crowd. Classes that are not evaluated
-are void.
+A value of at least 1000 is an instance of class value // 1000. A smaller value is a class: the
+segment of stuff, or a crowd of things. Classes that are not evaluated are void.
 """
 
 from pathlib import Path
@@ -13,7 +12,7 @@ from PIL import Image
 
 from .. import categories
 from ..coco_writer import PanopticImage, Segment, Split, convert_split
-from .archives import unpack
+from .archives import require_unpacked, unpack
 
 # Split and its images. The test split has no annotations.
 _SPLITS = (("train", 2_975), ("val", 500))
@@ -23,18 +22,14 @@ _VOID = 255
 
 
 def prepare(root: Path, *, allow_partial: bool) -> None:
-    """Unpack what is downloaded to ``root`` and make labels, instances and panoptic files of it."""
+    """Unpack the archives in ``root`` and write labels, instances and panoptic files."""
     data = root / "cityscapes"
     for name in _ARCHIVES:
         for archive in (root / name, data / name):
             unpack(archive, data, members=name.partition("_")[0])
     for split, num_images in _SPLITS:
         for folder, archive_name in zip(("gtFine", "leftImg8bit"), _ARCHIVES, strict=True):
-            if not (data / folder / split).is_dir():
-                raise FileNotFoundError(
-                    f"'{data / folder / split}' does not exist. Put {archive_name} "
-                    f"(datasets/README.md says where it is from) into '{data}', or unpack it there."
-                )
+            require_unpacked(data / folder / split, archive_name, data)
         truth = data / "gtFine"
         convert_split(
             Split(

@@ -1,10 +1,10 @@
-"""COCO panoptic: unpacks the official archives, which need no conversion, and counts files."""
+"""COCO panoptic: unpacks the official archives and counts the files."""
 
 import json
 import logging
 from pathlib import Path
 
-from .archives import unpack
+from .archives import require_unpacked, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ _ARCHIVES = (
 
 
 def prepare(root: Path, *, allow_partial: bool) -> None:
-    """Unpack what is downloaded to ``root``, and check that every image has its PNG."""
+    """Unpack the archives in ``root``, and check that every image has a PNG."""
     data = root / "coco"
     for name in _ARCHIVES:
         for archive in (root / name, data / name):
@@ -33,11 +33,7 @@ def prepare(root: Path, *, allow_partial: bool) -> None:
 def _check(data: Path, split: str, num_images: int, allow_partial: bool) -> None:
     panoptic_json = data / "annotations" / f"panoptic_{split}.json"
     for path in (data / split, data / f"panoptic_{split}", panoptic_json):
-        if not path.exists():
-            raise FileNotFoundError(
-                f"'{path}' does not exist. Put {', '.join(_ARCHIVES)} (datasets/README.md says "
-                f"where they are from) into '{data}', or unpack them there."
-            )
+        require_unpacked(path, " and ".join(_ARCHIVES), data)
     with open(panoptic_json, encoding="utf-8") as file:
         content = json.load(file)
     images = {path.name for path in (data / split).iterdir()}
@@ -55,4 +51,4 @@ def _check(data: Path, split: str, num_images: int, allow_partial: bool) -> None
             f"'{panoptic_json}' has {count} annotated images instead of {num_images}. Download it "
             "again, or pass --allow-partial to go on with it."
         )
-    logger.info("COCO %s: %d images and PNGs are in place.", split, count)
+    logger.info("COCO %s: %d images and PNGs exist.", split, count)

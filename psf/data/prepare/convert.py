@@ -1,4 +1,4 @@
-"""Other annotations to the COCO panoptic format: instances with label maps, and LabelMe's files.
+"""Converts instances with label maps, and LabelMe's files, to the COCO panoptic format.
 
 Shapes: H x W pixels of an image.
 """
@@ -25,14 +25,14 @@ def convert_instances(
     output: Path,
 ) -> None:
     """
-    Unite COCO instance annotations with label maps of the stuff (as COCO-Stuff's).
+    Unite COCO instance annotations with label maps of the stuff (as in COCO-Stuff).
 
-    Things lie on stuff, small things on large ones, and crowds below all others. Labels that are
-    not among the stuff categories are void.
+    Things cover stuff, small things cover large ones, and all other things cover crowds. Labels
+    that are not stuff categories are void.
 
     Args:
         instances_json: things, as polygons or run lengths; its categories are the thing classes.
-        label_root: for each image a PNG of its name, whose values are stuff category ids.
+        label_root: folder of PNGs named as the images, with stuff category ids as values.
         stuff_categories: id and name of each.
         output: folder for ``panoptic/``, ``panoptic.json`` and ``instances.json``.
 
@@ -93,7 +93,7 @@ def _unite(
 
 
 def _decode(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
-    """(H, W), polygons or run lengths of COCO."""
+    """(H, W), from COCO's polygons or run lengths."""
     rle = segmentation
     if isinstance(segmentation, list):
         rle = pycocotools.mask.merge(pycocotools.mask.frPyObjects(segmentation, height, width))
@@ -104,11 +104,10 @@ def _decode(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
 
 def convert_labelme(source: Path, stuff: Sequence[str], output: Path) -> None:
     """
-    Convert the files of LabelMe: one JSON an image with ``shapes``.
+    Convert LabelMe's files, one JSON per image.
 
-    Shapes of a stuff label are one segment; of a thing each is one, unless several share a
-    ``group_id``. What comes later in a file lies on top. A shape with the flag ``crowd`` is a
-    crowd.
+    The shapes of a stuff label are one segment; each shape of a thing label is a segment, unless
+    several share a ``group_id``. Later shapes cover earlier ones. The flag ``crowd`` marks a crowd.
 
     Args:
         source: folder of the JSON files.
@@ -116,8 +115,7 @@ def convert_labelme(source: Path, stuff: Sequence[str], output: Path) -> None:
         output: folder for ``panoptic/``, ``panoptic.json`` and ``instances.json``.
 
     Raises:
-        ValueError: there is no file, no shape has one of the stuff labels, or a kind of shape has
-            no area.
+        ValueError: there is no file, a stuff label has no shape, or a shape has no area.
     """
     files = sorted(source.glob("*.json"))
     shapes = [s for f in files for s in json.loads(f.read_text(encoding="utf-8"))["shapes"]]
@@ -139,7 +137,7 @@ def _convert_labelme(categories: Sequence[Mapping[str, Any]], source: Path) -> P
     index_map = np.zeros((content["imageHeight"], content["imageWidth"]), dtype=np.int32)
     known = {c["name"]: c for c in categories}
     segments: list[Segment] = []
-    shared: dict[Any, int] = {}  # index of the segments that several shapes make up
+    shared: dict[Any, int] = {}  # segment of the shapes that belong together
     for number, shape in enumerate(content["shapes"]):
         category = known[shape["label"]]
         group = shape.get("group_id")

@@ -1,4 +1,4 @@
-"""Synthetic panoptic data: geometric things on textured stuff, made when first used."""
+"""Synthetic panoptic data: geometric things on textured stuff, generated on first use."""
 
 from .dataset import generate_shapes, register_shapes
 from .scene import CATEGORIES

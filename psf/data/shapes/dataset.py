@@ -1,6 +1,6 @@
-"""Writes the data set shapes in the COCO panoptic format, and registers it with Detectron2.
+"""Generates the data set shapes in the COCO panoptic format, and registers it with Detectron2.
 
-For both splits, ``train`` and ``val``, the data set's folder holds ``<split>/`` (images),
+For each split, ``train`` and ``val``, the folder of the data set has ``<split>/`` (images),
 ``panoptic_<split>/`` (PNGs), ``panoptic_<split>.json`` and ``instances_<split>.json`` (for AP).
 """
 
@@ -23,7 +23,7 @@ from .scene import CATEGORIES, draw_scene
 
 logger = logging.getLogger(__name__)
 
-# To be raised with every change of the images or of the files: older data is then made anew.
+# Raise with every change of the images or JSON files: older data is then replaced.
 GENERATOR_VERSION = 2
 
 NUM_TRAIN = 2000
@@ -49,7 +49,7 @@ def register_shapes(
     seed: int = SEED,
 ) -> None:
     """
-    Register ``<prefix>_train`` and ``<prefix>_val``, which are generated when first used.
+    Register ``<prefix>_train`` and ``<prefix>_val``, which are generated on first use.
 
     Args:
         root: folder of the data set.
@@ -83,21 +83,21 @@ def generate_shapes(
     seed: int = SEED,
 ) -> None:
     """
-    Make sure that ``root`` holds this data set; does nothing if it does already.
+    Generate the data set in ``root``, unless it is there.
 
-    The files are made in a temporary folder beside ``root`` that takes its place when complete. Any
-    number of processes may call this at the same time: one generates, the others wait.
+    The files are written to a temporary folder, which is renamed to ``root`` when complete. Several
+    processes may call this at the same time: one generates, the others wait.
 
     Args:
-        root: folder of the data set. If it holds another version of shapes, that is replaced.
+        root: folder of the data set. Another version of shapes in it is replaced.
         num_train: training images.
         num_val: validation images.
         size: pixels a side.
-        seed: of all images. An image depends on the seed, the split and its number alone.
+        seed: of all images. An image depends on the seed, its split and its number only.
 
     Raises:
         OSError: ``root`` cannot be written.
-        ValueError: ``root`` holds something else, or the arguments make no sense.
+        ValueError: ``root`` has other contents, or an argument is invalid.
     """
     if size < 32 or num_train < 0 or num_val < 0:
         raise ValueError(
@@ -129,12 +129,12 @@ def generate_shapes(
 
 
 def _replace(target: Path, stamp: dict[str, int]) -> None:
-    """Generate the data set and put it at ``target``, whatever was there."""
+    """Generate the data set, in place of another version of it."""
     if target.exists() and any(target.iterdir()):
         if _read_stamp(target) is None:
             raise ValueError(
-                f"'{target}' is not empty and holds no shapes data set. Choose another folder, or "
-                "remove what is in it."
+                f"'{target}' is not empty and holds no shapes data set. Choose another folder or "
+                "empty it."
             )
         logger.info("'%s' holds another version of shapes, which is replaced.", target)
     prefix = f"{target.name}.partial-"
@@ -151,7 +151,7 @@ def _replace(target: Path, stamp: dict[str, int]) -> None:
 
 
 def _read_stamp(root: Path) -> dict[str, int] | None:
-    """Version and parameters of the shapes data set in a folder; None if it holds none."""
+    """Version and parameters of the shapes data set in a folder; None: there is none."""
     path = root / "panoptic_val.json"
     if not path.is_file():
         return None

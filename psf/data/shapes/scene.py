@@ -1,7 +1,7 @@
 """Draws one synthetic scene with its panoptic segmentation.
 
-Neither colour nor filling tells the class: things are told apart by their outline, stuff by its
-texture. Lengths are in pixels of a 128 x 128 image and grow with the size.
+Colour and filling do not depend on the class: things differ by their outline, stuff by its texture.
+Lengths are in pixels of a 128 x 128 image and scale with the size.
 
 Shapes: S the side of the square image; h x w a window of it. Signed distances are negative inside.
 """
@@ -19,7 +19,7 @@ from ..coco_writer import Segment
 Array = NDArray[np.floating]
 Window = tuple[slice, slice]  # rows and columns of an image
 
-# The ids are sparse, and things and stuff interleave, so that no code can assume an order.
+# Sparse ids, things and stuff interleaved, so that code cannot assume an order.
 CATEGORIES: list[dict[str, Any]] = [
     {"id": 3, "name": "circle", "isthing": 1, "color": [230, 60, 60]},
     {"id": 7, "name": "grass", "isthing": 0, "color": [90, 160, 70]},
@@ -33,7 +33,7 @@ CATEGORIES: list[dict[str, Any]] = [
     {"id": 31, "name": "ring", "isthing": 1, "color": [60, 225, 225]},
 ]
 
-_MIN_VISIBLE = 40  # pixels; what shows less is not drawn
+_MIN_VISIBLE = 40  # pixels; things with fewer are not drawn
 _MIN_STUFF_FRACTION = 0.05  # of the image, before things cover it
 _CROWD_PROBABILITY = 0.08
 _VOID_BAND_PROBABILITY = 0.6
