@@ -2,8 +2,8 @@
 
 OMP_NUM_THREADS=1 python benchmarks/panoptic_mapper.py --json panoptic.json --images ... --pngs ...
 
-Every way sees the same random numbers. Each image is also used re-encoded at 640 x 480. The
-transfer from a worker process is that of a 1024 x 1024 image with 25 segments, in wall time.
+All mappers see the same random numbers. Each image is also used re-encoded at 640 x 480. The
+transfer of a 1024 x 1024 image with 25 segments from a worker process is in wall time.
 """
 
 import argparse
@@ -106,6 +106,13 @@ def loading(records: list[dict[str, Any]], rounds: int, repeats: int) -> dict[st
             "psf": PanopticDatasetMapper(
                 augmentations=augmentations, image_format="RGB", class_map=class_map
             ),
+            "psf, INPUT.RESIZE_LIBRARY opencv": PanopticDatasetMapper(
+                augmentations=build_augmentations(
+                    config([*recipe, "INPUT.RESIZE_LIBRARY", "opencv"]), is_train=True
+                ),
+                image_format="RGB",
+                class_map=class_map,
+            ),
         }
         ways = {k: (lambda m=m: run(m, records, repeats)) for k, m in mappers.items()}
         seconds = measure(ways, rounds=rounds)
@@ -119,7 +126,7 @@ def loading(records: list[dict[str, Any]], rounds: int, repeats: int) -> dict[st
 
 
 class _Mapped(torch.utils.data.Dataset):
-    """One image, mapped again and again, with the time at which that was done."""
+    """One image, mapped repeatedly, with the time at which it was mapped."""
 
     def __init__(self, mapper: Mapper, record: dict[str, Any], what: str, length: int) -> None:
         self.mapper, self.record, self.what, self.length = mapper, record, what, length
@@ -145,7 +152,7 @@ class _Mapped(torch.utils.data.Dataset):
 
 
 def transfer(folder: Path) -> dict[str, dict[str, float]]:
-    """Wall ms from a worker to the main process, an image at a time."""
+    """Wall ms per image from a worker to the main process."""
     index_map = np.repeat(np.repeat(np.arange(1, 26).reshape(5, 5), 205, 0), 205, 1)[:1024, :1024]
     write_panoptic_ids(str(folder / "t.png"), index_map)
     noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8)
@@ -190,7 +197,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, default=sample / "images")
     parser.add_argument("--pngs", type=Path, default=sample / "panoptic")
     parser.add_argument("--rounds", type=int, default=5, help="after one to warm up (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=10, help="of all images in a round")
+    parser.add_argument("--repeats", type=int, default=10, help="of all images per round")
     args = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
