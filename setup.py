@@ -1,11 +1,10 @@
-"""Metadata of ``psf`` and the build of its extensions: ``psf._C`` (C++ kernels), ``psf._image``
-(loading images).
+"""Metadata of ``psf`` and the build of its extension ``psf._C`` (the operator's kernels).
 
     pip install --no-build-isolation -e .
 
 The extension must be compiled against the torch that will load it, hence no build isolation.
-``PSF_SKIP_EXTENSION=1`` leaves both out on purpose: everything works, the operator then runs as
-plain PyTorch and PNGs are read by Pillow. Without it, a build that fails stops the installation.
+``PSF_SKIP_EXTENSION=1`` leaves it out on purpose: everything works, the operator then runs as plain
+PyTorch. Without it, a build that fails stops the installation.
 
 CUDA kernels are built where torch sees a GPU and nvcc is installed; ``FORCE_CUDA=1`` builds them on
 a machine without a GPU, for the architectures in ``TORCH_CUDA_ARCH_LIST``.
@@ -143,7 +142,7 @@ def extension_arguments() -> dict:
 
         def build_extension(self, extension: Extension) -> None:
             groups = {end: sources_of(extension, end) for end in ISA_FLAGS} if x86 else {}
-            if any(groups.values()):  # not psf._image
+            if groups:
                 # At once, since one file takes nearly all the time of its group. None includes
                 # torch, so they need little memory.
                 with ThreadPoolExecutor() as pool:
@@ -177,16 +176,7 @@ def extension_arguments() -> dict:
         depends=[str(path) for path in sorted([*CSRC.glob("*.h"), *CSRC.glob("*.cuh")])],
         extra_compile_args=flags,
     )
-    image = Extension(
-        name="psf._image",
-        sources=[str(path) for path in sorted(Path("psf/csrc").glob("*.cpp"))],
-        depends=["psf/csrc/image.h"],
-        language="c++",
-        extra_compile_args=["/O2", "/std:c++17"]
-        if sys.platform == "win32"
-        else ["-O3", "-std=c++17"],
-    )
-    return {"ext_modules": [extension, image], "cmdclass": {"build_ext": BuildKernels}}
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildKernels}}
 
 
 def sources_of(extension: Extension, end: str) -> list[str]:

@@ -150,27 +150,6 @@ def test_global_switch_makes_it_deterministic(ops, coordinates):
         assert torch.equal(getattr(flagged, name), getattr(switched, name))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sums_by_pixel(ops, coordinates, dtype):
-    case = make_case(dtype=dtype, channels=16, coordinates=coordinates)
-    names = UNFUSED if coordinates is None else FUSED
-    op = (
-        ops._ms_deform_attn_backward_by_pixel
-        if coordinates is None
-        else ops._ms_deform_attn_fused_backward_by_pixel
-    )
-    tensors = [getattr(case, name) for name in names]
-    sizes = [size for shape in case.shapes for size in shape]
-    expected = exact(case)
-    for mask in ([True] * len(names), [True, *[False] * (len(names) - 1)]):
-        grads = op(case.grad, tensors[0], sizes, *tensors[1:], mask)
-        for name, grad, wanted in zip(names, grads, mask, strict=True):
-            if wanted:
-                assert_close(grad, getattr(expected, name), name=name)
-            else:
-                assert grad.shape == (0,)
-
-
 def test_gradients_of_some_inputs_only(ops, coordinates):
     case = make_case(channels=8, coordinates=coordinates)
     names = UNFUSED if coordinates is None else FUSED

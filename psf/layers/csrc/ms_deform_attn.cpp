@@ -1,5 +1,6 @@
 // torch.ops.psf.ms_deform_attn: schema, autograd and autocast rules. The kernels of each device are
 // registered in its own file, the fake kernels in ms_deform_attn.py.
+#include "cpu_capability.h"
 #include "ms_deform_attn_inputs.h"
 
 #include <ATen/autocast_mode.h>
@@ -350,6 +351,7 @@ Tensor fused_autocast(
 }  // namespace
 
 TORCH_LIBRARY(psf, m) {
+  m.def("cpu_capability() -> str", [] { return std::string(name_of(capability())); });
   m.def(
       "ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, "
       "Tensor attention_weights, *, bool deterministic=False) -> Tensor");

@@ -24,9 +24,6 @@ using at::Tensor;
 
 constexpr uintptr_t kAlignment = 16;  // of the widest loads
 
-// How the value gradient is added up.
-enum class Sum { kScattered, kDeterministic, kByPixel };
-
 struct Wanted {
   bool value;
   bool references;
@@ -167,43 +164,19 @@ Tensor deterministic_backward(
   return grad_value;
 }
 
-void backward_by_pixel(
-    const Call& call, const Tensor& grad, CudaGradients gradients, CUstream_st* stream) {
-  const Sizes& sizes = call.inputs.sizes;
-  TORCH_CHECK(
-      call.value.scalar_type() != at::kDouble && sizes.channels % 4 == 0 &&
-          sizes.channels <= 1024 && sizes.queries * sizes.heads * sizes.levels <= kMaxCudaRows,
-      "ms_deform_attn: sums by pixel are for up to 1024 channels, a multiple of 4, not double");
-  CudaInputs inputs = call.inputs;
-  auto* grad_value = static_cast<float*>(std::exchange(gradients.value, nullptr));
-  Tensor softmax;
-  if (call.references.defined()) {
-    softmax = at::empty(call.weights.sizes(), call.references.options());
-    gradients.softmax = softmax.mutable_data_ptr();
-    inputs.weights = softmax.const_data_ptr();
-    inputs.weights_type = scalar(softmax.scalar_type());
-  }
-  if (gradients.positions || gradients.weights || gradients.locations || gradients.softmax) {
-    ms_deform_attn_backward_cuda(call.inputs, grad.const_data_ptr(), gradients, stream);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-  value_gradient_by_pixel_cuda(inputs, grad.const_data_ptr(), grad_value, stream);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
 // Gradients by value, references, positions and weights; undefined where not wanted.
 FusedGradients backward(
-    const Call& call, const Tensor& grad_output, const Wanted& wanted, Sum sum) {
+    const Call& call, const Tensor& grad_output, const Wanted& wanted, bool deterministic) {
   const Sizes& sizes = call.inputs.sizes;
   check_grad_output(grad_output, call.value, sizes);
   const Tensor grad = aligned(grad_output.to(call.value.scalar_type()));
   const at::TensorOptions wide = call.value.options().dtype(accumulator_type(call.value));
   const bool has_rows = sizes.images * sizes.queries * sizes.heads > 0;
   if (!wanted.value || !has_rows) {
-    sum = Sum::kScattered;
+    deterministic = false;
   }
   Tensor grad_value, grad_references, grad_positions, grad_weights, grad_locations;
-  if (wanted.value && sum != Sum::kDeterministic) {
+  if (wanted.value && !deterministic) {
     grad_value = at::zeros(call.value.sizes(), wide);
   }
   if (wanted.positions) {
@@ -224,12 +197,9 @@ FusedGradients backward(
       pointer(grad_value),
       pointer(grad_positions),
       pointer(grad_weights),
-      pointer(grad_locations),
-      nullptr};
-  if (sum == Sum::kDeterministic) {
+      pointer(grad_locations)};
+  if (deterministic) {
     grad_value = deterministic_backward(call, grad, gradients, stream);
-  } else if (sum == Sum::kByPixel) {
-    backward_by_pixel(call, grad, gradients, stream);
   } else {
     ms_deform_attn_backward_cuda(call.inputs, grad.const_data_ptr(), gradients, stream);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -247,9 +217,8 @@ Tensor as_result(const Tensor& grad, const Tensor& input) {
   return grad.defined() ? grad.to(input.scalar_type()) : at::empty({0}, input.options());
 }
 
-Sum choose_sum(bool deterministic) {
-  return deterministic || at::globalContext().deterministicAlgorithms() ? Sum::kDeterministic
-                                                                         : Sum::kScattered;
+bool choose_sum(bool deterministic) {
+  return deterministic || at::globalContext().deterministicAlgorithms();
 }
 
 // The forward kernels are deterministic, so the flag changes nothing.
@@ -277,7 +246,7 @@ Tensor forward_fused_cuda(
 }
 
 Gradients backward_with(
-    Sum sum,
+    bool sum,
     const Tensor& grad_output,
     const Tensor& value,
     at::IntArrayRef spatial_shapes,
@@ -296,7 +265,7 @@ Gradients backward_with(
 }
 
 FusedGradients backward_fused_with(
-    Sum sum,
+    bool sum,
     const Tensor& grad_output,
     const Tensor& value,
     at::IntArrayRef spatial_shapes,
@@ -354,29 +323,6 @@ FusedGradients backward_fused_cuda(
       output_mask);
 }
 
-Gradients backward_by_pixel_cuda(
-    const Tensor& grad_output,
-    const Tensor& value,
-    at::IntArrayRef spatial_shapes,
-    const Tensor& locations,
-    const Tensor& weights,
-    std::array<bool, 3> output_mask) {
-  return backward_with(
-      Sum::kByPixel, grad_output, value, spatial_shapes, locations, weights, output_mask);
-}
-
-FusedGradients backward_fused_by_pixel_cuda(
-    const Tensor& grad_output,
-    const Tensor& value,
-    at::IntArrayRef spatial_shapes,
-    const Tensor& references,
-    const Tensor& offsets,
-    const Tensor& logits,
-    std::array<bool, 4> output_mask) {
-  return backward_fused_with(
-      Sum::kByPixel, grad_output, value, spatial_shapes, references, offsets, logits, output_mask);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(psf, CUDA, m) {
@@ -384,25 +330,6 @@ TORCH_LIBRARY_IMPL(psf, CUDA, m) {
   m.impl("ms_deform_attn_backward", &backward_cuda);
   m.impl("ms_deform_attn_fused", &forward_fused_cuda);
   m.impl("ms_deform_attn_fused_backward", &backward_fused_cuda);
-}
-
-// The other way to add up the value gradient, for benchmarks/gpu_suite.sh to compare: which is
-// faster depends on the device's rate of atomics.
-TORCH_LIBRARY_FRAGMENT(psf, m) {
-  m.def(
-      "_ms_deform_attn_backward_by_pixel(Tensor grad_output, Tensor value, "
-      "SymInt[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights, "
-      "bool[3] output_mask) "
-      "-> (Tensor, Tensor, Tensor)");
-  m.def(
-      "_ms_deform_attn_fused_backward_by_pixel(Tensor grad_output, Tensor value, "
-      "SymInt[] spatial_shapes, Tensor reference_points, Tensor sampling_offsets, "
-      "Tensor attention_logits, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(psf, CUDA, m) {
-  m.impl("_ms_deform_attn_backward_by_pixel", &backward_by_pixel_cuda);
-  m.impl("_ms_deform_attn_fused_backward_by_pixel", &backward_fused_by_pixel_cuda);
 }
 
 }  // namespace psf

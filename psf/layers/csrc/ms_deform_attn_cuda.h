@@ -50,7 +50,6 @@ struct CudaGradients {
   void* positions;  // (N, Q, M, L, P, 2)
   void* weights;    // (N, Q, M, L, P)
   void* locations;  // (N, Q, M, L, P, 2) of A, fused only: by locations that span [0, 1]
-  void* softmax;    // (N, Q, M, L, P) of A, fused only: not a gradient but the attention weights
 };
 
 // Every element of the output, (N, Q, M * D), is written. Needs N * Q * M * D > 0.
@@ -83,12 +82,6 @@ void value_gradient_from_fixed_point_cuda(
     const int32_t* exponent,
     void* grad_value,  // (N, S, M, D) of type
     CUstream_st* stream);
-
-// Adds the value gradient to its zeros in another way: sorts the samples of a tile of queries by
-// pixel and adds the sum for each pixel at once, for fewer atomics. Not for double; D is a multiple
-// of 4. In the fused variant inputs.weights must be the softmax that the backward has written.
-void value_gradient_by_pixel_cuda(
-    const CudaInputs& inputs, const void* grad_output, float* grad_value, CUstream_st* stream);
 
 // Fused: sums the gradient by locations over heads and points, in a fixed order.
 void reference_gradient_cuda(

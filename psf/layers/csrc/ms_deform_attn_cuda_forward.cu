@@ -65,7 +65,7 @@ void launch_forward(const CudaInputs& inputs, void* output, CUstream_st* stream)
   const unsigned rows = threads / kLanes;
   const size_t shared = rows * kRecordBytes<Arithmetic<T>, kLanes>;
   dispatch_fused(inputs, [&](auto fused) {
-    for_all_tiles(inputs, rows, inputs.sizes.heads, [&](dim3 grid, const Problem& problem) {
+    for_all_tiles(inputs, rows, [&](dim3 grid, const Problem& problem) {
       launch(
           &forward_kernel<T, decltype(fused)::value, kLanes, kVector, kManyRounds>,
           grid,
