@@ -29,7 +29,7 @@ unit: setup  ## Tests with the extension, then operator and model without it.
 	PSF_DISABLE_EXTENSION=1 $(BIN)/python -m pytest tests/layers tests/modeling
 
 clean:  ## Remove what setup and the build made (not data sets, not output/).
-	rm -rf $(VENV) build *.egg-info psf/_C*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info psf/_C.so .pytest_cache .mypy_cache .ruff_cache
 
 # The stamps make the second run install nothing; they are written last, so that an interrupted
 # set-up is taken up again.

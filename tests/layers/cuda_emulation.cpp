@@ -185,10 +185,38 @@ struct Run {
 
 }  // namespace
 
-// What went wrong in the last call; empty if nothing did.
-std::string emulation_error() {
-  return machine.error;
+// What of LibTorch the operator asks about a device, for the emulated one: a launch has failed if the
+// kernels did what they must not.
+extern "C" {
+
+int32_t aoti_torch_create_device_guard(int32_t /*index*/, void** guard) {
+  *guard = nullptr;
+  return 0;
 }
+
+int32_t aoti_torch_delete_device_guard(void* /*guard*/) {
+  return 0;
+}
+
+int32_t aoti_torch_get_current_cuda_stream(int32_t /*index*/, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+
+int32_t torch_c10_cuda_check_msg(
+    int32_t /*error*/,
+    const char* /*file*/,
+    const char* /*function*/,
+    uint32_t /*line*/,
+    bool /*include_device_assertions*/,
+    char** message) {
+  *message = machine.error.empty() ? nullptr : machine.error.data();
+  return 0;
+}
+
+void torch_c10_cuda_free_error_msg(char* /*message*/) {}
+
+}  // extern "C"
 
 namespace psf {
 

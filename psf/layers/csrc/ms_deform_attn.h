@@ -1,15 +1,14 @@
 // Multi-scale deformable attention: what all kernels share. No torch header, so that any compiler
 // (also nvcc) takes it quickly.
 //
-// Shapes: N images, Q queries, L levels, S = sum_l H_l * W_l positions, M heads, D channels a head,
-// P sampling points. All tensors are contiguous:
+// Shapes: N images, Q queries, L levels, S = sum_l H_l * W_l positions, M heads, D channels per head,
+// P sampling points:
 //   value (N, S, M, D), locations (N, Q, M, L, P, 2), weights (N, Q, M, L, P), output (N, Q, M * D).
 // T is the type of value and output; A the type of the arithmetic, of locations and of weights:
 // double for double, float for everything else.
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 namespace psf {
 

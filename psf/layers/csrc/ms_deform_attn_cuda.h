@@ -1,7 +1,7 @@
 // The CUDA kernels as ms_deform_attn_cuda.cpp calls them: raw pointers, no torch header, so that
 // nvcc compiles them quickly and any test harness can call them.
 //
-// Shapes: N images, Q queries, L levels, S = sum_l H_l * W_l positions, M heads, D channels a head,
+// Shapes: N images, Q queries, L levels, S = sum_l H_l * W_l positions, M heads, D channels per head,
 // P sampling points. A is the type of the arithmetic: double for double values, else float.
 #pragma once
 
@@ -51,6 +51,9 @@ struct CudaGradients {
   void* weights;    // (N, Q, M, L, P)
   void* locations;  // (N, Q, M, L, P, 2) of A, fused only: by locations that span [0, 1]
 };
+
+// What CUDA says of the last launch, a cudaError_t.
+int32_t launch_error_cuda();
 
 // Every element of the output, (N, Q, M * D), is written. Needs N * Q * M * D > 0.
 void ms_deform_attn_cuda(const CudaInputs& inputs, void* output, CUstream_st* stream);

@@ -80,6 +80,10 @@ void launch_forward(const CudaInputs& inputs, void* output, CUstream_st* stream)
 
 }  // namespace
 
+int32_t launch_error_cuda() {
+  return static_cast<int32_t>(cudaGetLastError());
+}
+
 void ms_deform_attn_cuda(const CudaInputs& inputs, void* output, CUstream_st* stream) {
   dispatch_type(inputs.type, [&](auto zero) {
     using T = decltype(zero);
