@@ -29,7 +29,7 @@ unit: setup  ## Tests with the extension, then operator and model without it.
 	PSF_DISABLE_EXTENSION=1 $(BIN)/python -m pytest tests/layers tests/modeling
 
 clean:  ## Remove what setup and the build made (not data sets, not output/).
-	rm -rf $(VENV) build *.egg-info psf/_C*.so psf/_image*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info psf/_C.so .pytest_cache .mypy_cache .ruff_cache
 
 # The stamps make the second run install nothing; they are written last, so that an interrupted
 # set-up is taken up again.
@@ -37,7 +37,7 @@ $(VENV)/.requirements-installed: requirements.txt requirements-nodeps.txt tools/
 	PYTHON=$(PYTHON) VENV=$(VENV) sh tools/install_requirements.sh
 	touch $@
 
-EXTENSION_SOURCES := setup.py $(wildcard psf/layers/csrc/* psf/csrc/*)
+EXTENSION_SOURCES := setup.py $(wildcard psf/layers/csrc/*)
 $(VENV)/.extension-built: $(VENV)/.requirements-installed $(EXTENSION_SOURCES)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps -e .
 	touch $@

@@ -1,11 +1,10 @@
-"""Metadata of ``psf`` and the build of its extensions: ``psf._C`` (C++ kernels), ``psf._image``
-(loading images).
+"""Metadata of ``psf`` and the build of its library ``psf/_C.so`` (the operator's kernels).
 
     pip install --no-build-isolation -e .
 
-The extension must be compiled against the torch that will load it, hence no build isolation.
-``PSF_SKIP_EXTENSION=1`` leaves both out on purpose: everything works, the operator then runs as
-plain PyTorch and PNGs are read by Pillow. Without it, a build that fails stops the installation.
+The library uses LibTorch's stable ABI and no Python: one build serves torch 2.10 and later, and every
+Python. ``PSF_SKIP_EXTENSION=1`` leaves it out on purpose: everything works, the operator then runs as
+plain PyTorch. Without it, a build that fails stops the installation.
 
 CUDA kernels are built where torch sees a GPU and nvcc is installed; ``FORCE_CUDA=1`` builds them on
 a machine without a GPU, for the architectures in ``TORCH_CUDA_ARCH_LIST``.
@@ -19,15 +18,32 @@ import platform
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 CSRC = Path("psf/layers/csrc")
-ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0")  # of GPUs that the kernels are compiled for
+TARGET_TORCH = "0x020a000000000000"  # 2.10, the oldest whose stable ABI suffices
+ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"  # of GPUs; PTX is what newer ones compile for themselves
+
+CXX_FLAGS = ["-O3", "-g0", "-Wall", "-fPIC", "-fvisibility=hidden"]
+# These let loops with comparisons and square roots vectorise; unlike -ffast-math they keep NaN,
+# infinities and the order of additions. Products and sums may be contracted.
+CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+CXX_FLAGS += ["-Wno-psabi"]  # vectors are passed between inlined functions only
+# Of the files of kernels, by the end of their names: the platform's least processor and, on x86-64,
+# better ones; which of them runs is decided when it runs.
+ISA_FLAGS = {
+    "_avx2": ["-mavx2", "-mfma"],
+    "_avx512": [
+        *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"),
+        "-mprefer-vector-width=512",
+    ],
+}
 
 
 def version() -> str:
@@ -38,164 +54,130 @@ def version() -> str:
     return match[1]
 
 
-def compile_args() -> list[str]:
-    """Flags of the C++ compiler. No -march: the binary runs on any machine of the platform."""
+def reason_not_to_build() -> str | None:
+    """Why this machine's psf goes without the library."""
+    if os.environ.get("PSF_SKIP_EXTENSION") == "1":
+        return "PSF_SKIP_EXTENSION=1 is set"
     if sys.platform == "win32":
-        return ["/O2", "/openmp"]
-    # The last two let loops with comparisons and square roots vectorise; unlike -ffast-math they
-    # keep NaN, infinities and the order of additions.
-    args = ["-O3", "-g0", "-Wall", "-fno-math-errno", "-fno-trapping-math"]
-    # Sums of loops marked so are in no particular order. Products and sums may be contracted;
-    # vectors are passed between inlined functions only.
-    args += ["-fopenmp-simd", "-ffp-contract=fast", "-Wno-psabi"]
-    if has_x86_kernels():
-        args.append("-DPSF_X86_KERNELS")
-    # at::parallel_for is compiled into the extension. Only the compiler gets -fopenmp: without it
-    # at the link, the extension uses the OpenMP runtime that torch has loaded, and so obeys
-    # torch.set_num_threads. Clang's OpenMP calls another runtime, which torch does not load (and
-    # Apple's clang has none): its kernels run on one thread.
-    return [*args, "-fopenmp"] if sys.platform == "linux" and not is_clang() else args
-
-
-def is_clang() -> bool:
-    from torch.utils.cpp_extension import get_cxx_compiler
-
-    command = [*shlex.split(get_cxx_compiler()), "--version"]
-    return "clang" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def cuda_home() -> str | None:
-    """The CUDA toolkit: CUDA_HOME, or that of the nvcc on PATH.
-
-    nvcc itself is asked, since it may be a script that stands far from its toolkit, where torch
-    would look for headers in vain.
-    """
-    nvcc = shutil.which("nvcc")
-    if os.environ.get("CUDA_HOME") or nvcc is None:
-        return os.environ.get("CUDA_HOME")
-    command = [nvcc, "--dryrun", "-x", "cu", os.devnull]
-    steps = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    match = re.search(r"^#\$ TOP=(.+)$", steps, re.MULTILINE)
-    if match is None:
-        raise RuntimeError(f"{nvcc} does not say where its toolkit is: set CUDA_HOME")
-    return str(Path(match[1].strip()).resolve())
-
-
-def wants_cuda(home: str | None) -> bool:
+        return "the kernels need GCC or Clang"
     import torch
 
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+        return f"torch {torch.__version__} is older than 2.10"
+    return None
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler, if CUDA kernels are to be built."""
+    import torch
+
+    home = os.environ.get("CUDA_HOME")
+    nvcc = str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc")
     missing = None
     if torch.version.cuda is None:
         missing = f"torch {torch.__version__}, which is built without CUDA"
-    elif home is None:
+    elif nvcc is None:
         missing = "no nvcc (none on PATH, and CUDA_HOME is not set)"
     if os.environ.get("FORCE_CUDA") == "1":
         if missing is not None:
             raise RuntimeError(f"FORCE_CUDA=1 asks for CUDA kernels, but there is {missing}")
-        return True
+        return nvcc
     if missing is not None:
         print(f"psf: building without CUDA kernels, since there is {missing}")  # noqa: T201
-        return False
-    return torch.cuda.is_available()
+        return None
+    return nvcc if torch.cuda.is_available() else None
 
 
-def default_architectures(home: str) -> str:
-    """In the form of TORCH_CUDA_ARCH_LIST: the wanted ones that this compiler knows."""
-    nvcc = Path(home, "bin", "nvcc")
-    command = [str(nvcc), "--list-gpu-arch"]
-    known = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    names = [name for name in ARCHITECTURES if f"compute_{name.replace('.', '')}" in known]
-    if not names:
-        raise RuntimeError(f"{nvcc} knows none of the architectures {', '.join(ARCHITECTURES)}")
-    return ";".join(names) + "+PTX"  # which newer devices compile for themselves
+def architecture_flags() -> list[str]:
+    flags = []
+    for name in re.split(r"[ ;]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES):
+        number = name.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if name.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
 
 
-# Flags of the files of kernels, by the end of their names: the platform's least processor and, on
-# x86-64, better ones; which of them runs is decided when it runs.
-ISA_FLAGS = {
-    "_baseline": [],
-    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512": [
-        *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"),
-        "-mprefer-vector-width=512",
-    ],
-}
+class BuildLibrary(build_ext):
+    """Builds psf/_C.so: a shared library that torch loads, not a module of Python's."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return f"{fullname.replace('.', '/')}.so"
+
+    def build_extension(self, extension: Extension) -> None:
+        self.nvcc = find_nvcc()
+        self.cxx = shlex.split(os.environ.get("CXX", "c++"))
+        sources = [Path(path) for path in extension.sources if self.nvcc or "_cuda" not in path]
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = [str(folder / f"{source.name}.o") for source in sources]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(self.compile, sources, objects))
+        library = Path(self.get_ext_fullpath(extension.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        self.link(objects, library)
+
+    def compile(self, source: Path, target: str) -> None:
+        if source.suffix == ".cu":
+            # No --use_fast_math: sampling coordinates and the softmax keep their last digits.
+            flags = ["-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *architecture_flags()]
+            command = [self.nvcc, *flags]
+        else:
+            command = [*self.cxx, *CXX_FLAGS, *cpp_flags(source)]
+        self.spawn([*command, "-std=c++17", "-c", str(source), "-o", target])
+
+    def link(self, objects: list[str], library: Path) -> None:
+        folder = torch_folder() / "lib"
+        # torch has loaded these before, so no path to them is needed when the library is loaded.
+        torch_libraries = [f"-L{folder}", "-ltorch_cpu"]
+        if self.nvcc:
+            # nvcc adds the static CUDA runtime, which does not tie the library to torch's CUDA.
+            command = [self.nvcc, "-shared", *objects, *torch_libraries, "-ltorch_cuda"]
+        elif sys.platform == "darwin":
+            command = [*self.cxx, "-dynamiclib", *objects, *torch_libraries]
+        else:
+            command = [*self.cxx, "-shared", "-s", *objects, *torch_libraries]
+        self.spawn([*command, "-o", str(library)])
 
 
-def has_x86_kernels() -> bool:
-    """Whether this compiler knows the flags above: GCC and clang on x86-64."""
-    return platform.machine() in ("x86_64", "AMD64") and sys.platform != "win32"
+def cpp_flags(source: Path) -> list[str]:
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    flags = [f"-I{torch_folder() / 'include'}", f"-DTORCH_TARGET_VERSION={TARGET_TORCH}"]
+    if x86:
+        flags.append("-DPSF_X86_KERNELS")
+    if "_cuda" in source.stem:
+        flags.append("-DUSE_CUDA")  # for torch's declarations
+    for end, isa_flags in ISA_FLAGS.items():
+        if x86 and source.stem.endswith(end):
+            flags += isa_flags
+    return flags
 
 
-def extension_arguments() -> dict:
-    if os.environ.get("PSF_SKIP_EXTENSION") == "1":
+def torch_folder() -> Path:
+    import torch
+
+    return Path(torch.__path__[0])
+
+
+class Wheel(bdist_wheel):
+    """A wheel for every Python, since the library has nothing of one in it."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+def build_arguments() -> dict:
+    reason = reason_not_to_build()
+    if reason is not None:
+        print(f"psf: building without the operator's kernels, since {reason}")  # noqa: T201
         return {}
-    home = cuda_home()
-    cuda = wants_cuda(home)
-    if cuda:
-        os.environ["CUDA_HOME"] = home  # before torch.utils.cpp_extension looks for one
-    from torch.utils import cpp_extension
-
-    x86 = has_x86_kernels()
-
-    class BuildKernels(cpp_extension.BuildExtension):
-        """Builds the files of :data:`ISA_FLAGS` with their own flags, which setuptools cannot."""
-
-        def build_extension(self, extension: Extension) -> None:
-            groups = {end: sources_of(extension, end) for end in ISA_FLAGS} if x86 else {}
-            if any(groups.values()):  # not psf._image
-                # At once, since one file takes nearly all the time of its group. None includes
-                # torch, so they need little memory.
-                with ThreadPoolExecutor() as pool:
-                    builds = [
-                        pool.submit(self.build_isa, extension, end, sources)
-                        for end, sources in groups.items()
-                    ]
-                for build, sources in zip(builds, groups.values(), strict=True):
-                    extension.extra_objects += build.result()
-                    extension.sources = [s for s in extension.sources if s not in sources]
-            super().build_extension(extension)
-
-        def build_isa(self, extension: Extension, end: str, sources: list[str]) -> list[str]:
-            flags = [*extension.extra_compile_args["cxx"], "-std=c++17", *ISA_FLAGS[end]]
-            # Folders of their own, since ninja's files stand in them.
-            folder = Path(self.build_temp) / end.lstrip("_")
-            return self.compiler.compile(sources, output_dir=str(folder), extra_postargs=flags)
-
-    sources = [path for path in CSRC.glob("*.cpp") if cuda or not is_cuda(path)]
-    flags = {"cxx": compile_args()}
-    if cuda:
-        sources.extend(CSRC.glob("*.cu"))
-        # No --use_fast_math: sampling coordinates and the softmax keep their last digits.
-        flags["nvcc"] = ["-O3"]
-        if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-            os.environ["TORCH_CUDA_ARCH_LIST"] = default_architectures(home)
-    extension_class = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
-    extension = extension_class(
-        name="psf._C",
-        sources=[str(path) for path in sorted(sources)],
-        depends=[str(path) for path in sorted([*CSRC.glob("*.h"), *CSRC.glob("*.cuh")])],
-        extra_compile_args=flags,
-    )
-    image = Extension(
-        name="psf._image",
-        sources=[str(path) for path in sorted(Path("psf/csrc").glob("*.cpp"))],
-        depends=["psf/csrc/image.h"],
-        language="c++",
-        extra_compile_args=["/O2", "/std:c++17"]
-        if sys.platform == "win32"
-        else ["-O3", "-std=c++17"],
-    )
-    return {"ext_modules": [extension, image], "cmdclass": {"build_ext": BuildKernels}}
-
-
-def sources_of(extension: Extension, end: str) -> list[str]:
-    return [source for source in extension.sources if Path(source).stem.endswith(end)]
-
-
-def is_cuda(path: Path) -> bool:
-    """Of the kernels ms_deform_attn_cuda*."""
-    return "_cuda" in path.stem
+    sources = [*CSRC.glob("*.cpp"), *CSRC.glob("*.cu")]
+    sources.sort(key=lambda path: "_avx" not in path.stem)  # these take the longest
+    extension = Extension(name="psf._C", sources=[str(path) for path in sources])
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": BuildLibrary, "bdist_wheel": Wheel},
+    }
 
 
 setup(
@@ -222,5 +204,5 @@ setup(
         "tqdm",
         "yacs",
     ],
-    **extension_arguments(),
+    **build_arguments(),
 )

@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> OrderedDict[str, Any] | None:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
         trainer.train()
-        results = getattr(trainer, "_last_eval_results", None)
+        results = trainer.last_results
     if results and comm.is_main_process():
         report(results, Path(cfg.OUTPUT_DIR))
     return results

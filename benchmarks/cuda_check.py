@@ -39,11 +39,9 @@ def check_case(dtype, channels, queries):
     check("output", ops.ms_deform_attn(*inputs), exact, dtype)
     mask = [True, True, True]
     ways = {
-        "scattered": ops.ms_deform_attn_backward(grad, *inputs, mask),
-        "deterministic": ops.ms_deform_attn_backward(grad, *inputs, mask, deterministic=True),
+        "scattered": ops.ms_deform_attn_backward(grad, *inputs, mask, False),
+        "deterministic": ops.ms_deform_attn_backward(grad, *inputs, mask, True),
     }
-    if dtype != torch.float64 and channels % 4 == 0:
-        ways["by pixel"] = ops._ms_deform_attn_backward_by_pixel(grad, *inputs, mask)
     for way, grads in ways.items():
         for part, actual, expected in zip(
             ("value", "locations", "weights"), grads, exact_grads, strict=True
@@ -55,7 +53,7 @@ def check_case(dtype, channels, queries):
 def check_fused(inputs, grad, dtype):
     """The fused operator against the unfused one, which has just been checked."""
     value, sizes, locations, weights = inputs
-    wide, shapes = locations.dtype, locations.new_tensor(SHAPES).flip(-1)
+    shapes = locations.new_tensor(SHAPES).flip(-1)
     softmax = weights.flatten(3).softmax(-1).view_as(weights)
     for coordinates in (2, 4):
         references = torch.rand(*locations.shape[:2], len(SHAPES), coordinates).to(locations)
@@ -67,14 +65,9 @@ def check_fused(inputs, grad, dtype):
         expected = torch.ops.psf.ms_deform_attn(*same)
         check("fused output", torch.ops.psf.ms_deform_attn_fused(*fused), expected.double(), dtype)
         mask, by_value = [True] * 4, [True, False, False]
-        expected = torch.ops.psf.ms_deform_attn_backward(grad, *same, by_value)[0].double()
-        ways = [
-            torch.ops.psf.ms_deform_attn_fused_backward(grad, *fused, mask),
-            torch.ops.psf.ms_deform_attn_fused_backward(grad, *fused, mask, deterministic=True),
-        ]
-        if wide == torch.float32 and value.shape[3] % 4 == 0:
-            ways.append(torch.ops.psf._ms_deform_attn_fused_backward_by_pixel(grad, *fused, mask))
-        for grads in ways:
+        expected = torch.ops.psf.ms_deform_attn_backward(grad, *same, by_value, False)[0].double()
+        for deterministic in (False, True):
+            grads = torch.ops.psf.ms_deform_attn_fused_backward(grad, *fused, mask, deterministic)
             check("fused value", grads[0], expected, dtype)
             assert all(g.isfinite().all() for g in grads)
 

@@ -5,7 +5,6 @@
 #   benchmarks/gpu_suite.sh build      compile the extension in place, for this GPU
 #   benchmarks/gpu_suite.sh test       the tests that need a GPU
 #   benchmarks/gpu_suite.sh sanitize   compute-sanitizer on every kernel
-#   benchmarks/gpu_suite.sh variants   the ways to add up the value gradient, against each other
 #   benchmarks/gpu_suite.sh bench      operator, whole model and training against their peers
 #   benchmarks/gpu_suite.sh all        all of these, going on after a failure; the default
 #
@@ -59,10 +58,6 @@ sanitize() {
     unset PYTORCH_NO_CUDA_MEMORY_CACHING
 }
 
-variants() {
-    logged variants "$PYTHON" benchmarks/cuda_value_gradient.py --output "$OUT"
-}
-
 bench() {
     logged bench "$PYTHON" benchmarks/ms_deform_attn.py --device cuda --output "$OUT"
     logged bench-model "$PYTHON" benchmarks/model.py --device cuda --size 800 1333 --rounds 11 \
@@ -72,10 +67,10 @@ bench() {
 
 step() {
     case $1 in
-        build | sanitize | variants | bench) "$1" ;;
+        build | sanitize | bench) "$1" ;;
         test) run_tests ;;
         *)
-            echo "unknown step $1: build, test, sanitize, variants, bench or all" >&2
+            echo "unknown step $1: build, test, sanitize, bench or all" >&2
             return 2
             ;;
     esac
@@ -87,7 +82,7 @@ if [ "${1:-all}" != all ]; then
     exit
 fi
 failed=()
-for name in build test sanitize variants bench; do
+for name in build test sanitize bench; do
     bash benchmarks/gpu_suite.sh "$name" || failed+=("$name")
 done
 if [ ${#failed[@]} -gt 0 ]; then

@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,7 @@ def own_step(way: str, args: argparse.Namespace) -> Any:
     """A training step of the imported checkout's model."""
     from detectron2.config import get_cfg
     from detectron2.modeling import build_model
+    from detectron2.utils.events import EventStorage
 
     from psf import add_psf_config
     from psf.solver import build_optimizer, full_model_clip_norm
@@ -218,22 +220,26 @@ def own_step(way: str, args: argparse.Namespace) -> Any:
         from psf.trainer import compile_layers
 
         compile_layers(model)
-    data: list[Any] = []
+    sizes: list[tuple[int, int]] = []
+
+    def batches() -> Iterator[list[dict[str, Any]]]:
+        while True:
+            yield own_input(sizes.pop(), args)
+
     step = TrainStep(
         model,
-        data,
+        batches(),
         build_optimizer(cfg, model),
         amp=cfg.SOLVER.AMP.ENABLED,
         clip_norm=full_model_clip_norm(cfg),
     )
     step.iter = 0
-    written: dict[str, Any] = {}
-    step._write_metrics = lambda losses, data_time: written.update(losses)
 
     def run(size: tuple[int, int]) -> float:
-        step._data_loader_iter_obj = iter([own_input(size, args)])
-        step.run_step()
-        return float(sum(written.values()))
+        sizes.append(size)
+        with EventStorage() as storage:
+            step.run_step()
+        return float(storage.latest()["total_loss"][0])
 
     return run
 

@@ -253,6 +253,11 @@ class Trainer(DefaultTrainer):
         """Detectron2's hooks, then the pictures, which show the last evaluation."""
         return [*super().build_hooks(), PicturesHook()]
 
+    @property
+    def last_results(self) -> OrderedDict[str, Any] | None:
+        """Results of the last evaluation, if there was one."""
+        return getattr(self, "_last_eval_results", None)
+
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """AdamW with parameter groups (:func:`psf.solver.build_optimizer`)."""

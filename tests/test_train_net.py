@@ -19,13 +19,6 @@ sys.path.insert(0, str(ROOT))
 import train_net  # noqa: E402  a script, not a module of the package
 
 CONFIG = str(ROOT / "configs/shapes/panoptic_segformer_shapes.yaml")
-# The default model and data set, made small: images of 64 pixels, one layer of everything.
-SMALL = [
-    *("MODEL.PSF.ENC_LAYERS", "1", "MODEL.PSF.LOCATION_DECODER.DEC_LAYERS", "1"),
-    *("MODEL.PSF.MASK_DECODER.DEC_LAYERS", "1", "MODEL.PSF.NUM_OBJECT_QUERIES", "10"),
-    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
-    *("SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0", "TEST.EVAL_PERIOD", "0"),
-]
 
 
 def arguments(*arguments: str):
@@ -69,18 +62,26 @@ def test_more_gpus_than_there_are():
         train_net.run(arguments("--num-gpus", "64"))
 
 
-@pytest.fixture(scope="module")
-def shapes_root(tmp_path_factory):
-    """A folder of data sets with a small ``shapes`` of the size that the package registers."""
-    return tmp_path_factory.mktemp("datasets")
+@pytest.fixture
+def config_file(shapes_cfg, tmp_path):
+    """A config of the tiny model and data set that other processes can read."""
+    (name,) = shapes_cfg.DATASETS.TRAIN
+    DatasetCatalog.get(name)  # makes it
+    metadata = MetadataCatalog.get(name)
+    paths = (metadata.image_root, metadata.panoptic_root, metadata.panoptic_json)
+    shapes_cfg.DATASETS.REGISTER = [["registered_shapes", *paths]]
+    shapes_cfg.DATASETS.TRAIN, shapes_cfg.DATASETS.TEST = ("registered_shapes",), ()
+    (tmp_path / "config.yaml").write_text(shapes_cfg.dump())
+    yield str(tmp_path / "config.yaml")
+    if "registered_shapes" in DatasetCatalog.list():
+        DatasetCatalog.remove("registered_shapes")
+        MetadataCatalog.remove("registered_shapes")
 
 
-def command(root, output, *more, flags=(), launcher=(sys.executable,)):
-    options = [*flags, *SMALL, "OUTPUT_DIR", str(output), *more]
-    env = {**os.environ, "DETECTRON2_DATASETS": str(root), "OMP_NUM_THREADS": "1"}
+def command(*options, launcher=()):
     return {
-        "args": [*launcher, str(ROOT / "train_net.py"), "--config-file", CONFIG, *options],
-        "env": env,
+        "args": [sys.executable, *launcher, str(ROOT / "train_net.py"), *options],
+        "env": {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         "cwd": ROOT,
         "stdout": subprocess.PIPE,
         "stderr": subprocess.STDOUT,
@@ -88,12 +89,12 @@ def command(root, output, *more, flags=(), launcher=(sys.executable,)):
     }
 
 
-def test_resume_after_kill(shapes_root, tmp_path):
-    """Killed with SIGKILL after a checkpoint, training goes on from it and ends as planned."""
-    solver = ["SOLVER.CHECKPOINT_PERIOD", "5", "SOLVER.STEPS", "()", "SOLVER.MAX_ITER"]
-    checkpoint = tmp_path / "last_checkpoint"
-    endless = command(shapes_root, tmp_path, *solver, "100000")
-    log = tmp_path / "printed.txt"  # a pipe that nobody reads would fill up and stop it
+def test_resume_after_kill(config_file, tmp_path):
+    """After SIGKILL, training resumes from the last checkpoint and ends as planned."""
+    options = ["--config-file", config_file]
+    checkpoint = tmp_path / "output" / "last_checkpoint"
+    endless = command(*options, "SOLVER.MAX_ITER", "100000")
+    log = tmp_path / "printed.txt"  # a pipe that nobody reads would fill up and block it
     with log.open("w") as file, subprocess.Popen(**{**endless, "stdout": file}) as process:
         deadline = time.time() + 600  # for a machine on which everything takes ten times as long
         while not checkpoint.is_file() and process.poll() is None and time.time() < deadline:
@@ -101,36 +102,27 @@ def test_resume_after_kill(shapes_root, tmp_path):
         process.send_signal(signal.SIGKILL)
     assert checkpoint.is_file(), log.read_text()[-3000:]
     iteration = int(re.search(r"model_(\d+)", checkpoint.read_text()).group(1))
-    limit = str(iteration + 3)
-    resumed = subprocess.run(
-        **command(shapes_root, tmp_path, *solver, limit, "DATASETS.TEST", "()", flags=["--resume"]),
-        check=False,
-    )
-    assert resumed.returncode == 0, resumed.stdout[-3000:]
-    assert f"Starting training from iteration {iteration + 1}" in resumed.stdout
-    assert (tmp_path / "model_final.pth").is_file()
-    assert torch.load(tmp_path / "model_final.pth", weights_only=False)["iteration"] == (
-        iteration + 2
-    )
+    options += ["--resume", "SOLVER.MAX_ITER", str(iteration + 3)]
+    train_net.main(train_net.default_argument_parser().parse_args(options))
+    printed = (tmp_path / "output" / "log.txt").read_text()
+    assert f"Starting training from iteration {iteration + 1}" in printed
+    final = torch.load(tmp_path / "output" / "model_final.pth", weights_only=False)
+    assert final["iteration"] == iteration + 2
 
 
-def test_two_cpu_processes_with_torchrun(shapes_root, tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    # By default the processes look for each other by the machine's name, which need not resolve.
+def test_two_cpu_processes_with_torchrun(config_file, tmp_path):
+    # By default the processes find each other by the machine's name, which need not resolve.
     options = ["--standalone", "--local-addr=localhost", "--nproc-per-node=2"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *options]
     result = subprocess.run(
         **command(
-            shapes_root,
-            tmp_path,
-            *("SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "()", "DATASETS.TEST", "()"),
-            launcher=torchrun,
+            *("--config-file", config_file, "SOLVER.MAX_ITER", "2"),
+            launcher=["-m", "torch.distributed.run", *options],
         ),
         check=False,
     )
     assert result.returncode == 0, result.stdout[-3000:]
     assert "World size: 2" in result.stdout
-    assert (tmp_path / "model_final.pth").is_file()
+    assert (tmp_path / "output" / "model_final.pth").is_file()
 
 
 def test_evaluation_of_a_checkpoint(shapes_cfg, tmp_path, monkeypatch):
@@ -171,7 +163,7 @@ def test_own_data_without_python(tmp_path, tiny_cfg):
             *("INPUT.MIN_SIZE_TRAIN", (96,), "INPUT.MIN_SIZE_TEST", 96),
             *("INPUT.COLOR_AUG_SSD", True),
             *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", ()),
-            *("DATALOADER.NUM_WORKERS", 1, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False),
+            *("DATALOADER.NUM_WORKERS", 0, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False),
             *("OUTPUT_DIR", str(tmp_path / "output")),
         ]
     )

@@ -1,9 +1,9 @@
 """Multi-scale deformable attention (Deformable DETR): the operator and the module around it.
 
-The operator runs as a C++ kernel from the extension ``psf._C`` where that has one for the device,
-else as plain PyTorch. ``PSF_DISABLE_EXTENSION=1`` in the environment forces plain PyTorch.
+The operator runs as a C++ or CUDA kernel of the library ``psf/_C.so`` where that has one for the
+device, else as plain PyTorch. ``PSF_DISABLE_EXTENSION=1`` in the environment forces plain PyTorch.
 
-Shapes: N images, Q queries, L levels, S = sum_l H_l * W_l positions, M heads, D channels a head,
+Shapes: N images, Q queries, L levels, S = sum_l H_l * W_l positions, M heads, D channels per head,
 C = M * D channels, P sampling points.
 """
 
@@ -11,51 +11,54 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Sequence
-from importlib import import_module
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 _BUILD_COMMAND = "pip install --no-build-isolation -e ."
 
 
-def _load_extension() -> str | None:
+def _load_library() -> str | None:
     """Register ``torch.ops.psf.*``. Returns why it could not be, or None."""
     if os.environ.get("PSF_DISABLE_EXTENSION") == "1":
         return "PSF_DISABLE_EXTENSION=1 is set"
+    path = Path(__file__).parents[1] / "_C.so"
+    if not path.is_file():
+        return f"psf/_C.so is not built; build it with: {_BUILD_COMMAND}"
     try:
-        import_module("psf._C")
-    except ImportError as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == "psf._C":
-            return f"the extension psf._C is not built; build it with: {_BUILD_COMMAND}"
+        torch.ops.load_library(path)
+    except OSError as error:
         cause = " ".join(str(error).split())
         return (
-            f"the extension psf._C does not load, as when it was built against another torch "
-            f"({cause}); build it again with: {_BUILD_COMMAND}"
+            f"psf/_C.so does not load, as with a torch older than 2.10 ({cause}); torch here is "
+            f"{torch.__version__}; build it again with: {_BUILD_COMMAND}"
         )
     return None
 
 
-_NO_EXTENSION_REASON = _load_extension()
+_NO_EXTENSION_REASON = _load_library()
 
 
-def _kernel_devices() -> tuple[str, ...]:
-    """Devices whose tensors the extension has kernels for; meta tensors go to the fake kernel."""
+def _find_kernel_devices() -> tuple[str, ...]:
     if _NO_EXTENSION_REASON is not None:
         return ()
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return ("cpu", "meta", *(["cuda"] if has_kernel("psf::ms_deform_attn", "CUDA") else []))
 
 
-_KERNEL_DEVICES = _kernel_devices()
+# Types of devices whose tensors the library takes; of meta, the fake kernel.
+KERNEL_DEVICES = _find_kernel_devices()
 
 SpatialShapes = Sequence[tuple[int, int]] | Tensor
 
 
 def has_extension() -> bool:
-    """Whether the kernels of ``psf._C`` are in use."""
+    """Whether the kernels of ``psf/_C.so`` are in use."""
     return _NO_EXTENSION_REASON is None
 
 
@@ -84,15 +87,13 @@ def ms_deform_attn(
         than a pixel outside, infinite or NaN contribute 0 altogether and get no gradient.
     """
     device = value.device.type
-    if device in _KERNEL_DEVICES:
-        return torch.ops.psf.ms_deform_attn(
-            value, _flatten(spatial_shapes), sampling_locations, attention_weights
-        )
-    # Logging is not traceable, and a compiled call is not the slow thing the line warns of.
+    value = _autocast(value)
+    if device in KERNEL_DEVICES:
+        op = torch.ops.psf.ms_deform_attn
+        return _call(op, value, spatial_shapes, sampling_locations, attention_weights)
+    # Logging cannot be traced, and a compiled call is not the slow one that the line warns of.
     if not torch.compiler.is_compiling():
         _warn_of_fallback(_NO_EXTENSION_REASON or _no_kernel_reason(device))
-    if _autocasts(device) and value.dtype != torch.float64:
-        value = value.to(torch.get_autocast_dtype(device))
     return ms_deform_attn_reference(value, spatial_shapes, sampling_locations, attention_weights)
 
 
@@ -120,11 +121,10 @@ def ms_deform_attn_fused(
     Returns:
         (N, Q, M * D) of ``value``'s type.
     """
-    device = value.device.type
-    if device in _KERNEL_DEVICES:
-        return torch.ops.psf.ms_deform_attn_fused(
-            value, _flatten(spatial_shapes), reference_points, sampling_offsets, attention_logits
-        )
+    if value.device.type in KERNEL_DEVICES:
+        samples = (reference_points, sampling_offsets, attention_logits)
+        op = torch.ops.psf.ms_deform_attn_fused
+        return _call(op, _autocast(value), spatial_shapes, *samples)
     # The chain, whose last part runs as plain PyTorch and says so.
     locations = sampling_locations(reference_points, sampling_offsets, spatial_shapes)
     return ms_deform_attn(
@@ -241,7 +241,7 @@ def _warn_of_fallback(reason: str) -> None:
 
 
 def _no_kernel_reason(device: str) -> str:
-    reason = f"psf._C was built without kernels for {device} tensors"
+    reason = f"psf/_C.so was built without kernels for {device} tensors"
     return (
         f"{reason}; build it again with: FORCE_CUDA=1 {_BUILD_COMMAND}"
         if device == "cuda"
@@ -249,8 +249,13 @@ def _no_kernel_reason(device: str) -> str:
     )
 
 
-def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+def _autocast(value: Tensor) -> Tensor:
+    """In the autocast type, if autocast is on for its device; float64 stays."""
+    device = value.device.type
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if enabled and value.dtype != torch.float64:
+        value = value.to(torch.get_autocast_dtype(device))
+    return value
 
 
 def _flatten(spatial_shapes: SpatialShapes) -> list[int]:
@@ -265,144 +270,153 @@ def _flatten(spatial_shapes: SpatialShapes) -> list[int]:
     return [size for pair in pairs for size in pair]
 
 
-# What the plain and the fused operator call their samples and what these are weighted by.
-_PLAIN_NAMES = ("sampling_locations", "attention_weights")
-_FUSED_NAMES = ("sampling_offsets", "attention_logits")
+def _call(op: Any, value: Tensor, spatial_shapes: SpatialShapes, *rest: Tensor) -> Tensor:
+    """Run an operator of the library."""
+    sizes = _flatten(spatial_shapes)
+    if torch.compiler.is_compiling():
+        return op(value, sizes, *rest)  # the fake kernel checks the inputs
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, (value, *rest))):
+        # PyTorch would leave the tangent out without a word.
+        raise RuntimeError("ms_deform_attn: forward-mode derivatives are not implemented")
+    try:
+        return op(value, sizes, *rest)
+    except RuntimeError as error:
+        refusal = error
+    # Checked here only now, since it takes as long as the operator on small inputs.
+    _check_inputs(value, sizes, *rest)
+    raise refusal
 
 
-def _check_inputs(
-    value: Tensor,
-    sizes: Sequence[int],
-    samples: Tensor,
-    weights: Tensor,
-    names: tuple[str, str] = _PLAIN_NAMES,
-) -> None:
-    """What the C++ kernels check too, for the reference and the fake kernels."""
-    for name, tensor, shape in (
-        ("value", value, "(N, S, M, D)"),
-        (names[0], samples, "(N, Q, M, L, P, 2)"),
-        (names[1], weights, "(N, Q, M, L, P)"),
-    ):
-        dims = shape.count(",") + 1
-        _check(tensor.dim() == dims, f"{name} must have shape {shape}, got {list(tensor.shape)}")
-        _check(tensor.is_floating_point(), f"{name} must be floating point, got {tensor.dtype}")
-    num_images, num_positions, num_heads, _ = value.shape
-    num_queries, num_points = samples.shape[1], samples.shape[4]
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _check_inputs(value: Tensor, sizes: Sequence[int], *rest: Tensor) -> None:
+    """
+    Raise an error that names what is wrong.
+
+    Args:
+        value: (N, S, M, D).
+        sizes: H_0, W_0, H_1, W_1, ...
+        rest: what else the operator takes: locations and weights; or, fused, references, offsets
+            and logits.
+    """
+    *references, samples, weights = rest
+    names = (
+        ("sampling_offsets", "attention_logits")
+        if references
+        else ("sampling_locations", "attention_weights")
+    )
+    _check_tensor("value", value, "(N, S, M, D)", 4)
+    _check_tensor(names[0], samples, "(N, Q, M, L, P, 2)", 6)
+    _check_tensor(names[1], weights, "(N, Q, M, L, P)", 5)
     for size in sizes:
-        _check(size >= 0, f"spatial_shapes must not be negative, got {list(sizes)}")
+        _check(size >= 0, lambda: f"spatial_shapes must not be negative, got {list(sizes)}")
+    n, s, m, _ = value.shape
+    q, p = samples.shape[1], samples.shape[4]
     area = sum(h * w for h, w in zip(sizes[::2], sizes[1::2], strict=True))
     _check(
-        num_positions == area,
-        f"value has S = {num_positions} positions, but H * W of spatial_shapes {list(sizes)} "
-        f"sum to {area}",
+        s == area,
+        lambda: (
+            f"value has S = {s} positions, but H * W of spatial_shapes {list(sizes)} sum to {area}"
+        ),
     )
-    expected = [num_images, num_queries, num_heads, len(sizes) // 2, num_points, 2]
+    expected = [n, q, m, len(sizes) // 2, p, 2]
     _check_shape(
-        names[0],
-        samples,
+        (names[0], samples, "(N, Q, M, L, P, 2)"),
         expected,
-        f"(N, Q, M, L, P, 2) = {expected} to match value {list(value.shape)} and spatial_shapes "
-        f"{list(sizes)}",
+        lambda: f"value {list(value.shape)} and spatial_shapes {list(sizes)}",
     )
-    _check_shape(
-        names[1],
-        weights,
-        expected[:-1],
-        f"(N, Q, M, L, P) = {expected[:-1]} to match {names[0]}",
-    )
+    _check_shape((names[1], weights, "(N, Q, M, L, P)"), expected[:-1], lambda: names[0])
+    for points in references:
+        shape = "(N, Q, L, 2) or (N, Q, L, 4)"
+        _check_tensor("reference_points", points, shape, 4)
+        wanted = [n, q, len(sizes) // 2, 4 if points.shape[3] == 4 else 2]
+        _check_shape(("reference_points", points, shape), wanted, lambda: names[0])
 
 
-def _check_reference_points(reference_points: Tensor, sampling_offsets: Tensor) -> None:
-    num_images, num_queries, _, num_levels = sampling_offsets.shape[:4]
-    expected = [num_images, num_queries, num_levels]
-    given = list(reference_points.shape)
-    _check(
-        len(given) == 4 and given[:3] == expected and given[3] in (2, 4),
-        "reference_points must be (N, Q, L, 2) or (N, Q, L, 4) with (N, Q, L) = "
-        f"{expected} to match sampling_offsets, got {given}",
-    )
+def _check_tensor(name: str, tensor: Tensor, shape: str, dims: int) -> None:
+    given = tensor.shape
+    _check(len(given) == dims, lambda: f"{name} must have shape {shape}, got {list(given)}")
+    _check(tensor.is_floating_point(), lambda: f"{name} must be floating point, got {tensor.dtype}")
 
 
-def _check_shape(name: str, tensor: Tensor, expected: Sequence[int], description: str) -> None:
+def _check_shape(
+    named: tuple[str, Tensor, str], expected: Sequence[int], source: Callable[[], str]
+) -> None:
+    name, tensor, shape = named
     for given, wanted in zip(tensor.shape, expected, strict=True):
-        _check(given == wanted, f"{name} must have shape {description}, got {list(tensor.shape)}")
+        _check(
+            given == wanted,
+            lambda: (
+                f"{name} must have shape {shape} = {list(expected)} to match {source()}, "
+                f"got {list(tensor.shape)}"
+            ),
+        )
 
 
-def _check(condition: bool, message: str) -> None:
-    # Not an `if`: for sizes that are only known when a compiled program runs, this becomes a check
-    # in the program.
-    torch._check(condition, lambda: f"ms_deform_attn: {message}")
+def _check(condition: bool, message: Callable[[], str]) -> None:
+    if condition is not True:
+        # Not an `if`: for sizes that are only known when a compiled program runs, this becomes a
+        # check in the program.
+        torch._check(condition, lambda: f"ms_deform_attn: {message()}")
+
+
+# ---- the kernels' autograd and fake kernels ------------------------------------------------------
+
+
+def _fake(value: Tensor, spatial_shapes: Sequence[int], *rest: Tensor) -> Tensor:
+    _check_inputs(value, spatial_shapes, *rest)
+    num_images, _, num_heads, num_channels = value.shape
+    return value.new_empty(num_images, rest[-1].shape[1], num_heads * num_channels)
+
+
+def _fake_backward(
+    grad_output: Tensor, value: Tensor, spatial_shapes: Sequence[int], *rest: Any
+) -> tuple[Tensor, ...]:
+    *samples, output_mask, _ = rest
+    _check_inputs(value, spatial_shapes, *samples)
+    return tuple(
+        tensor.new_empty(tensor.shape if wanted else 0)
+        for tensor, wanted in zip((value, *samples), output_mask, strict=True)
+    )
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    value, ctx.sizes, *rest = inputs
+    ctx.save_for_backward(value, *rest)
+
+
+def _backward(op: Any) -> Callable[[Any, Tensor], tuple[Tensor | None, ...]]:
+    """The backward of an operator that has the given one for its gradients."""
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        value, *rest = ctx.saved_tensors
+        wanted = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]]
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        grads = op(grad, value, ctx.sizes, *rest, wanted, deterministic)
+        kept = [g if flag else None for g, flag in zip(grads, wanted, strict=True)]
+        return kept[0], None, *kept[1:]
+
+    return backward
+
+
+def _refuse(ctx: Any, *grads: Tensor) -> None:
+    """The backward of a backward, which would otherwise silently give no gradient."""
+    raise RuntimeError("ms_deform_attn: second derivatives are not implemented")
+
+
+def _register(name: str) -> None:
+    torch.library.register_fake(name, _fake)
+    torch.library.register_fake(f"{name}_backward", _fake_backward)
+    op = getattr(torch.ops.psf, f"{name.removeprefix('psf::')}_backward").default
+    torch.library.register_autograd(name, _backward(op), setup_context=_save)
+    torch.library.register_autograd(f"{name}_backward", _refuse)
 
 
 if has_extension():
-
-    @torch.library.register_fake("psf::ms_deform_attn")
-    def _fake(
-        value: Tensor,
-        spatial_shapes: Sequence[int],
-        sampling_locations: Tensor,
-        attention_weights: Tensor,
-        *,
-        deterministic: bool = False,
-    ) -> Tensor:
-        _check_inputs(value, spatial_shapes, sampling_locations, attention_weights)
-        num_images, _, num_heads, num_channels = value.shape
-        return value.new_empty(num_images, sampling_locations.shape[1], num_heads * num_channels)
-
-    @torch.library.register_fake("psf::ms_deform_attn_backward")
-    def _fake_backward(
-        grad_output: Tensor,
-        value: Tensor,
-        spatial_shapes: Sequence[int],
-        sampling_locations: Tensor,
-        attention_weights: Tensor,
-        output_mask: Sequence[bool],
-        *,
-        deterministic: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        _check_inputs(value, spatial_shapes, sampling_locations, attention_weights)
-        inputs = (value, sampling_locations, attention_weights)
-        grad_value, grad_locations, grad_weights = (
-            tensor.new_empty(tensor.shape if wanted else 0)
-            for tensor, wanted in zip(inputs, output_mask, strict=True)
-        )
-        return grad_value, grad_locations, grad_weights
-
-    @torch.library.register_fake("psf::ms_deform_attn_fused")
-    def _fake_fused(
-        value: Tensor,
-        spatial_shapes: Sequence[int],
-        reference_points: Tensor,
-        sampling_offsets: Tensor,
-        attention_logits: Tensor,
-        *,
-        deterministic: bool = False,
-    ) -> Tensor:
-        _check_inputs(value, spatial_shapes, sampling_offsets, attention_logits, _FUSED_NAMES)
-        _check_reference_points(reference_points, sampling_offsets)
-        num_images, _, num_heads, num_channels = value.shape
-        return value.new_empty(num_images, sampling_offsets.shape[1], num_heads * num_channels)
-
-    @torch.library.register_fake("psf::ms_deform_attn_fused_backward")
-    def _fake_fused_backward(
-        grad_output: Tensor,
-        value: Tensor,
-        spatial_shapes: Sequence[int],
-        reference_points: Tensor,
-        sampling_offsets: Tensor,
-        attention_logits: Tensor,
-        output_mask: Sequence[bool],
-        *,
-        deterministic: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        _check_inputs(value, spatial_shapes, sampling_offsets, attention_logits, _FUSED_NAMES)
-        _check_reference_points(reference_points, sampling_offsets)
-        inputs = (value, reference_points, sampling_offsets, attention_logits)
-        grads = [
-            tensor.new_empty(tensor.shape if wanted else 0)
-            for tensor, wanted in zip(inputs, output_mask, strict=True)
-        ]
-        return grads[0], grads[1], grads[2], grads[3]
+    _register("psf::ms_deform_attn")
+    _register("psf::ms_deform_attn_fused")
 
 
 class MSDeformAttn(nn.Module):

@@ -1,4 +1,5 @@
-// The emulated machine, and what the test calls through ctypes.
+// The emulated machine, and the functions of ms_deform_attn_cuda.h as the operator calls them: each
+// declares the buffers of a call, runs the kernels and checks what they have done.
 #include "cuda_emulation.h"
 
 #include "ms_deform_attn_cuda.h"
@@ -57,9 +58,8 @@ void Machine::run_block(size_t shared_bytes) {
       resume(i);
     }
     for (unsigned warp = 0; warp < threads; warp += 32) {
-      release(warp, warp + 32, State::kAtWarpBarrier);
+      release(warp);
     }
-    release(0, threads, State::kAtBlockBarrier);
   }
   for (unsigned i = 0; i < threads; ++i) {
     if (fibers[i]->state != State::kDone) {
@@ -99,230 +99,185 @@ void Machine::run(dim3 grid, unsigned threads, size_t shared_bytes, std::functio
 
 }  // namespace emulation
 
+// The kernels' own functions, which are compiled under these names.
+namespace psf {
+
+void kernels_forward(const CudaInputs&, void*, CUstream_st*);
+void kernels_backward(const CudaInputs&, const void*, const CudaGradients&, CUstream_st*);
+void kernels_exponent(const CudaInputs&, const void*, int32_t*, CUstream_st*);
+void kernels_deterministic(
+    const CudaInputs&, const void*, const int32_t*, const CudaGradients&, CUstream_st*);
+void kernels_from_fixed_point(
+    const CudaInputs&, const int64_t*, const int32_t*, void*, CUstream_st*);
+void kernels_references(const CudaInputs&, const void*, void*, CUstream_st*);
+
+}  // namespace psf
+
 namespace {
 
 using emulation::machine;
+using emulation::Role;
+using psf::CudaGradients;
+using psf::CudaInputs;
 
-void begin(unsigned seed) {
-  machine.buffers.clear();
-  machine.error.clear();
-  machine.random.seed(seed);
-}
-
-template <typename T>
-T* declare(T* data, int64_t bytes, emulation::Role role) {
+void declare(const void* data, int64_t bytes, Role role) {
   if (data != nullptr) {
+    const bool output = role == Role::kOutput;
     machine.buffers.push_back(
         {reinterpret_cast<uintptr_t>(data),
          static_cast<size_t>(bytes),
          role,
-         std::vector<bool>(role == emulation::Role::kOutput ? bytes : 0)});
+         std::vector<bool>(output ? bytes : 0)});
   }
-  return data;
 }
 
-// What happened since begin(): an empty string if all went well.
-const char* end() {
-  for (const emulation::Buffer& buffer : machine.buffers) {
-    for (const bool written : buffer.written) {
-      if (!written) {
-        machine.fail("element not written");
-      }
-    }
-  }
-  machine.buffers.clear();
-  return machine.error.c_str();
-}
-
-int64_t element_bytes(psf::Scalar type) {
+int64_t bytes_of(psf::Scalar type) {
   return type == psf::Scalar::kDouble ? 8 : type == psf::Scalar::kFloat ? 4 : 2;
 }
 
+// One call: the buffers are declared from its beginning to its end.
+struct Run {
+  const CudaInputs& inputs;
+  int64_t rows, samples, arithmetic, value_elements, reference_elements;
+
+  explicit Run(const CudaInputs& inputs) : inputs(inputs) {
+    const psf::Sizes& s = inputs.sizes;
+    machine.buffers.clear();
+    machine.error.clear();
+    rows = s.images * s.queries * s.heads;
+    samples = rows * s.levels * s.points;
+    arithmetic = inputs.type == psf::Scalar::kDouble ? 8 : 4;
+    value_elements = s.images * s.positions * s.heads * s.channels;
+    reference_elements = s.images * s.queries * s.levels * inputs.coordinates;
+    const int64_t last = (s.images - 1) * inputs.image_stride +
+        (s.positions - 1) * inputs.position_stride + (s.heads - 1) * inputs.head_stride;
+    const int64_t extent = value_elements > 0 ? last + s.channels : 0;
+    declare(inputs.value, extent * bytes_of(inputs.type), Role::kInput);
+    declare(inputs.positions, 2 * samples * bytes_of(inputs.positions_type), Role::kInput);
+    declare(inputs.weights, samples * bytes_of(inputs.weights_type), Role::kInput);
+    declare(inputs.references, reference_elements * arithmetic, Role::kInput);
+  }
+
+  // Of the output's gradient, and of the gradients with elements of the value gradient so large.
+  void gradients(const void* grad_output, const CudaGradients& to, int64_t value_bytes) const {
+    declare(grad_output, output_bytes(), Role::kInput);
+    declare(to.value, value_elements * value_bytes, Role::kSum);
+    declare(to.positions, 2 * samples * bytes_of(inputs.positions_type), Role::kOutput);
+    declare(to.weights, samples * bytes_of(inputs.weights_type), Role::kOutput);
+    declare(to.locations, 2 * samples * arithmetic, Role::kOutput);
+  }
+
+  int64_t output_bytes() const {
+    return rows * inputs.sizes.channels * bytes_of(inputs.type);
+  }
+
+  ~Run() {
+    for (const emulation::Buffer& buffer : machine.buffers) {
+      for (const bool written : buffer.written) {
+        if (!written) {
+          machine.fail("element not written");
+        }
+      }
+    }
+    machine.buffers.clear();
+  }
+};
+
 }  // namespace
 
-// For the operators' CUDA entries.
-std::string emulation_error() {
-  return machine.error;
-}
-
+// What of LibTorch the operator asks about a device, for the emulated one: a launch has failed if the
+// kernels did what they must not.
 extern "C" {
 
-// As the test fills it; the same order there.
-struct Problem {
-  int64_t images, queries, levels, positions, heads, channels, points;
-  const int64_t* shapes;  // (L, 2)
-  int64_t type, positions_type, weights_type;
-  const void* value;
-  int64_t value_bytes, image_stride, position_stride, head_stride;
-  const void* locations;
-  const void* weights;
-  const void* references;
-  int64_t coordinates;
-};
+int32_t aoti_torch_create_device_guard(int32_t /*index*/, void** guard) {
+  *guard = nullptr;
+  return 0;
+}
 
-struct Wanted {
-  void* value;
-  void* positions;
-  void* weights;
-  void* locations;
-  void* softmax;
-};
+int32_t aoti_torch_delete_device_guard(void* /*guard*/) {
+  return 0;
+}
+
+int32_t aoti_torch_get_current_cuda_stream(int32_t /*index*/, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+
+int32_t torch_c10_cuda_check_msg(
+    int32_t /*error*/,
+    const char* /*file*/,
+    const char* /*function*/,
+    uint32_t /*line*/,
+    bool /*include_device_assertions*/,
+    char** message) {
+  *message = machine.error.empty() ? nullptr : machine.error.data();
+  return 0;
+}
+
+void torch_c10_cuda_free_error_msg(char* /*message*/) {}
 
 }  // extern "C"
 
-namespace {
+namespace psf {
 
-struct Declared {
-  psf::CudaInputs inputs;
-  int64_t rows, samples, arithmetic_bytes;
-};
-
-Declared declare_inputs(const Problem& p, unsigned seed) {
-  using emulation::Role;
-  begin(seed);
-  Declared result;
-  psf::CudaInputs& inputs = result.inputs;
-  inputs.sizes = {p.images, p.queries, p.levels, p.positions, p.heads, p.channels, p.points};
-  int64_t start = 0;
-  for (int64_t l = 0; l < p.levels; ++l) {
-    inputs.levels.push_back({p.shapes[2 * l], p.shapes[2 * l + 1], start});
-    start += p.shapes[2 * l] * p.shapes[2 * l + 1];
-  }
-  inputs.type = static_cast<psf::Scalar>(p.type);
-  inputs.positions_type = static_cast<psf::Scalar>(p.positions_type);
-  inputs.weights_type = static_cast<psf::Scalar>(p.weights_type);
-  result.rows = p.images * p.queries * p.heads;
-  result.samples = result.rows * p.levels * p.points;
-  result.arithmetic_bytes = inputs.type == psf::Scalar::kDouble ? 8 : 4;
-  inputs.value = declare(p.value, p.value_bytes, Role::kInput);
-  inputs.image_stride = p.image_stride;
-  inputs.position_stride = p.position_stride;
-  inputs.head_stride = p.head_stride;
-  inputs.positions = declare(
-      p.locations, 2 * result.samples * element_bytes(inputs.positions_type), Role::kInput);
-  inputs.weights =
-      declare(p.weights, result.samples * element_bytes(inputs.weights_type), Role::kInput);
-  inputs.references = declare(
-      p.references,
-      p.images * p.queries * p.levels * p.coordinates * result.arithmetic_bytes,
-      Role::kInput);
-  inputs.coordinates = p.coordinates;
-  return result;
+void ms_deform_attn_cuda(const CudaInputs& inputs, void* output, CUstream_st* stream) {
+  const Run run(inputs);
+  declare(output, run.output_bytes(), Role::kOutput);
+  kernels_forward(inputs, output, stream);
 }
 
-int64_t value_elements(const Problem& p) {
-  return p.images * p.positions * p.heads * p.channels;
+void ms_deform_attn_backward_cuda(
+    const CudaInputs& inputs,
+    const void* grad_output,
+    const CudaGradients& gradients,
+    CUstream_st* stream) {
+  const Run run(inputs);
+  run.gradients(grad_output, gradients, run.arithmetic);
+  kernels_backward(inputs, grad_output, gradients, stream);
 }
 
-psf::CudaGradients declare_gradients(const Declared& d, const Wanted& w, int64_t value_bytes) {
-  using emulation::Role;
-  const int64_t bytes = d.samples * d.arithmetic_bytes;
-  const int64_t positions = 2 * d.samples * element_bytes(d.inputs.positions_type);
-  const int64_t weights = d.samples * element_bytes(d.inputs.weights_type);
-  return {
-      declare(w.value, value_bytes, Role::kSum),
-      declare(w.positions, positions, Role::kOutput),
-      declare(w.weights, weights, Role::kOutput),
-      declare(w.locations, 2 * bytes, Role::kOutput),
-      declare(w.softmax, bytes, Role::kOutput)};
+void value_gradient_exponent_cuda(
+    const CudaInputs& inputs, const void* grad_output, int32_t* exponent, CUstream_st* stream) {
+  const Run run(inputs);
+  declare(grad_output, run.output_bytes(), Role::kInput);
+  declare(exponent, sizeof(*exponent), Role::kSum);
+  kernels_exponent(inputs, grad_output, exponent, stream);
 }
 
-const void* declare_grad_output(const Problem& p, const Declared& d, const void* grad_output) {
-  return declare(
-      grad_output,
-      d.rows * p.channels * element_bytes(d.inputs.type),
-      emulation::Role::kInput);
-}
-
-}  // namespace
-
-extern "C" {
-
-const char* emulate_forward(const Problem* p, unsigned seed, void* output) {
-  const Declared d = declare_inputs(*p, seed);
-  const int64_t bytes = d.rows * p->channels * element_bytes(d.inputs.type);
-  psf::ms_deform_attn_cuda(
-      d.inputs, declare(output, bytes, emulation::Role::kOutput), nullptr);
-  return end();
-}
-
-const char* emulate_backward(
-    const Problem* p, unsigned seed, const void* grad_output, const Wanted* wanted) {
-  const Declared d = declare_inputs(*p, seed);
-  psf::ms_deform_attn_backward_cuda(
-      d.inputs,
-      declare_grad_output(*p, d, grad_output),
-      declare_gradients(d, *wanted, value_elements(*p) * d.arithmetic_bytes),
-      nullptr);
-  return end();
-}
-
-const char* emulate_value_gradient_exponent(
-    const Problem* p, unsigned seed, const void* grad_output, int32_t* exponent) {
-  const Declared d = declare_inputs(*p, seed);
-  *exponent = psf::kSmallestExponent;
-  psf::value_gradient_exponent_cuda(
-      d.inputs,
-      declare_grad_output(*p, d, grad_output),
-      declare(exponent, sizeof(int32_t), emulation::Role::kSum),
-      nullptr);
-  return end();
-}
-
-const char* emulate_deterministic_backward(
-    const Problem* p,
-    unsigned seed,
+void ms_deform_attn_deterministic_backward_cuda(
+    const CudaInputs& inputs,
     const void* grad_output,
     const int32_t* exponent,
-    const Wanted* wanted) {
-  const Declared d = declare_inputs(*p, seed);
-  psf::ms_deform_attn_deterministic_backward_cuda(
-      d.inputs,
-      declare_grad_output(*p, d, grad_output),
-      declare(exponent, sizeof(int32_t), emulation::Role::kInput),
-      declare_gradients(d, *wanted, value_elements(*p) * 8),
-      nullptr);
-  return end();
+    const CudaGradients& gradients,
+    CUstream_st* stream) {
+  const Run run(inputs);
+  run.gradients(grad_output, gradients, sizeof(int64_t));
+  declare(exponent, sizeof(*exponent), Role::kInput);
+  kernels_deterministic(inputs, grad_output, exponent, gradients, stream);
 }
 
-const char* emulate_value_gradient_from_fixed_point(
-    const Problem* p,
-    unsigned seed,
+void value_gradient_from_fixed_point_cuda(
+    const CudaInputs& inputs,
     const int64_t* fixed_point,
     const int32_t* exponent,
-    void* grad_value) {
-  const Declared d = declare_inputs(*p, seed);
-  const int64_t elements = value_elements(*p);
-  psf::value_gradient_from_fixed_point_cuda(
-      d.inputs,
-      declare(fixed_point, elements * 8, emulation::Role::kInput),
-      declare(exponent, sizeof(int32_t), emulation::Role::kInput),
-      declare(grad_value, elements * element_bytes(d.inputs.type), emulation::Role::kOutput),
-      nullptr);
-  return end();
+    void* grad_value,
+    CUstream_st* stream) {
+  const Run run(inputs);
+  declare(fixed_point, run.value_elements * 8, Role::kInput);
+  declare(exponent, sizeof(*exponent), Role::kInput);
+  declare(grad_value, run.value_elements * bytes_of(inputs.type), Role::kOutput);
+  kernels_from_fixed_point(inputs, fixed_point, exponent, grad_value, stream);
 }
 
-const char* emulate_value_gradient_by_pixel(
-    const Problem* p, unsigned seed, const void* grad_output, float* grad_value) {
-  const Declared d = declare_inputs(*p, seed);
-  psf::value_gradient_by_pixel_cuda(
-      d.inputs,
-      declare_grad_output(*p, d, grad_output),
-      declare(grad_value, value_elements(*p) * 4, emulation::Role::kSum),
-      nullptr);
-  return end();
+void reference_gradient_cuda(
+    const CudaInputs& inputs,
+    const void* grad_locations,
+    void* grad_references,
+    CUstream_st* stream) {
+  const Run run(inputs);
+  declare(grad_locations, 2 * run.samples * run.arithmetic, Role::kInput);
+  declare(grad_references, run.reference_elements * run.arithmetic, Role::kOutput);
+  kernels_references(inputs, grad_locations, grad_references, stream);
 }
 
-const char* emulate_reference_gradient(
-    const Problem* p, unsigned seed, const void* grad_locations, void* grad_references) {
-  const Declared d = declare_inputs(*p, seed);
-  const int64_t references = p->images * p->queries * p->levels * p->coordinates;
-  psf::reference_gradient_cuda(
-      d.inputs,
-      declare(grad_locations, 2 * d.samples * d.arithmetic_bytes, emulation::Role::kInput),
-      declare(grad_references, references * d.arithmetic_bytes, emulation::Role::kOutput),
-      nullptr);
-  return end();
-}
-
-}  // extern "C"
+}  // namespace psf

@@ -1,4 +1,4 @@
-"""What the tests of the CUDA kernels share: compiling the emulation, inputs, exact results.
+"""What the tests of the CUDA operator share: compiling the emulation, inputs, exact results.
 
 Shapes as in psf/layers/ms_deform_attn.py: N images, Q queries, L levels, S positions, M heads, D
 channels a head, P sampling points.
@@ -23,6 +23,15 @@ from psf.layers import ms_deform_attn_reference
 HERE = Path(__file__).parent
 SOURCES = Path(psf.__path__[0]) / "layers" / "csrc"
 KERNELS = sorted(SOURCES.glob("*.cu"))
+# The kernels' functions under the names by which cuda_emulation.cpp calls them.
+RENAMED = {
+    "ms_deform_attn_cuda": "kernels_forward",
+    "ms_deform_attn_backward_cuda": "kernels_backward",
+    "value_gradient_exponent_cuda": "kernels_exponent",
+    "ms_deform_attn_deterministic_backward_cuda": "kernels_deterministic",
+    "value_gradient_from_fixed_point_cuda": "kernels_from_fixed_point",
+    "reference_gradient_cuda": "kernels_references",
+}
 
 # Relative error of the norm against float64, by the type of what is compared.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
@@ -49,7 +58,9 @@ def compile_emulation(
 
     def compile_source(source: Path) -> Path:
         target = folder / f"{source.name}.o"
-        command = [compiler, *flags, f"-I{SOURCES}", "-x", "c++", "-c", source, "-o", target]
+        names = [f"-D{name}={other}" for name, other in RENAMED.items() if source in KERNELS]
+        command = [compiler, *flags, *names, f"-I{SOURCES}", "-x", "c++", "-c", source]
+        command += ["-o", target]
         subprocess.run(command, check=True)
         return target
 

@@ -1,30 +1,110 @@
-// Entry of the CPU kernels: prepares the value rows, splits the work, picks the instruction set.
-#include "cpu_capability.h"
+// The operators on a CPU: prepares the value rows, splits the work among threads and picks the
+// instruction set. Results do not depend on the number of threads.
 #include "ms_deform_attn_cpu.h"
 #include "ms_deform_attn_inputs.h"
-
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 #include <limits>
+#include <memory>
+#include <new>
 #include <string>
-#include <vector>
+#include <type_traits>
 
 namespace psf {
 namespace {
 
-using at::Tensor;
+using torch::stable::get_num_threads;
+using torch::stable::parallel_for;
 
-// ---- the call --------------------------------------------------------------------------------
+// ---- instruction sets ------------------------------------------------------------------------
+
+enum Capability { kBaseline, kAvx2, kAvx512 };
+constexpr std::array<const char*, 3> kCapabilities = {"baseline", "avx2", "avx512"};
+
+Capability best_capability() {
+#ifdef PSF_X86_KERNELS
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+    return kAvx512;
+  }
+  if (avx2) {
+    return kAvx2;
+  }
+#endif
+  return kBaseline;
+}
+
+Capability choose_capability() {
+  const Capability best = best_capability();
+  const char* wanted = std::getenv("PSF_CPU_CAPABILITY");
+  if (wanted == nullptr) {
+    return best;
+  }
+  const auto* found = std::find(kCapabilities.begin(), kCapabilities.end(), std::string(wanted));
+  STD_TORCH_CHECK(
+      found <= &kCapabilities[best],
+      "PSF_CPU_CAPABILITY is '", wanted, "'; this machine runs baseline",
+      best >= kAvx2 ? ", avx2" : "", best >= kAvx512 ? ", avx512" : "");
+  return static_cast<Capability>(found - kCapabilities.begin());
+}
+
+// The best instruction set of the processor, or the lower one that PSF_CPU_CAPABILITY names.
+Capability capability() {
+  static const Capability chosen = choose_capability();
+  return chosen;
+}
+
+// Calls NAME(...) of the chosen set; a macro, since templates cannot be passed.
+#ifdef PSF_X86_KERNELS
+#define PSF_CALL_KERNEL(NAME, ...)   \
+  switch (capability()) {            \
+    case kAvx512:                    \
+      avx512::NAME(__VA_ARGS__);     \
+      break;                         \
+    case kAvx2:                      \
+      avx2::NAME(__VA_ARGS__);       \
+      break;                         \
+    default:                         \
+      baseline::NAME(__VA_ARGS__);   \
+  }
+#else
+#define PSF_CALL_KERNEL(NAME, ...) baseline::NAME(__VA_ARGS__);
+#endif
+
+// ---- memory ----------------------------------------------------------------------------------
+
+// Elements in memory that is not initialised. Vectors in it do not straddle cache lines.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) {
+    constexpr size_t kLine = 64;
+    const size_t bytes = (static_cast<size_t>(size) * sizeof(T) / kLine + 1) * kLine;
+    memory_.reset(static_cast<T*>(std::aligned_alloc(kLine, bytes)));
+    if (memory_ == nullptr) {
+      throw std::bad_alloc();
+    }
+  }
+
+  T* data() const {
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(T* memory) const {
+      std::free(memory);
+    }
+  };
+  std::unique_ptr<T[], Free> memory_;
+};
+
+// ---- the inputs as kernels take them ---------------------------------------------------------
 
 // Rows of at most so many channels are padded to a multiple of kLeastLanes, others to one of 16.
 constexpr int64_t kShortRow = 8;
@@ -37,153 +117,135 @@ constexpr int64_t kQueryBlock = 128;
 // heads interleaved, the rows of one head share few sets of the cache and many pages.
 constexpr int64_t kSamplesPerRow = 2;
 
-// The type in which a kernel sees elements of T.
+// The type of the arithmetic for values of type T.
 template <typename T>
-struct StorageOf {
-  using Type = T;
-};
-template <>
-struct StorageOf<c10::BFloat16> {
-  using Type = BFloat16;
-};
-template <>
-struct StorageOf<c10::Half> {
-  using Type = Float16;
-};
-template <typename T>
-using Storage = typename StorageOf<T>::Type;
+using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+int64_t round_up(int64_t x, int64_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
 
 // The arrays behind a SampleTable.
 template <typename A>
 struct Table {
   using Index = typename IndexOf<A>::Type;
 
-  std::vector<A> values[2];
-  std::vector<Index> indices[5];
+  std::vector<A> width, height;
+  std::vector<Index> index_width, index_height, start, padding, level;
 
-  Table(const Inputs& inputs, int64_t padded) {
-    for (auto& array : values) {
-      array.assign(padded, A(1));
-    }
-    for (auto& array : indices) {
-      array.assign(padded, Index(0));
-    }
-    std::fill(indices[0].begin(), indices[0].end(), Index(1));
-    std::fill(indices[1].begin(), indices[1].end(), Index(1));
-    std::fill(indices[3].begin(), indices[3].end(), Index(-1));
-    int64_t j = 0;
-    for (size_t l = 0; l < inputs.levels.size(); ++l) {
-      const Level& level = inputs.levels[l];
-      for (int64_t p = 0; p < inputs.sizes.points; ++p, ++j) {
-        values[0][j] = static_cast<A>(level.width);
-        values[1][j] = static_cast<A>(level.height);
-        // No place is inside an empty level, also not half a pixel off.
-        const bool empty = level.width * level.height == 0;
-        indices[0][j] = empty ? std::numeric_limits<Index>::min() : static_cast<Index>(level.width);
-        indices[1][j] = static_cast<Index>(level.height);
-        indices[2][j] = static_cast<Index>(level.start);
-        indices[3][j] = 0;
-        indices[4][j] = static_cast<Index>(2 * l);
-      }
+  Table(const Inputs& inputs, int64_t padded)
+      : width(padded, 1),
+        height(padded, 1),
+        index_width(padded, 1),
+        index_height(padded, 1),
+        start(padded, 0),
+        padding(padded, -1),
+        level(padded, 0) {
+    for (int64_t j = 0; j < inputs.sizes.levels * inputs.sizes.points; ++j) {
+      const int64_t l = j / inputs.sizes.points;
+      const Level& of = inputs.levels[l];
+      // No place is inside an empty level: not between -1 and -1, nor an index below the least.
+      const bool empty = of.width * of.height == 0;
+      width[j] = static_cast<A>(empty ? -1 : of.width);
+      height[j] = static_cast<A>(empty ? -1 : of.height);
+      constexpr Index kLeast = std::numeric_limits<Index>::min();
+      index_width[j] = empty ? kLeast : static_cast<Index>(of.width);
+      index_height[j] = empty ? kLeast : static_cast<Index>(of.height);
+      start[j] = static_cast<Index>(of.start);
+      padding[j] = 0;
+      level[j] = static_cast<Index>(2 * l);
     }
   }
 
   SampleTable<A> view() const {
     return {
-        values[0].data(),
-        values[1].data(),
-        indices[0].data(),
-        indices[1].data(),
-        indices[2].data(),
-        indices[3].data(),
-        indices[4].data()};
+        width.data(),
+        height.data(),
+        index_width.data(),
+        index_height.data(),
+        start.data(),
+        padding.data(),
+        level.data()};
   }
 };
 
-// The arrays behind Origins, of reference points (N, Q, L, 2) or boxes (N, Q, L, 4).
+// The arrays behind Origins, of references (N, Q, L, 2) or (N, Q, L, 4).
 template <typename A>
 struct OriginArrays {
-  using Index = typename IndexOf<A>::Type;
+  std::vector<typename IndexOf<A>::Type> whole;
+  std::vector<A> part, unit;
 
-  std::vector<Index> whole;
-  std::vector<A> part;
-  std::vector<A> unit;
-
-  OriginArrays(const Inputs& inputs, const Tensor& reference) {
-    if (!reference.defined()) {
+  explicit OriginArrays(const Inputs& inputs) {
+    if (!inputs.references) {
       return;
     }
-    const int64_t coordinates = reference.size(3);
-    const int64_t levels = inputs.sizes.levels;
-    const int64_t count = reference.numel() / coordinates;  // (N, Q, L)
+    const int64_t coordinates = inputs.references->size(3);
+    const int64_t count = inputs.references->numel() / coordinates;  // N * Q * L
     whole.resize(2 * count + kSamplePadding);
     part.resize(2 * count + kSamplePadding);
     unit.resize(coordinates == 4 ? 2 * count + kSamplePadding : 0);
-    const A* from = reference.const_data_ptr<A>();
+    const auto* from = static_cast<const A*>(inputs.references->const_data_ptr());
     const double share = 0.5 / static_cast<double>(inputs.sizes.points);  // of a box's size
-    at::parallel_for(0, count, 4096, [&](int64_t begin, int64_t end) {
+    parallel_for(0, 2 * count, 8192, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const Level& level = inputs.levels[i % levels];
-        const double size[2] = {
-            static_cast<double>(level.width), static_cast<double>(level.height)};
-        for (int64_t axis = 0; axis < 2; ++axis) {
-          const double place = from[i * coordinates + axis] * size[axis] - 0.5;
-          const bool near = place > -kFar && place < kFar;  // not for NaN
-          const double low = near ? std::floor(place) : 0.0;
-          whole[2 * i + axis] = static_cast<Index>(low);
-          part[2 * i + axis] =
-              near ? static_cast<A>(place - low) : std::numeric_limits<A>::quiet_NaN();
-          if (coordinates == 4) {
-            unit[2 * i + axis] =
-                static_cast<A>(from[i * coordinates + 2 + axis] * size[axis] * share);
-          }
+        const Level& level = inputs.levels[i / 2 % inputs.sizes.levels];
+        const double size = static_cast<double>(i % 2 == 0 ? level.width : level.height);
+        const A* reference = from + i / 2 * coordinates + i % 2;
+        const double place = reference[0] * size - 0.5;
+        const bool near = place > -kFar && place < kFar;  // not for NaN
+        const double low = near ? std::floor(place) : 0.0;
+        whole[i] = static_cast<typename IndexOf<A>::Type>(low);
+        part[i] = near ? static_cast<A>(place - low) : std::numeric_limits<A>::quiet_NaN();
+        if (coordinates == 4) {
+          unit[i] = static_cast<A>(reference[2] * size * share);
         }
       }
     });
   }
 };
 
-int64_t round_up(int64_t x, int64_t multiple) {
-  return (x + multiple - 1) / multiple * multiple;
-}
-
-int64_t padded_channels(int64_t channels) {
-  return round_up(channels, channels <= kShortRow ? kLeastLanes : kRowMultiple);
-}
-
-// Whether to copy the value rows: where the kernels need padding, and where it pays, since the samples
-// of the queries outnumber the rows.
-bool must_pack(const Sizes& sizes) {
-  return sizes.channels % kLeastLanes != 0 ||
-      sizes.queries * sizes.levels * sizes.points * 4 >= kSamplesPerRow * sizes.positions;
-}
-
-// Memory whose vectors do not straddle lines of the cache, from which they could not be read back
-// at once.
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes) : memory_(bytes + kLine) {}
-
-  char* data() {
-    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
-    return memory_.data() + (kLine - address % kLine) % kLine;
+// The inputs in the types of the kernels. There is none for half precision: it becomes single.
+Inputs in_kernel_types(Inputs inputs) {
+  const ScalarType arithmetic = arithmetic_type(inputs.value);
+  const auto readable = [&](const Tensor& tensor) {
+    return to_contiguous(to_type(tensor, arithmetic));
+  };
+  if (inputs.value.scalar_type() == ScalarType::Half) {
+    inputs.value = to_type(inputs.value, ScalarType::Float);
   }
+  if (inputs.value.stride(3) != 1) {
+    inputs.value = to_contiguous(inputs.value);
+  }
+  inputs.positions = readable(inputs.positions);
+  inputs.weights = readable(inputs.weights);
+  if (inputs.references) {
+    inputs.references = readable(*inputs.references);
+  }
+  return inputs;
+}
 
- private:
-  static constexpr int64_t kLine = 64;
-  std::vector<char> memory_;
-};
+// Whether nothing is sampled, or there is nobody to sample.
+bool is_empty(const Sizes& sizes) {
+  return sizes.images == 0 || sizes.queries == 0 || sizes.heads == 0 || sizes.channels == 0 ||
+      sizes.levels == 0 || sizes.points == 0 || sizes.positions == 0;
+}
 
-// Runs f(task, scratch) for all tasks on the threads of torch.
-template <typename A, typename F>
-void for_tasks(int64_t tasks, int64_t samples_per_task, int64_t padded_samples, const F& f) {
-  const int64_t grain = kGrainSamples / (samples_per_task + 1) + 1;
-  at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    Scratch scratch(scratch_bytes<A>(padded_samples));
-    for (int64_t task = begin; task < end; ++task) {
-      f(task, scratch.data());
-    }
-  });
+// ---- value rows ------------------------------------------------------------------------------
+
+inline float convert(BFloat16 x, float /*to*/) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline BFloat16 convert(float x, BFloat16 /*to*/) {
+  return to_bfloat16(x);
+}
+
+template <typename T>
+inline T convert(T x, T /*to*/) {
+  return x;
 }
 
 // Copies `size` elements from row to row; whole blocks without a call of memcpy.
@@ -193,50 +255,38 @@ inline void copy_row(const From* from, To* to, int64_t size) {
   int64_t i = 0;
   for (; i + kBlock <= size; i += kBlock) {
     for (int64_t j = 0; j < kBlock; ++j) {
-      to[i + j] = static_cast<To>(from[i + j]);
+      to[i + j] = convert(from[i + j], To());
     }
   }
   for (; i < size; ++i) {
-    to[i] = static_cast<To>(from[i]);
+    to[i] = convert(from[i], To());
   }
 }
 
 // Rows that are fetched ahead of a copy: those of one head are apart, which processors do not foresee.
 constexpr int64_t kCopyAhead = 16;
-
-// Fetches the first 128 bytes of a row: 32 channels in single precision.
-template <typename T>
-inline void prefetch(const T* row) {
-#if defined(__GNUC__)
-  __builtin_prefetch(row);
-  __builtin_prefetch(reinterpret_cast<const char*>(row) + 64);
-#else
-  static_cast<void>(row);
-#endif
-}
-
 constexpr int64_t kCopyBlock = 256;  // positions that a thread copies at least
 
 // The value rows (S, D) of heads [begin, end) of N * M, from (N, S, M, D) of any strides with D
 // contiguous to (end - begin, S, channels), zeros from D on.
 template <typename T, typename A>
 void pack(const Tensor& value, int64_t begin, int64_t end, int64_t channels, A* packed) {
-  const int64_t positions = value.size(1);
-  const int64_t heads = value.size(2);
-  const int64_t size = value.size(3);
-  const T* from = value.const_data_ptr<T>();
+  const auto sizes = value.sizes();
   const auto strides = value.strides();
-  at::parallel_for(0, positions, kCopyBlock, [&](int64_t first, int64_t last) {
+  const auto* from = static_cast<const T*>(value.const_data_ptr());
+  parallel_for(0, sizes[1], kCopyBlock, [&](int64_t first, int64_t last) {
     for (int64_t head = begin; head < end; ++head) {
-      const T* row = from + head / heads * strides[0] + first * strides[1] +
-          head % heads * strides[2];
-      A* to = packed + ((head - begin) * positions + first) * channels;
+      const T* row = from + head / sizes[2] * strides[0] + first * strides[1] +
+          head % sizes[2] * strides[2];
+      A* to = packed + ((head - begin) * sizes[1] + first) * channels;
       for (int64_t s = first; s < last; ++s, row += strides[1], to += channels) {
-        if (last - s > kCopyAhead) {
-          prefetch(row + kCopyAhead * strides[1]);
+        if (last - s > kCopyAhead) {  // 32 channels in single precision
+          const auto* next = reinterpret_cast<const char*>(row + kCopyAhead * strides[1]);
+          __builtin_prefetch(next);
+          __builtin_prefetch(next + 64);
         }
-        copy_row(row, to, size);
-        std::fill(to + size, to + channels, A(0));
+        copy_row(row, to, sizes[3]);
+        std::fill(to + sizes[3], to + channels, A(0));
       }
     }
   });
@@ -246,166 +296,145 @@ void pack(const Tensor& value, int64_t begin, int64_t end, int64_t channels, A* 
 template <typename T, typename A>
 void unpack(
     const A* packed, int64_t begin, int64_t end, int64_t channels, const Sizes& sizes, T* to) {
-  const int64_t positions = sizes.positions;
-  const int64_t heads = sizes.heads;
-  const int64_t size = sizes.channels;
-  at::parallel_for(0, positions, kCopyBlock, [&](int64_t first, int64_t last) {
+  parallel_for(0, sizes.positions, kCopyBlock, [&](int64_t first, int64_t last) {
     for (int64_t head = begin; head < end; ++head) {
-      const A* row = packed + ((head - begin) * positions + first) * channels;
-      T* next = to + ((head / heads * positions + first) * heads + head % heads) * size;
-      for (int64_t s = first; s < last; ++s, row += channels, next += heads * size) {
-        copy_row(row, next, size);
+      const A* row = packed + ((head - begin) * sizes.positions + first) * channels;
+      const int64_t position = head / sizes.heads * sizes.positions + first;
+      T* next = to + (position * sizes.heads + head % sizes.heads) * sizes.channels;
+      for (int64_t s = first; s < last; ++s) {
+        copy_row(row, next, sizes.channels);
+        row += channels;
+        next += sizes.heads * sizes.channels;
       }
     }
   });
 }
 
-// What the plain and the fused operator have in common, as tensors.
-struct Arguments {
-  Inputs inputs;
-  Tensor value;
-  Tensor points;
-  Tensor weights;
-  Tensor reference;  // undefined in the plain operator
+// The value rows of heads [begin, end) of N * M: packed (end - begin, S, channels), or where they lie
+// in (N, S, M, D). Gradients of the rows are laid out alike.
+template <typename V>
+struct Group {
+  int64_t begin;
+  int64_t end;
+  const V* value;
+  bool packed;
+  bool in_thread;  // whether a thread works on it alone
 };
 
-Tensor in_arithmetic(const Tensor& tensor, const Tensor& value) {
-  return tensor.to(accumulator_type(value)).contiguous();
-}
-
-bool is_empty(const Sizes& sizes) {
-  return sizes.images * sizes.queries * sizes.heads * sizes.channels * sizes.levels *
-      sizes.points * sizes.positions == 0;
-}
-
 template <typename V, typename O, typename A>
-Call<V, O, A> make_call(
-    const Arguments& arguments,
-    const Table<A>& table,
-    const OriginArrays<A>& origins,
-    int64_t padded_samples) {
-  const Sizes& sizes = arguments.inputs.sizes;
-  Call<V, O, A> call{};
-  call.sizes = sizes;
-  call.table = table.view();
-  call.samples = sizes.levels * sizes.points;
-  call.padded_samples = padded_samples;
-  call.points = arguments.points.const_data_ptr<A>();
-  call.weights = arguments.weights.const_data_ptr<A>();
-  if (arguments.reference.defined()) {
-    call.origins = {origins.whole.data(), origins.part.data(), origins.unit.data()};
-    call.in_pixels = arguments.reference.size(3) == 2;
-  }
-  return call;
+Head<V, A> head_of(const Call<V, O, A>& call, const Group<V>& group, int64_t head, A* grad_rows) {
+  const Sizes& sizes = call.sizes;
+  const int64_t image = head / sizes.heads;
+  const int64_t offset = group.packed
+      ? (head - group.begin) * sizes.positions * call.channels
+      : (image * sizes.positions * sizes.heads + head % sizes.heads) * call.channels;
+  return {
+      image, head % sizes.heads, group.value + offset, grad_rows ? grad_rows + offset : nullptr};
+}
+
+// ---- groups of heads -------------------------------------------------------------------------
+
+// Whether to copy the value rows: where the kernels need padding, and where it pays, since the samples
+// of the queries outnumber the rows.
+bool must_pack(const Sizes& sizes) {
+  return sizes.channels % kLeastLanes != 0 ||
+      sizes.queries * sizes.levels * sizes.points * 4 >= kSamplesPerRow * sizes.positions;
 }
 
 // Whether the rows of one head can be counted in 32 bits, as the kernels do.
 template <typename A>
 bool fits(const Sizes& sizes, int64_t row_stride) {
   return sizeof(A) == sizeof(double) ||
-      sizes.positions * row_stride <= std::numeric_limits<int32_t>::max();
+      sizes.positions <= std::numeric_limits<int32_t>::max() / row_stride;
 }
 
 // Heads that are packed together: enough to fill the threads, and caches of about this size.
 constexpr int64_t kGroupBytes = 4 << 20;
 
-template <typename A>
-int64_t heads_in_group(const Sizes& sizes, int64_t channels) {
-  const int64_t bytes = sizes.positions * channels * static_cast<int64_t>(sizeof(A));
-  const int64_t heads = std::max<int64_t>(kGroupBytes / bytes, at::get_num_threads());
-  return std::min(heads, sizes.images * sizes.heads);
+int64_t heads_in_group(int64_t heads, int64_t head_bytes) {
+  return std::min(std::max<int64_t>(kGroupBytes / head_bytes, get_num_threads()), heads);
 }
-
-// The value rows of heads [begin, end) of N * M: packed (end - begin, S, channels), or where they lie
-// in (N, S, M, D).
-template <typename V>
-struct Group {
-  int64_t begin;
-  int64_t end;
-  bool packed;
-  const V* value;
-
-  // Where the rows of a head begin, in values and in gradients laid out alike.
-  int64_t offset(const Sizes& sizes, int64_t channels, int64_t head) const {
-    if (packed) {
-      return (head - begin) * sizes.positions * channels;
-    }
-    return (head / sizes.heads * sizes.positions * sizes.heads + head % sizes.heads) * channels;
-  }
-
-  // Elements of gradients laid out alike.
-  int64_t size(const Sizes& sizes, int64_t channels) const {
-    return (end - begin) * sizes.positions * channels;
-  }
-};
 
 // Whether threads should take whole heads, from the copy of the rows on: what a thread then reads it
 // has written itself, and no thread waits for another. It needs heads enough to share out evenly.
 bool a_head_a_thread(int64_t heads) {
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = get_num_threads();
   return heads % threads == 0 || heads >= 4 * threads;
 }
 
-// Calls f(call, group, grad_rows) for groups of heads: packed where that pays or must be, else all in
-// one group where they lie. Each thread that calls it brings a tensor of its own for the gradient of
-// the rows, to be kept from group to group.
+template <typename V, typename O, typename A>
+Call<V, O, A> make_call(const Inputs& inputs, const Table<A>& table, const OriginArrays<A>& origins) {
+  Call<V, O, A> call{};
+  call.sizes = inputs.sizes;
+  call.table = table.view();
+  call.samples = inputs.sizes.levels * inputs.sizes.points;
+  call.padded_samples = static_cast<int64_t>(table.level.size());
+  call.points = static_cast<const A*>(inputs.positions.const_data_ptr());
+  call.weights = static_cast<const A*>(inputs.weights.const_data_ptr());
+  if (inputs.references) {
+    call.origins = {origins.whole.data(), origins.part.data(), origins.unit.data()};
+    call.in_pixels = inputs.references->size(3) == 2;
+  }
+  return call;
+}
+
+// Calls f(call, group) for groups of heads: packed where that pays or must be, else all in one group
+// where they lie.
 template <typename T, typename F>
-void for_groups(const Arguments& arguments, const F& f) {
-  using A = Accumulator<T>;
-  const Sizes& sizes = arguments.inputs.sizes;
+void for_groups(const Inputs& inputs, const F& f) {
+  using A = Arithmetic<T>;
+  const Sizes& sizes = inputs.sizes;
   const int64_t heads = sizes.images * sizes.heads;
-  const int64_t padded_samples = round_up(sizes.levels * sizes.points, kSamplePadding);
-  const Table<A> table(arguments.inputs, padded_samples);
-  const OriginArrays<A> origins(arguments.inputs, arguments.reference);
+  const Table<A> table(inputs, round_up(sizes.levels * sizes.points, kSamplePadding));
+  const OriginArrays<A> origins(inputs);
   if (!must_pack(sizes) && fits<A>(sizes, sizes.heads * sizes.channels)) {
-    const Tensor value = arguments.value.contiguous();
-    auto call = make_call<Storage<T>, Storage<T>, A>(arguments, table, origins, padded_samples);
+    const Tensor value = to_contiguous(inputs.value);
+    auto call = make_call<T, T, A>(inputs, table, origins);
     call.channels = sizes.channels;
     call.row_stride = sizes.heads * sizes.channels;
-    const auto* rows = reinterpret_cast<const Storage<T>*>(value.const_data_ptr<T>());
-    Tensor grad_rows;
-    f(call, Group<Storage<T>>{0, heads, false, rows}, grad_rows);
+    f(call, Group<T>{0, heads, static_cast<const T*>(value.const_data_ptr()), false, false});
     return;
   }
-  const int64_t channels = padded_channels(sizes.channels);
-  TORCH_CHECK(
-      fits<A>(sizes, channels),
+  auto call = make_call<A, T, A>(inputs, table, origins);
+  call.channels =
+      round_up(sizes.channels, sizes.channels <= kShortRow ? kLeastLanes : kRowMultiple);
+  call.row_stride = call.channels;
+  STD_TORCH_CHECK(
+      fits<A>(sizes, call.channels),
       "ms_deform_attn: value has S * D = ", sizes.positions, " * ", sizes.channels,
-      " elements a head, more than 2^31: split it by channels");
-  const auto run = [&](int64_t first, int64_t last, int64_t group) {
-    auto call = make_call<A, Storage<T>, A>(arguments, table, origins, padded_samples);
-    call.channels = channels;
-    call.row_stride = channels;
-    const Tensor packed =
-        at::empty({group * sizes.positions * channels}, arguments.points.options());
-    A* rows = packed.mutable_data_ptr<A>();
-    Tensor grad_rows;
+      " elements per head, more than 2^31: split it by channels");
+  const int64_t head_size = sizes.positions * call.channels;
+  const auto run = [&](int64_t first, int64_t last, int64_t group, bool in_thread) {
+    const Buffer<A> rows(group * head_size);
     for (int64_t begin = first; begin < last; begin += group) {
       const int64_t end = std::min(begin + group, last);
-      pack<T, A>(arguments.value, begin, end, channels, rows);
-      f(call, Group<A>{begin, end, true, rows}, grad_rows);
+      pack<T, A>(inputs.value, begin, end, call.channels, rows.data());
+      f(call, Group<A>{begin, end, rows.data(), true, in_thread});
     }
   };
-  const int64_t work = sizes.queries * sizes.levels * sizes.points;
   if (a_head_a_thread(heads)) {
-    at::parallel_for(0, heads, kGrainSamples / (work + 1) + 1, [&](int64_t first, int64_t last) {
-      run(first, last, 1);
-    });
+    const int64_t grain = kGrainSamples / (sizes.queries * call.samples + 1) + 1;
+    parallel_for(0, heads, grain, [&](int64_t first, int64_t last) { run(first, last, 1, true); });
   } else {
-    run(0, heads, heads_in_group<A>(sizes, channels));
+    run(0, heads, heads_in_group(heads, head_size * static_cast<int64_t>(sizeof(A))), false);
   }
 }
 
-// One head of a group; grad_rows is laid out like the group's values, or null.
-template <typename V, typename O, typename A>
-Head<V, A> head_of(const Call<V, O, A>& call, const Group<V>& group, int64_t head, A* grad_rows) {
-  const int64_t offset = group.offset(call.sizes, call.channels, head);
-  return {
-      head / call.sizes.heads,
-      head % call.sizes.heads,
-      group.value + offset,
-      grad_rows ? grad_rows + offset : nullptr};
+// Runs f(task, scratch) for all tasks on the threads of torch.
+template <typename A, typename F>
+void for_tasks(int64_t tasks, int64_t samples_per_task, int64_t padded_samples, const F& f) {
+  const int64_t grain = kGrainSamples / (samples_per_task + 1) + 1;
+  parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    const int64_t bytes = scratch_bytes<A>(padded_samples);
+    const Buffer<char> scratch(bytes);
+    std::memset(scratch.data(), 0, bytes);  // sums over whole vectors meet what was never written
+    for (int64_t task = begin; task < end; ++task) {
+      f(task, scratch.data());
+    }
+  });
 }
+
+// ---- forward ---------------------------------------------------------------------------------
 
 template <typename V, typename O, typename A>
 void forward_group(const Call<V, O, A>& call, const Group<V>& group) {
@@ -414,13 +443,48 @@ void forward_group(const Call<V, O, A>& call, const Group<V>& group) {
   const int64_t samples = std::min(queries, kQueryBlock) * call.samples;
   const int64_t tasks = (group.end - group.begin) * blocks;
   for_tasks<A>(tasks, samples, call.padded_samples, [&](int64_t task, char* scratch) {
-    const auto head =
-        head_of(call, group, group.begin + task / blocks, static_cast<A*>(nullptr));
+    A* const none = nullptr;
+    const auto head = head_of(call, group, group.begin + task / blocks, none);
     const int64_t begin = task % blocks * kQueryBlock;
     const int64_t end = std::min(begin + kQueryBlock, queries);
     PSF_CALL_KERNEL(forward, call, head, begin, end, scratch)
   });
 }
+
+template <typename T>
+void forward_as(const Inputs& inputs, const Tensor& output) {
+  for_groups<T>(inputs, [&](auto call, const auto& group) {
+    call.output = static_cast<T*>(output.mutable_data_ptr());
+    forward_group(call, group);
+  });
+}
+
+// Calls f with a zero of the type in which kernels see the elements of value.
+template <typename F>
+void dispatch(const Tensor& value, const F& f) {
+  switch (value.scalar_type()) {
+    case ScalarType::Double:
+      return f(double());
+    case ScalarType::BFloat16:
+      return f(BFloat16());
+    default:
+      return f(float());
+  }
+}
+
+Tensor forward(const Inputs& given) {
+  const std::vector<int64_t> shape = output_shape(given.sizes);
+  const ScalarType type = given.value.scalar_type();
+  if (is_empty(given.sizes)) {
+    return torch::stable::new_zeros(given.value, shape);
+  }
+  const Inputs inputs = in_kernel_types(given);
+  const Tensor output = empty(shape, inputs.value.scalar_type(), inputs.value);
+  dispatch(inputs.value, [&](auto zero) { forward_as<decltype(zero)>(inputs, output); });
+  return to_type(output, type);
+}
+
+// ---- backward --------------------------------------------------------------------------------
 
 // grad_rows is laid out like the group's values and added to, or null.
 template <typename V, typename O, typename A>
@@ -429,8 +493,7 @@ void backward_group(const Call<V, O, A>& call, const Group<V>& group, A* grad_ro
   // additions never changes: one head, or one level of it when there are threads to spare.
   const Sizes& sizes = call.sizes;
   const int64_t heads = group.end - group.begin;
-  const bool alone = at::in_parallel_region() || heads >= at::get_num_threads();
-  const int64_t parts = alone ? 1 : sizes.levels;
+  const int64_t parts = group.in_thread || heads >= get_num_threads() ? 1 : sizes.levels;
   const int64_t samples = sizes.queries * call.samples / parts;
   for_tasks<A>(heads * parts, samples, call.padded_samples, [&](int64_t task, char* scratch) {
     const auto head = head_of(call, group, group.begin + task / parts, grad_rows);
@@ -457,182 +520,189 @@ void backward_group(const Call<V, O, A>& call, const Group<V>& group, A* grad_ro
       });
 }
 
-Tensor forward_of(const Arguments& arguments) {
-  const Sizes& sizes = arguments.inputs.sizes;
-  const std::array<int64_t, 3> shape = {
-      sizes.images, sizes.queries, sizes.heads * sizes.channels};
-  if (is_empty(sizes)) {
-    return at::zeros(shape, arguments.value.options());
-  }
-  Tensor output = at::empty(shape, arguments.value.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, output.scalar_type(), "ms_deform_attn", [&] {
-        auto* to = reinterpret_cast<Storage<scalar_t>*>(output.mutable_data_ptr<scalar_t>());
-        for_groups<scalar_t>(arguments, [&](auto& call, const auto& group, Tensor& /*grad_rows*/) {
-          call.output = to;
-          forward_group(call, group);
-        });
-      });
-  return output;
+// Goes from the gradient of the points, which is that of locations for boxes and that of offsets else,
+// to that of references, unless it is null, and to that of offsets, in place.
+template <typename A>
+void references_backward(const Inputs& inputs, A* grad_points, A* grad_references) {
+  const Sizes& sizes = inputs.sizes;
+  const int64_t coordinates = inputs.references->size(3);
+  const auto* offsets = static_cast<const A*>(inputs.positions.const_data_ptr());
+  const auto* references = static_cast<const A*>(inputs.references->const_data_ptr());
+  const A share = A(0.5) / static_cast<A>(sizes.points);  // of a box's size
+  const auto do_level = [&](int64_t i) {  // of N * Q * L
+    const int64_t query = i / sizes.levels;
+    const int64_t l = i % sizes.levels;
+    const A* reference = references + i * coordinates;
+    A sum[4] = {};
+    for (int64_t m = 0; m < sizes.heads; ++m) {
+      const int64_t first =
+          ((query * sizes.heads + m) * sizes.levels + l) * sizes.points * 2;
+      for (int64_t j = first; j < first + 2 * sizes.points; ++j) {
+        const int64_t axis = j % 2;
+        sum[axis] += grad_points[j];
+        if (coordinates == 4) {
+          // Not 0 * offset, which is NaN for the infinite offset of a sample outside.
+          sum[2 + axis] += grad_points[j] == A(0) ? A(0) : grad_points[j] * offsets[j] * share;
+          grad_points[j] *= reference[2 + axis] * share;
+        }
+      }
+    }
+    if (coordinates == 2) {
+      sum[0] *= static_cast<A>(inputs.levels[l].width);
+      sum[1] *= static_cast<A>(inputs.levels[l].height);
+    }
+    if (grad_references) {
+      std::copy(sum, sum + coordinates, grad_references + i * coordinates);
+    }
+  };
+  const int64_t grain = kGrainSamples / (sizes.heads * sizes.points) + 1;
+  parallel_for(0, sizes.images * sizes.queries * sizes.levels, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      do_level(i);
+    }
+  });
 }
 
-// Gradients of value, points and weights (logits); an empty tensor (0,) for one that is not wanted,
-// since the result of a dispatched operator should be a defined tensor.
-Gradients backward_of(
-    const Arguments& arguments, const Tensor& grad_output, std::array<bool, 3> output_mask) {
-  const Sizes& sizes = arguments.inputs.sizes;
-  check_grad_output(grad_output, arguments.value, sizes);
-  const bool empty = is_empty(sizes);
-  const auto buffer = [&](bool wanted, const Tensor& like) {
-    return !wanted ? at::empty({0}, like.options())
-        : empty    ? at::zeros(like.sizes(), like.options())
-                   : at::empty(like.sizes(), like.options());
+// Gradients to write; one that has no value is not computed. That of references needs that of
+// positions.
+struct GradientTensors {
+  std::optional<Tensor> value, references, positions, weights;
+};
+
+template <typename T>
+void backward_as(const Inputs& inputs, const Tensor& grad_output, const GradientTensors& to) {
+  using A = Arithmetic<T>;
+  const auto pointer = [](const std::optional<Tensor>& tensor, auto zero) {
+    return tensor ? static_cast<decltype(zero)*>(tensor->mutable_data_ptr()) : nullptr;
   };
-  Tensor grad_value = buffer(output_mask[0], arguments.value);
-  Tensor grad_points = buffer(output_mask[1], arguments.points);
-  Tensor grad_weights = buffer(output_mask[2], arguments.weights);
-  if (empty) {
-    return {grad_value, grad_points, grad_weights};
-  }
-  const Tensor grad = grad_output.to(arguments.value.scalar_type()).contiguous();
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, grad_value.scalar_type(), "ms_deform_attn_backward", [&] {
-        using A = Accumulator<scalar_t>;
-        scalar_t* value_to = output_mask[0] ? grad_value.mutable_data_ptr<scalar_t>() : nullptr;
-        A* points_to = output_mask[1] ? grad_points.mutable_data_ptr<A>() : nullptr;
-        A* weights_to = output_mask[2] ? grad_weights.mutable_data_ptr<A>() : nullptr;
-        const auto* from =
-            reinterpret_cast<const Storage<scalar_t>*>(grad.const_data_ptr<scalar_t>());
-        for_groups<scalar_t>(arguments, [&](auto& call, const auto& group, Tensor& grad_rows) {
-          call.grad_output = from;
-          call.grad_points = points_to;
-          call.grad_weights = weights_to;
-          if (!output_mask[0]) {
-            backward_group(call, group, static_cast<A*>(nullptr));
-            return;
-          }
-          const int64_t size = group.size(sizes, call.channels);
-          if (!grad_rows.defined()) {  // the first group is the largest
-            grad_rows = at::empty({size}, arguments.points.options());
-          }
-          A* grad_row = grad_rows.mutable_data_ptr<A>();
-          at::parallel_for(0, size, 1 << 16, [&](int64_t begin, int64_t end) {
-            std::fill(grad_row + begin, grad_row + end, A(0));
-          });
-          backward_group(call, group, grad_row);
-          if (group.packed) {
-            unpack<scalar_t, A>(
-                grad_row, group.begin, group.end, call.channels, sizes, value_to);
-          } else {
-            grad_value.copy_(grad_rows.view(grad_value.sizes()));
-          }
-        });
+  T* grad_value = pointer(to.value, T());
+  for_groups<T>(inputs, [&](auto call, const auto& group) {
+    call.grad_output = static_cast<const T*>(grad_output.const_data_ptr());
+    call.grad_points = pointer(to.positions, A());
+    call.grad_weights = pointer(to.weights, A());
+    if (grad_value == nullptr) {
+      backward_group(call, group, static_cast<A*>(nullptr));
+      return;
+    }
+    const int64_t size = (group.end - group.begin) * call.sizes.positions * call.channels;
+    const Buffer<A> buffer(size);
+    A* rows = buffer.data();
+    parallel_for(0, size, 1 << 16, [&](int64_t begin, int64_t end) {
+      std::fill(rows + begin, rows + end, A(0));
+    });
+    backward_group(call, group, rows);
+    if (group.packed) {
+      unpack(rows, group.begin, group.end, call.channels, call.sizes, grad_value);
+    } else {
+      parallel_for(0, size, 1 << 16, [&](int64_t begin, int64_t end) {
+        copy_row(rows + begin, grad_value + begin, end - begin);
       });
-  return {grad_value, grad_points, grad_weights};
+    }
+  });
+  if (to.references || (to.positions && inputs.references && inputs.references->size(3) == 4)) {
+    references_backward(inputs, pointer(to.positions, A()), pointer(to.references, A()));
+  }
+}
+
+GradientTensors backward(const Inputs& given, const Tensor& grad_output, const Wanted& wanted) {
+  check_grad_output(grad_output, given);
+  const bool empty_call = is_empty(given.sizes);
+  const Inputs inputs = empty_call ? given : in_kernel_types(given);
+  const auto buffer = [&](bool is_wanted, const Tensor& like) -> std::optional<Tensor> {
+    if (!is_wanted) {
+      return std::nullopt;
+    }
+    return empty_call ? torch::stable::new_zeros(like, like.sizes())
+                      : empty(like.sizes(), like.scalar_type(), like);
+  };
+  GradientTensors to = {
+      buffer(wanted.value, inputs.value),
+      wanted.references ? buffer(true, *inputs.references) : std::nullopt,
+      buffer(wanted.positions || wanted.references, inputs.positions),
+      buffer(wanted.weights, inputs.weights)};
+  if (!empty_call) {
+    const Tensor grad = to_contiguous(to_type(grad_output, inputs.value.scalar_type()));
+    dispatch(inputs.value, [&](auto zero) { backward_as<decltype(zero)>(inputs, grad, to); });
+  }
+  if (!wanted.positions) {
+    to.positions = std::nullopt;
+  }
+  return to;
 }
 
 // ---- the operators ---------------------------------------------------------------------------
 // The CPU kernels are deterministic, so the flag changes nothing.
 
-Arguments plain_arguments(
-    const Tensor& value,
-    at::IntArrayRef spatial_shapes,
-    const Tensor& locations,
-    const Tensor& weights) {
-  Inputs inputs = check_inputs(value, spatial_shapes, locations, weights);
-  return {
-      std::move(inputs),
-      value.stride(3) == 1 ? value : value.contiguous(),
-      in_arithmetic(locations, value),
-      in_arithmetic(weights, value),
-      Tensor()};
-}
-
 Tensor forward_cpu(
     const Tensor& value,
-    at::IntArrayRef spatial_shapes,
+    std::vector<int64_t> spatial_shapes,
     const Tensor& locations,
-    const Tensor& weights,
-    bool /*deterministic*/) {
-  return forward_of(plain_arguments(value, spatial_shapes, locations, weights));
+    const Tensor& weights) {
+  return forward(check_inputs(value, spatial_shapes, std::nullopt, locations, weights));
 }
 
 Gradients backward_cpu(
     const Tensor& grad_output,
     const Tensor& value,
-    at::IntArrayRef spatial_shapes,
+    std::vector<int64_t> spatial_shapes,
     const Tensor& locations,
     const Tensor& weights,
-    std::array<bool, 3> output_mask,
+    std::vector<bool> output_mask,
     bool /*deterministic*/) {
-  auto [grad_value, grad_locations, grad_weights] = backward_of(
-      plain_arguments(value, spatial_shapes, locations, weights), grad_output, output_mask);
+  const GradientTensors grads = backward(
+      check_inputs(value, spatial_shapes, std::nullopt, locations, weights),
+      grad_output,
+      to_wanted(output_mask, false));
   return {
-      grad_value,
-      grad_locations.to(locations.scalar_type()),
-      grad_weights.to(weights.scalar_type())};
-}
-
-Arguments fused_arguments(
-    const Tensor& value,
-    at::IntArrayRef spatial_shapes,
-    const Tensor& reference_points,
-    const Tensor& sampling_offsets,
-    const Tensor& attention_logits) {
-  Inputs inputs = check_fused_inputs(
-      value, spatial_shapes, reference_points, sampling_offsets, attention_logits);
-  return {
-      std::move(inputs),
-      value.stride(3) == 1 ? value : value.contiguous(),
-      in_arithmetic(sampling_offsets, value),
-      in_arithmetic(attention_logits, value),
-      in_arithmetic(reference_points, value)};
+      to_result(grads.value, value),
+      to_result(grads.positions, locations),
+      to_result(grads.weights, weights)};
 }
 
 Tensor forward_fused_cpu(
     const Tensor& value,
-    at::IntArrayRef spatial_shapes,
-    const Tensor& reference_points,
-    const Tensor& sampling_offsets,
-    const Tensor& attention_logits,
-    bool /*deterministic*/) {
-  return forward_of(fused_arguments(
-      value, spatial_shapes, reference_points, sampling_offsets, attention_logits));
+    std::vector<int64_t> spatial_shapes,
+    const Tensor& references,
+    const Tensor& offsets,
+    const Tensor& logits) {
+  return forward(check_inputs(value, spatial_shapes, references, offsets, logits));
 }
 
 FusedGradients backward_fused_cpu(
     const Tensor& grad_output,
     const Tensor& value,
-    at::IntArrayRef spatial_shapes,
-    const Tensor& reference_points,
-    const Tensor& sampling_offsets,
-    const Tensor& attention_logits,
-    std::array<bool, 4> output_mask,
+    std::vector<int64_t> spatial_shapes,
+    const Tensor& references,
+    const Tensor& offsets,
+    const Tensor& logits,
+    std::vector<bool> output_mask,
     bool /*deterministic*/) {
-  const Arguments arguments = fused_arguments(
-      value, spatial_shapes, reference_points, sampling_offsets, attention_logits);
-  auto [grad_value, grad_points, grad_logits] = backward_of(
-      arguments, grad_output, {output_mask[0], output_mask[1] || output_mask[2], output_mask[3]});
-  auto [grad_reference, grad_offsets] = point_gradients(
-      arguments.inputs,
-      arguments.reference,
-      arguments.points,
-      grad_points,
-      {output_mask[1], output_mask[2]});
+  const GradientTensors grads = backward(
+      check_inputs(value, spatial_shapes, references, offsets, logits),
+      grad_output,
+      to_wanted(output_mask, true));
   return {
-      grad_value,
-      grad_reference.to(reference_points.scalar_type()),
-      grad_offsets.to(sampling_offsets.scalar_type()),
-      grad_logits.to(attention_logits.scalar_type())};
+      to_result(grads.value, value),
+      to_result(grads.references, references),
+      to_result(grads.positions, offsets),
+      to_result(grads.weights, logits)};
+}
+
+std::string cpu_capability() {
+  return kCapabilities[capability()];
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(psf, CPU, m) {
-  m.impl("ms_deform_attn", &forward_cpu);
-  m.impl("ms_deform_attn_backward", &backward_cpu);
-  m.impl("ms_deform_attn_fused", &forward_fused_cpu);
-  m.impl("ms_deform_attn_fused_backward", &backward_fused_cpu);
+STABLE_TORCH_LIBRARY_IMPL(psf, CPU, m) {
+  m.impl("ms_deform_attn", TORCH_BOX(&forward_cpu));
+  m.impl("ms_deform_attn_backward", TORCH_BOX(&backward_cpu));
+  m.impl("ms_deform_attn_fused", TORCH_BOX(&forward_fused_cpu));
+  m.impl("ms_deform_attn_fused_backward", TORCH_BOX(&backward_fused_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(psf, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
 }
 
 }  // namespace psf

@@ -4,17 +4,36 @@
 #pragma once
 
 #include "ms_deform_attn.h"
-#include "vector_index.h"
+
+#include <cstring>
 
 namespace psf {
 
-// Storage types of 16 bits.
+// The index type of vectors that hold A.
+template <typename A>
+struct IndexOf {
+  using Type = int32_t;
+};
+template <>
+struct IndexOf<double> {
+  using Type = int64_t;
+};
+template <>
+struct IndexOf<int64_t> {
+  using Type = int64_t;
+};
+
 struct BFloat16 {
   uint16_t bits;
 };
-struct Float16 {
-  uint16_t bits;
-};
+
+// To nearest, ties to even.
+static inline BFloat16 to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return {static_cast<uint16_t>(x == x ? rounded : 0x7fc0u)};
+}
 
 // What a sample's place among the L * P of a query and head says about it. All arrays are padded to
 // kSamplePadding, with levels of one pixel.

@@ -14,10 +14,6 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 namespace psf {
 namespace PSF_ISA {
 namespace {
@@ -26,63 +22,9 @@ namespace {
 
 // ---- value rows in 16 bits -------------------------------------------------------------------
 
-PSF_INLINE float widen(BFloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-PSF_INLINE float widen(Float16 x) {
-  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
-  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
-  // Exponents are rebiased by multiplication, which also normalises the subnormal numbers; those of
-  // infinities and NaN become the largest exponent again.
-  uint32_t bits = magnitude;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  value *= 0x1p112f;
-  std::memcpy(&bits, &value, sizeof(bits));
-  bits |= magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
-  bits |= sign;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-PSF_INLINE float widen(float x) {
-  return x;
-}
-PSF_INLINE double widen(double x) {
-  return x;
-}
-
 PSF_INLINE void narrow(float x, BFloat16* to) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  to->bits = static_cast<uint16_t>(x == x ? rounded : 0x7fc0u);
+  *to = to_bfloat16(x);
 }
-
-PSF_INLINE void narrow(float x, Float16* to) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  bits &= 0x7fffffffu;
-  uint32_t half;
-  if (bits >= 0x47800000u) {  // 65536 and above, infinite, NaN
-    half = bits > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  } else if (bits < 0x38800000u) {  // below the smallest normal number: let an addition round
-    float value;
-    std::memcpy(&value, &bits, sizeof(value));
-    value += 0.5f;
-    std::memcpy(&half, &value, sizeof(half));
-    half -= 0x3f000000u;
-  } else {
-    half = (bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13;
-  }
-  to->bits = static_cast<uint16_t>(sign | half);
-}
-
 PSF_INLINE void narrow(float x, float* to) {
   *to = x;
 }
@@ -96,33 +38,11 @@ PSF_INLINE Vector<A, kLanes> load_row(const V* from) {
   if constexpr (std::is_same_v<V, A>) {
     return load<A, kLanes>(from);
   } else {
-#if defined(__GNUC__) && !defined(PSF_PLAIN_VECTORS)
-    if constexpr (std::is_same_v<V, BFloat16>) {
-      Vector<uint16_t, kLanes> bits;
-      std::memcpy(&bits, from, sizeof(bits));
-      const auto wide = __builtin_convertvector(bits, Vector<uint32_t, kLanes>) << 16;
-      Vector<A, kLanes> v;
-      std::memcpy(&v, &wide, sizeof(v));
-      return v;
-    }
-#endif
-#if defined(__AVX512F__) && !defined(PSF_PLAIN_VECTORS)
-    if constexpr (std::is_same_v<V, Float16> && kLanes == 16) {
-      const __m512 wide = _mm512_maskz_cvtph_ps(
-          0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-      return reinterpret_cast<const Vector<A, kLanes>&>(wide);
-    }
-#elif defined(__F16C__) && defined(__AVX2__) && !defined(PSF_PLAIN_VECTORS)
-    if constexpr (std::is_same_v<V, Float16> && kLanes == 8) {
-      const __m256 wide =
-          _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-      return reinterpret_cast<const Vector<A, kLanes>&>(wide);
-    }
-#endif
+    Vector<uint16_t, kLanes> bits;  // of BFloat16
+    std::memcpy(&bits, from, sizeof(bits));
+    const auto wide = __builtin_convertvector(bits, Vector<uint32_t, kLanes>) << 16;
     Vector<A, kLanes> v;
-    for (int i = 0; i < kLanes; ++i) {
-      v[i] = widen(from[i]);
-    }
+    std::memcpy(&v, &wide, sizeof(v));
     return v;
   }
 }
@@ -206,7 +126,7 @@ PSF_INLINE void softmax(
     const F e = select<A, kLanes>(
         load_index<A, kLanes>(padding + i),
         nothing,
-        exponential<kLanes>(load<A, kLanes>(logits + i) - largest));
+        exponential<A, kLanes>(load<A, kLanes>(logits + i) - largest));
     store<A, kLanes>(e, weights + i);
     sum += e;
   }
@@ -233,10 +153,8 @@ PSF_INLINE void softmax_gradient(const A* weights, A* grad, int64_t count) {
   }
 }
 
-// The samples of one query and head, in scratch memory. Each function gives an array of kArraySize
-// elements, or of as many as the constructor is told when that is 0: a known size makes all arrays
-// reachable from one pointer.
-template <typename A, int kArraySize>
+// The samples of one query and head, in scratch memory: each function gives an array.
+template <typename A>
 struct Samples {
   using Index = typename IndexOf<A>::Type;
 
@@ -244,7 +162,7 @@ struct Samples {
       : base(reinterpret_cast<A*>(scratch)), size(array_size(padded_samples)), any(false) {}
 
   A* array(int number) const {
-    return base + number * (kArraySize == 0 ? size : kArraySize);
+    return base + number * size;
   }
 
   // Of the corners (y, x) = 00, 01, 10, 11. One outside the level has weight 0 and the row of
@@ -304,9 +222,9 @@ PSF_INLINE Vector<A, kLanes> look_up(const A* table, const Index* level, int axi
 // Gives those of samples [begin, end) that do not count the rows of one that does, so that what is
 // read for them, times 0, is nothing that the output does not depend on. From outside that range no
 // row will do: the backward pass also adds to it, and it may be another thread's.
-template <typename A, int kArraySize>
+template <typename A>
 PSF_INLINE void replace_outside(
-    Samples<A, kArraySize>& samples, int64_t begin, int64_t end) {
+    Samples<A>& samples, int64_t begin, int64_t end) {
   constexpr int kLanes = kFull<A>;
   int64_t first = begin;
   while (first < end && !samples.inside()[first]) {
@@ -329,14 +247,14 @@ PSF_INLINE void replace_outside(
 
 // Prepares the samples of query `query` (n * Q + q) and head m, of which [begin, end) will be used.
 // What only the backward pass needs is left out on request.
-template <bool kBackward, bool kFused, typename V, typename O, typename A, int kArraySize>
+template <bool kBackward, bool kFused, typename V, typename O, typename A>
 PSF_INLINE void prepare_samples(
     const Call<V, O, A>& call,
     int64_t query,
     int64_t m,
     int64_t begin,
     int64_t end,
-    Samples<A, kArraySize>& samples) {
+    Samples<A>& samples) {
   constexpr int kLanes = kFull<A>;
   using F = Vector<A, kLanes>;
   using I = IndexVector<A, kLanes>;
@@ -365,7 +283,7 @@ PSF_INLINE void prepare_samples(
   const I zero = splat_index<A, kLanes>(0);
   const I next = splat_index<A, kLanes>(1);
   const I row_size = splat_index<A, kLanes>(call.row_stride);
-  bool all = true;
+  I counted = splat_index<A, kLanes>(-1);
   for (int64_t j = 0; j < count; j += kLanes) {
     F place[2];
     split_pairs<A, kLanes>(
@@ -394,12 +312,11 @@ PSF_INLINE void prepare_samples(
         const I near = (sum > nothing - far) & (sum < far);  // not for NaN
         offset = select<A, kLanes>(near, offset, nothing);
         // Whole pixels go before the parts are added, which a large offset would round away.
-        const I offset_low = floor_index<A, kLanes>(offset);
-        const F parts = select<A, kLanes>(
-            near, (offset - to_value<A, kLanes>(offset_low)) + part, nothing);
-        const I carry = floor_index<A, kLanes>(parts);
-        fraction[axis] = parts - to_value<A, kLanes>(carry);
-        const I low = offset_low + carry;
+        const F offset_low = floor<A, kLanes>(offset);
+        const F parts = select<A, kLanes>(near, (offset - offset_low) + part, nothing);
+        const F carry = floor<A, kLanes>(parts);
+        fraction[axis] = parts - carry;
+        const I low = to_index<A, kLanes>(offset_low) + to_index<A, kLanes>(carry);
         pixel[axis] = low +
             look_up<typename IndexOf<A>::Type, kLanes>(
                           call.origins.whole + origin, level, axis, fits);
@@ -409,18 +326,18 @@ PSF_INLINE void prepare_samples(
         pixel[axis] = select_index<A, kLanes>(within[axis], pixel[axis], zero);
       } else {
         // The rounding of this product is the largest error of single precision: put it back.
-        const F product = place[axis] * size[axis];
-        const F rest = product_error<A, kLanes>(place[axis], size[axis], product);
+        F rest;
+        const F product = multiply<A, kLanes>(place[axis], size[axis], rest);
         const F centred = product - splat<A, kLanes>(A(0.5));
         within[axis] = (centred > minus_one) & (centred < size[axis]);
         const F inside_place = select<A, kLanes>(within[axis], centred, nothing);
-        pixel[axis] = floor_index<A, kLanes>(inside_place);
-        fraction[axis] = (inside_place - to_value<A, kLanes>(pixel[axis])) +
-            select<A, kLanes>(within[axis], rest, nothing);
+        const F low = floor<A, kLanes>(inside_place);
+        pixel[axis] = to_index<A, kLanes>(low);
+        fraction[axis] = (inside_place - low) + select<A, kLanes>(within[axis], rest, nothing);
       }
     }
     const I inside = within[0] & within[1];
-    all &= all_set<A, kLanes>(inside | load_index<A, kLanes>(table.padding + j));
+    counted &= inside | load_index<A, kLanes>(table.padding + j);
     const I column = pixel[0];
     const I line = pixel[1];
     const F fx = fraction[0];
@@ -461,20 +378,20 @@ PSF_INLINE void prepare_samples(
     }
   }
   samples.any = count > 0;
-  if (!all) {
+  if (!all_set<A, kLanes>(counted)) {
     replace_outside(samples, begin, end);
   }
 }
 
 // The same, of whichever operator, for the backward pass.
-template <typename V, typename O, typename A, int kArraySize>
+template <typename V, typename O, typename A>
 PSF_INLINE void prepare_backward(
     const Call<V, O, A>& call,
     int64_t query,
     int64_t m,
     int64_t begin,
     int64_t end,
-    Samples<A, kArraySize>& samples) {
+    Samples<A>& samples) {
   if (call.origins.part) {
     prepare_samples<true, true>(call, query, m, begin, end, samples);
   } else {
@@ -489,7 +406,7 @@ template <int kLines, typename A>
 PSF_INLINE void prefetch_lines(const A* array) {
   constexpr int64_t kLine = kCacheLine / static_cast<int64_t>(sizeof(A));
   for (int i = 0; i < kLines; ++i) {
-    PSF_PREFETCH(array + i * kLine);
+    __builtin_prefetch(array + i * kLine);
   }
 }
 
@@ -529,9 +446,9 @@ PSF_INLINE void prefetch_output(const Call<V, O, A>& call, int64_t query, int64_
 }
 
 // Fetches the rows of prepared samples: of values, or of their gradient.
-template <typename V, typename A, int kArraySize>
+template <typename V, typename A>
 PSF_INLINE void prefetch_rows(
-    const Samples<A, kArraySize>& samples, const V* rows, int64_t channels, int64_t count) {
+    const Samples<A>& samples, const V* rows, int64_t channels, int64_t count) {
   if (!samples.any) {
     return;
   }
@@ -557,13 +474,13 @@ PSF_INLINE void prefetch_rows(
 // ---- forward ---------------------------------------------------------------------------------
 
 // Sums the value rows of a query's samples over kVectors vectors of channels.
-template <int kLanes, int kVectors, typename V, typename A, int kArraySize>
+template <int kLanes, int kVectors, typename V, typename A>
 PSF_INLINE void sum_rows(
-    const Samples<A, kArraySize>& samples, const V* value, int64_t count, Vector<A, kLanes>* sum) {
+    const Samples<A>& samples, const V* value, int64_t count, Vector<A, kLanes>* sum) {
   // Several sums for each vector, so that additions need not wait for each other.
   constexpr int kSums = kVectors >= 4 ? 2 : 4;
   Vector<A, kLanes> partial[kSums][kVectors] = {};
-  PSF_IN_REGISTER(value);  // one sum for each row instead of one for each of its vectors
+  asm("" : "+r"(value));  // one sum for each row instead of one for each of its vectors
   for (int64_t j = 0; j < count; ++j) {
     for (int corner = 0; corner < 4; ++corner) {
       const Vector<A, kLanes> weight = splat<A, kLanes>(samples.weight(corner)[j]);
@@ -583,9 +500,9 @@ PSF_INLINE void sum_rows(
   }
 }
 
-template <int kLanes, int kVectors, typename V, typename O, typename A, int kArraySize>
+template <int kLanes, int kVectors, typename V, typename O, typename A>
 PSF_INLINE void forward_block(
-    const Samples<A, kArraySize>& samples,
+    const Samples<A>& samples,
     const V* value,
     int64_t count,
     int64_t channels,
@@ -618,7 +535,7 @@ PSF_INLINE void for_blocks(int64_t channels, const F& block) {
   }
 }
 
-template <int kLanes, int kArraySize, bool kFused, typename V, typename O, typename A>
+template <int kLanes, bool kFused, typename V, typename O, typename A>
 void forward_queries(
     const Call<V, O, A>& call,
     const Head<V, A>& head,
@@ -628,7 +545,7 @@ void forward_queries(
   const int64_t count = call.samples;
   const int64_t channels = call.sizes.channels;
   const int64_t half = scratch_bytes<A>(call.padded_samples) / 2;
-  using Buffer = Samples<A, kArraySize>;
+  using Buffer = Samples<A>;
   Buffer buffers[2] = {
       Buffer(scratch, call.padded_samples), Buffer(scratch + half, call.padded_samples)};
   const V* value = head.value;
@@ -697,9 +614,9 @@ PSF_INLINE Vector<A, kLanes> sums_of_lanes(Vector<A, kLanes>* rows) {
 
 // Samples [begin, end) of a query in kVectors vectors of channels: adds to the gradient of the value
 // rows, and stores (or, from the second block on, adds) the dot products with the value rows.
-template <int kLanes, int kVectors, typename V, typename O, typename A, int kArraySize>
+template <int kLanes, int kVectors, typename V, typename O, typename A>
 PSF_INLINE void backward_block(
-    const Samples<A, kArraySize>& samples,
+    const Samples<A>& samples,
     const V* value,
     A* grad_value,
     const O* grad_output,
@@ -722,8 +639,10 @@ PSF_INLINE void backward_block(
         Vector<A, kLanes> products[kLanes] = {};
         const auto product = [&](int j) PSF_LAMBDA_INLINE {
           const V* row = value + offset[j];
-          Vector<A, kLanes> sum = grad[0] * load_row<A, kLanes>(row);
-          for (int v = 1; v < kVectors; ++v) {
+          // From 0, lest the compiler fuse one or the other of the first two products with their sum,
+          // not the same in both of the loops below.
+          Vector<A, kLanes> sum = {};
+          for (int v = 0; v < kVectors; ++v) {
             sum = grad[v] * load_row<A, kLanes>(row + v * kLanes) + sum;
           }
           products[j] = sum;
@@ -765,10 +684,10 @@ PSF_INLINE void store_array(const A* from, A* to, int64_t count) {
 }
 
 // From the dot products of samples [begin, end) to the gradients of their places and weights.
-template <typename V, typename O, typename A, int kArraySize>
+template <typename V, typename O, typename A>
 PSF_INLINE void sample_gradients(
     const Call<V, O, A>& call,
-    const Samples<A, kArraySize>& samples,
+    const Samples<A>& samples,
     int64_t row,
     int64_t begin,
     int64_t end) {
@@ -817,7 +736,7 @@ PSF_INLINE void sample_gradients(
   }
 }
 
-template <int kLanes, int kArraySize, typename V, typename O, typename A>
+template <int kLanes, typename V, typename O, typename A>
 void backward_queries(
     const Call<V, O, A>& call,
     const Head<V, A>& head,
@@ -830,7 +749,7 @@ void backward_queries(
   const bool dots = call.grad_points || call.grad_weights;
   const bool all_levels = l_begin == 0 && l_end == sizes.levels;
   const int64_t half = scratch_bytes<A>(call.padded_samples) / 2;
-  using Buffer = Samples<A, kArraySize>;
+  using Buffer = Samples<A>;
   Buffer buffers[2] = {
       Buffer(scratch, call.padded_samples), Buffer(scratch + half, call.padded_samples)};
   const V* value = head.value;
@@ -876,24 +795,14 @@ void backward_queries(
   }
 }
 
-// Calls f with the lanes that the value rows of a call divide into, and with the size of the arrays
-// of samples if it is the least, else 0.
+// Calls f with the lanes that the value rows of a call divide into.
 template <typename V, typename O, typename A, typename F>
-void with_constants(const Call<V, O, A>& call, const F& f) {
-  using Any = std::integral_constant<int, 0>;
-  if constexpr (kFull<A> > kLeastLanes) {
-    if (call.channels % kFull<A> != 0) {
-      return f(std::integral_constant<int, kLeastLanes>{}, Any{});
-    }
+void with_lanes(const Call<V, O, A>& call, const F& f) {
+  if (call.channels % kFull<A> == 0) {
+    f(std::integral_constant<int, kFull<A>>{});
+  } else if constexpr (kFull<A> > kLeastLanes) {
+    f(std::integral_constant<int, kLeastLanes>{});
   }
-  std::integral_constant<int, kFull<A>> lanes;
-  if constexpr (std::is_same_v<V, A>) {  // rows in half precision are of few queries: not worth the code
-    constexpr int64_t kLeast = array_size(kSamplePadding);
-    if (call.padded_samples == kSamplePadding) {
-      return f(lanes, std::integral_constant<int, kLeast>{});
-    }
-  }
-  f(lanes, Any{});
 }
 
 }  // namespace
@@ -905,12 +814,12 @@ void forward(
     int64_t q_begin,
     int64_t q_end,
     char* scratch) {
-  with_constants(call, [&](auto lanes, auto array_size) {
+  with_lanes(call, [&](auto lanes) {
     // Not one function for both operators: each leaves the other too few registers.
     if (call.origins.part) {
-      forward_queries<lanes(), array_size(), true>(call, head, q_begin, q_end, scratch);
+      forward_queries<lanes(), true>(call, head, q_begin, q_end, scratch);
     } else {
-      forward_queries<lanes(), array_size(), false>(call, head, q_begin, q_end, scratch);
+      forward_queries<lanes(), false>(call, head, q_begin, q_end, scratch);
     }
   });
 }
@@ -922,8 +831,8 @@ void backward(
     int64_t l_begin,
     int64_t l_end,
     char* scratch) {
-  with_constants(call, [&](auto lanes, auto array_size) {
-    backward_queries<lanes(), array_size()>(call, head, l_begin, l_end, scratch);
+  with_lanes(call, [&](auto lanes) {
+    backward_queries<lanes()>(call, head, l_begin, l_end, scratch);
   });
 }
 
@@ -932,7 +841,7 @@ void softmax_backward(
     const SampleTable<A>& table, const A* logits, A* grad, int64_t samples, char* scratch) {
   // In scratch memory, since whole vectors are read and written.
   const int64_t padded = (samples + kSamplePadding - 1) / kSamplePadding * kSamplePadding;
-  Samples<A, 0> row(scratch, padded);
+  Samples<A> row(scratch, padded);
   std::memcpy(row.softmax(), logits, static_cast<size_t>(samples) * sizeof(A));
   std::memcpy(row.grad(), grad, static_cast<size_t>(samples) * sizeof(A));
   softmax(row.softmax(), table.padding, row.softmax(), samples);
@@ -948,8 +857,6 @@ PSF_INSTANTIATE(double, double, double)
 PSF_INSTANTIATE(float, float, float)
 PSF_INSTANTIATE(float, BFloat16, float)
 PSF_INSTANTIATE(BFloat16, BFloat16, float)
-PSF_INSTANTIATE(float, Float16, float)
-PSF_INSTANTIATE(Float16, Float16, float)
 template void softmax_backward(
     const SampleTable<float>&, const float*, float*, int64_t, char*);
 template void softmax_backward(

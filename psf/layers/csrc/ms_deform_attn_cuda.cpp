@@ -1,408 +1,301 @@
-// The operators' CUDA entries: tensors in, launches of the kernels in ms_deform_attn_cuda_*.cu.
-// They allocate from torch's allocator, launch on its current stream, never wait for the device and
-// so can be recorded in a CUDA graph.
+// The operators on CUDA: tensors in, launches of the kernels in ms_deform_attn_cuda_*.cu. They allocate
+// from torch's allocator, launch on its current stream, never wait for the device and so can be
+// recorded in a CUDA graph.
 #include "ms_deform_attn_cuda.h"
 #include "ms_deform_attn_inputs.h"
 
-#include <ATen/Context.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/zeros.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
+#include <torch/csrc/stable/accelerator.h>
 
-#include <array>
+#include <algorithm>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 namespace psf {
 namespace {
 
-using at::Tensor;
-
 constexpr uintptr_t kAlignment = 16;  // of the widest loads
 
-// How the value gradient is added up.
-enum class Sum { kScattered, kDeterministic, kByPixel };
-
-struct Wanted {
-  bool value;
-  bool references;
-  bool positions;
-  bool weights;
-};
-
-// An operator's inputs and the tensors that hold them.
+// The inputs of an operator and the tensors that hold them.
 struct Call {
   CudaInputs inputs;
-  Tensor value;
-  Tensor positions;
-  Tensor weights;
-  Tensor references;  // undefined unless fused
+  Inputs tensors;
 };
 
-Scalar scalar(at::ScalarType type) {
+// Makes the device of a tensor the current one, and knows its stream.
+class Launcher {
+ public:
+  explicit Launcher(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    stream_ = static_cast<CUstream_st*>(stream);
+  }
+
+  // Calls launch(arguments..., stream) and raises what CUDA says of the launch.
+  template <typename... Parameters, typename... Arguments>
+  void operator()(void (*launch)(Parameters...), Arguments&&... arguments) const {
+    launch(std::forward<Arguments>(arguments)..., stream_);
+    char* error = nullptr;
+    torch_c10_cuda_check_msg(launch_error_cuda(), __FILE__, __func__, __LINE__, true, &error);
+    if (error != nullptr) {
+      const std::string message(error);
+      torch_c10_cuda_free_error_msg(error);
+      throw std::runtime_error(message);
+    }
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  CUstream_st* stream_;
+};
+
+Scalar scalar(ScalarType type) {
   switch (type) {
-    case at::kDouble:
+    case ScalarType::Double:
       return Scalar::kDouble;
-    case at::kFloat:
-      return Scalar::kFloat;
-    case at::kHalf:
+    case ScalarType::Half:
       return Scalar::kHalf;
-    case at::kBFloat16:
+    case ScalarType::BFloat16:
       return Scalar::kBFloat16;
     default:
-      TORCH_CHECK(false, "ms_deform_attn: no CUDA kernel for values of type ", type);
+      return Scalar::kFloat;
   }
 }
 
 Tensor aligned(const Tensor& tensor) {
-  const Tensor result = tensor.contiguous();
+  const Tensor result = to_contiguous(tensor);
   const auto address = reinterpret_cast<uintptr_t>(result.const_data_ptr());
-  return address % kAlignment == 0 ? result : result.clone();
+  return address % kAlignment == 0 ? result : torch::stable::clone(result);
 }
 
 // In a type that kernels take offsets, weights and logits in.
-Tensor readable(const Tensor& tensor, at::ScalarType arithmetic) {
-  const at::ScalarType type = tensor.scalar_type();
-  const bool is_half = type == at::kHalf || type == at::kBFloat16;
-  const bool as_it_is = type == arithmetic || (arithmetic == at::kFloat && is_half);
-  return aligned(as_it_is ? tensor : tensor.to(arithmetic));
+Tensor readable(const Tensor& tensor, ScalarType arithmetic) {
+  const ScalarType type = tensor.scalar_type();
+  const bool is_half = type == ScalarType::Half || type == ScalarType::BFloat16;
+  return aligned(is_half && arithmetic == ScalarType::Float ? tensor : to_type(tensor, arithmetic));
 }
 
 void check_limits(const Sizes& sizes, bool fused) {
   const auto check = [](int64_t number, int64_t limit, const char* what) {
-    TORCH_CHECK(
+    STD_TORCH_CHECK(
         number <= limit, "ms_deform_attn: at most ", limit, " ", what, " on CUDA, got ", number);
   };
   check(sizes.positions, kMaxCudaPositions, "positions");
   check(sizes.queries, kMaxCudaPositions, "queries");
-  check(sizes.queries * sizes.heads, kMaxCudaRows, "queries * heads");
-  check(sizes.heads * sizes.channels, kMaxCudaPositions, "heads * channels");
+  check(sizes.heads, kMaxCudaRows / std::max<int64_t>(sizes.queries, 1), "heads of so many queries");
+  check(
+      sizes.channels,
+      kMaxCudaPositions / std::max<int64_t>(sizes.heads, 1),
+      "channels of so many heads");
   check(sizes.levels, kMaxCudaLevels, "levels");
-  check(sizes.levels * sizes.points, kMaxCudaSamples, "levels * points");
-  if (fused) {
-    check(sizes.levels * sizes.points, kMaxCudaFusedSamples, "levels * points of fused attention");
-  }
+  check(
+      sizes.points,
+      (fused ? kMaxCudaFusedSamples : kMaxCudaSamples) / std::max<int64_t>(sizes.levels, 1),
+      "points of so many levels");
 }
 
-Call make_call(
-    Inputs checked,
-    const Tensor& value,
-    const Tensor& references,
-    const Tensor& positions,
-    const Tensor& weights) {
-  const bool fused = references.defined();
-  check_limits(checked.sizes, fused);
-  const at::ScalarType arithmetic = accumulator_type(value);
-  const bool rows_are_dense = value.stride(3) == 1 || value.size(3) <= 1;
-  const bool is_near = value.stride(1) <= kMaxCudaStride / value.element_size();
-  Call call;
-  call.value = rows_are_dense && is_near ? value : value.contiguous();
-  call.positions = fused ? readable(positions, arithmetic) : aligned(positions.to(arithmetic));
-  call.weights = readable(weights, arithmetic);
+Call make_call(Inputs tensors) {
+  const bool fused = tensors.references.has_value();
+  const Sizes& sizes = tensors.sizes;
+  check_limits(sizes, fused);
+  const ScalarType arithmetic = arithmetic_type(tensors.value);
+  const int64_t farthest = kMaxCudaStride / static_cast<int64_t>(tensors.value.element_size());
+  if ((tensors.value.stride(3) != 1 && sizes.channels > 1) || tensors.value.stride(1) > farthest) {
+    tensors.value = to_contiguous(tensors.value);
+  }
+  tensors.positions = fused ? readable(tensors.positions, arithmetic)
+                            : aligned(to_type(tensors.positions, arithmetic));
+  tensors.weights = readable(tensors.weights, arithmetic);
   if (fused) {
-    call.references = aligned(references.to(arithmetic));
+    tensors.references = aligned(to_type(*tensors.references, arithmetic));
   }
   // Of dimensions of size 1 anything may be the stride: not what vectors are aligned to.
   const auto stride = [&](int64_t dim) {
-    return call.value.size(dim) > 1 ? call.value.stride(dim) : 0;
+    return tensors.value.size(dim) > 1 ? tensors.value.stride(dim) : 0;
   };
-  call.inputs = {
-      checked.sizes,
-      std::move(checked.levels),
-      scalar(value.scalar_type()),
-      call.value.const_data_ptr(),
+  const CudaInputs inputs = {
+      sizes,
+      tensors.levels,
+      scalar(tensors.value.scalar_type()),
+      tensors.value.const_data_ptr(),
       stride(0),
       stride(1),
       stride(2),
-      call.positions.const_data_ptr(),
-      scalar(call.positions.scalar_type()),
-      call.weights.const_data_ptr(),
-      scalar(call.weights.scalar_type()),
-      fused ? call.references.const_data_ptr() : nullptr,
-      fused ? references.size(3) : 0};
-  return call;
+      tensors.positions.const_data_ptr(),
+      scalar(tensors.positions.scalar_type()),
+      tensors.weights.const_data_ptr(),
+      scalar(tensors.weights.scalar_type()),
+      fused ? tensors.references->const_data_ptr() : nullptr,
+      fused ? tensors.references->size(3) : 0};
+  return {inputs, std::move(tensors)};
 }
 
-Tensor forward(const Call& call) {
-  const Sizes& sizes = call.inputs.sizes;
-  Tensor output =
-      at::empty({sizes.images, sizes.queries, sizes.heads * sizes.channels}, call.value.options());
+Tensor forward(Inputs checked) {
+  const Launcher launch(checked.value);
+  const Call call = make_call(std::move(checked));
+  const Tensor& value = call.tensors.value;
+  const Tensor output = empty(output_shape(call.inputs.sizes), value.scalar_type(), value);
   if (output.numel() > 0) {
-    ms_deform_attn_cuda(
-        call.inputs, output.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(ms_deform_attn_cuda, call.inputs, output.mutable_data_ptr());
   }
   return output;
 }
 
-void* pointer(const Tensor& tensor) {
-  return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
+// Gradients; one that is not wanted has no value.
+struct GradientTensors {
+  std::optional<Tensor> value, references, positions, weights;
+};
+
+Tensor zeros(IntHeaderOnlyArrayRef shape, ScalarType type, const Tensor& like) {
+  return torch::stable::new_zeros(like, shape, type);
 }
 
 // Returns the value gradient, added up so that its bits do not depend on the order.
 Tensor deterministic_backward(
-    const Call& call, const Tensor& grad, CudaGradients gradients, CUstream_st* stream) {
-  const at::TensorOptions options = call.value.options();
-  const Tensor exponent = at::full({1}, kSmallestExponent, options.dtype(at::kInt));
-  value_gradient_exponent_cuda(
-      call.inputs, grad.const_data_ptr(), exponent.mutable_data_ptr<int32_t>(), stream);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  const Tensor fixed_point = at::zeros(call.value.sizes(), options.dtype(at::kLong));
+    const Call& call, const Tensor& grad, CudaGradients gradients, const Launcher& launch) {
+  const Tensor& value = call.tensors.value;
+  const Tensor exponent = empty({1}, ScalarType::Int, value);
+  torch::stable::fill_(exponent, kSmallestExponent);
+  auto* exponent_data = static_cast<int32_t*>(exponent.mutable_data_ptr());
+  const void* grad_data = grad.const_data_ptr();
+  launch(value_gradient_exponent_cuda, call.inputs, grad_data, exponent_data);
+  const Tensor fixed_point = zeros(value.sizes(), ScalarType::Long, value);
   gradients.value = fixed_point.mutable_data_ptr();
-  ms_deform_attn_deterministic_backward_cuda(
-      call.inputs, grad.const_data_ptr(), exponent.const_data_ptr<int32_t>(), gradients, stream);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  Tensor grad_value = at::empty(call.value.sizes(), options);
-  value_gradient_from_fixed_point_cuda(
+  launch(
+      ms_deform_attn_deterministic_backward_cuda,
       call.inputs,
-      fixed_point.const_data_ptr<int64_t>(),
-      exponent.const_data_ptr<int32_t>(),
-      grad_value.mutable_data_ptr(),
-      stream);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+      grad_data,
+      exponent_data,
+      gradients);
+  const Tensor grad_value = empty(value.sizes(), value.scalar_type(), value);
+  launch(
+      value_gradient_from_fixed_point_cuda,
+      call.inputs,
+      static_cast<const int64_t*>(fixed_point.const_data_ptr()),
+      exponent_data,
+      grad_value.mutable_data_ptr());
   return grad_value;
 }
 
-void backward_by_pixel(
-    const Call& call, const Tensor& grad, CudaGradients gradients, CUstream_st* stream) {
+GradientTensors backward(
+    Inputs checked, const Tensor& grad_output, const Wanted& wanted, bool deterministic) {
+  check_grad_output(grad_output, checked);
+  const Launcher launch(checked.value);
+  const Call call = make_call(std::move(checked));
   const Sizes& sizes = call.inputs.sizes;
-  TORCH_CHECK(
-      call.value.scalar_type() != at::kDouble && sizes.channels % 4 == 0 &&
-          sizes.channels <= 1024 && sizes.queries * sizes.heads * sizes.levels <= kMaxCudaRows,
-      "ms_deform_attn: sums by pixel are for up to 1024 channels, a multiple of 4, not double");
-  CudaInputs inputs = call.inputs;
-  auto* grad_value = static_cast<float*>(std::exchange(gradients.value, nullptr));
-  Tensor softmax;
-  if (call.references.defined()) {
-    softmax = at::empty(call.weights.sizes(), call.references.options());
-    gradients.softmax = softmax.mutable_data_ptr();
-    inputs.weights = softmax.const_data_ptr();
-    inputs.weights_type = scalar(softmax.scalar_type());
-  }
-  if (gradients.positions || gradients.weights || gradients.locations || gradients.softmax) {
-    ms_deform_attn_backward_cuda(call.inputs, grad.const_data_ptr(), gradients, stream);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  }
-  value_gradient_by_pixel_cuda(inputs, grad.const_data_ptr(), grad_value, stream);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-// Gradients by value, references, positions and weights; undefined where not wanted.
-FusedGradients backward(
-    const Call& call, const Tensor& grad_output, const Wanted& wanted, Sum sum) {
-  const Sizes& sizes = call.inputs.sizes;
-  check_grad_output(grad_output, call.value, sizes);
-  const Tensor grad = aligned(grad_output.to(call.value.scalar_type()));
-  const at::TensorOptions wide = call.value.options().dtype(accumulator_type(call.value));
-  const bool has_rows = sizes.images * sizes.queries * sizes.heads > 0;
-  if (!wanted.value || !has_rows) {
-    sum = Sum::kScattered;
-  }
-  Tensor grad_value, grad_references, grad_positions, grad_weights, grad_locations;
-  if (wanted.value && sum != Sum::kDeterministic) {
-    grad_value = at::zeros(call.value.sizes(), wide);
+  const Tensor& value = call.tensors.value;
+  const Tensor grad = aligned(to_type(grad_output, value.scalar_type()));
+  const ScalarType wide = arithmetic_type(value);
+  const bool has_rows = sizes.images > 0 && sizes.queries > 0 && sizes.heads > 0;
+  deterministic = deterministic && wanted.value && has_rows;
+  GradientTensors to;
+  std::optional<Tensor> grad_locations;
+  const auto like = [](const Tensor& tensor) {
+    return empty(tensor.sizes(), tensor.scalar_type(), tensor);
+  };
+  if (wanted.value && !deterministic) {
+    to.value = zeros(value.sizes(), wide, value);
   }
   if (wanted.positions) {
-    grad_positions = at::empty_like(call.positions);
+    to.positions = like(call.tensors.positions);
   }
   if (wanted.weights) {
-    grad_weights = at::empty_like(call.weights);
+    to.weights = like(call.tensors.weights);
   }
   if (wanted.references) {
-    grad_references = at::zeros(call.references.sizes(), wide);
-    grad_locations = at::empty(call.positions.sizes(), wide);
+    to.references = zeros(call.tensors.references->sizes(), wide, value);
+    grad_locations = empty(call.tensors.positions.sizes(), wide, value);
   }
   if (!has_rows) {
-    return {grad_value, grad_references, grad_positions, grad_weights};
+    return to;
   }
-  CUstream_st* stream = c10::cuda::getCurrentCUDAStream().stream();
+  const auto pointer = [](const std::optional<Tensor>& tensor) {
+    return tensor ? tensor->mutable_data_ptr() : nullptr;
+  };
   const CudaGradients gradients = {
-      pointer(grad_value),
-      pointer(grad_positions),
-      pointer(grad_weights),
-      pointer(grad_locations),
-      nullptr};
-  if (sum == Sum::kDeterministic) {
-    grad_value = deterministic_backward(call, grad, gradients, stream);
-  } else if (sum == Sum::kByPixel) {
-    backward_by_pixel(call, grad, gradients, stream);
+      pointer(to.value), pointer(to.positions), pointer(to.weights), pointer(grad_locations)};
+  if (deterministic) {
+    to.value = deterministic_backward(call, grad, gradients, launch);
   } else {
-    ms_deform_attn_backward_cuda(call.inputs, grad.const_data_ptr(), gradients, stream);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(ms_deform_attn_backward_cuda, call.inputs, grad.const_data_ptr(), gradients);
   }
   if (wanted.references) {
-    reference_gradient_cuda(
-        call.inputs, grad_locations.const_data_ptr(), grad_references.mutable_data_ptr(), stream);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(
+        reference_gradient_cuda,
+        call.inputs,
+        grad_locations->const_data_ptr(),
+        to.references->mutable_data_ptr());
   }
-  return {grad_value, grad_references, grad_positions, grad_weights};
+  return to;
 }
 
-// The result of a dispatched operator should be a defined tensor: (0,) where not wanted.
-Tensor as_result(const Tensor& grad, const Tensor& input) {
-  return grad.defined() ? grad.to(input.scalar_type()) : at::empty({0}, input.options());
-}
+// ---- the operators ---------------------------------------------------------------------------
 
-Sum choose_sum(bool deterministic) {
-  return deterministic || at::globalContext().deterministicAlgorithms() ? Sum::kDeterministic
-                                                                         : Sum::kScattered;
-}
-
-// The forward kernels are deterministic, so the flag changes nothing.
 Tensor forward_cuda(
     const Tensor& value,
-    at::IntArrayRef spatial_shapes,
+    std::vector<int64_t> spatial_shapes,
     const Tensor& locations,
-    const Tensor& weights,
-    bool /*deterministic*/) {
-  const c10::cuda::CUDAGuard guard(value.device());
-  return forward(make_call(
-      check_inputs(value, spatial_shapes, locations, weights), value, {}, locations, weights));
-}
-
-Tensor forward_fused_cuda(
-    const Tensor& value,
-    at::IntArrayRef spatial_shapes,
-    const Tensor& references,
-    const Tensor& offsets,
-    const Tensor& logits,
-    bool /*deterministic*/) {
-  const c10::cuda::CUDAGuard guard(value.device());
-  Inputs checked = check_fused_inputs(value, spatial_shapes, references, offsets, logits);
-  return forward(make_call(std::move(checked), value, references, offsets, logits));
-}
-
-Gradients backward_with(
-    Sum sum,
-    const Tensor& grad_output,
-    const Tensor& value,
-    at::IntArrayRef spatial_shapes,
-    const Tensor& locations,
-    const Tensor& weights,
-    std::array<bool, 3> output_mask) {
-  const c10::cuda::CUDAGuard guard(value.device());
-  const Call call = make_call(
-      check_inputs(value, spatial_shapes, locations, weights), value, {}, locations, weights);
-  const auto [grad_value, no_references, grad_locations, grad_weights] =
-      backward(call, grad_output, {output_mask[0], false, output_mask[1], output_mask[2]}, sum);
-  return {
-      as_result(grad_value, value),
-      as_result(grad_locations, locations),
-      as_result(grad_weights, weights)};
-}
-
-FusedGradients backward_fused_with(
-    Sum sum,
-    const Tensor& grad_output,
-    const Tensor& value,
-    at::IntArrayRef spatial_shapes,
-    const Tensor& references,
-    const Tensor& offsets,
-    const Tensor& logits,
-    std::array<bool, 4> output_mask) {
-  const c10::cuda::CUDAGuard guard(value.device());
-  Inputs checked = check_fused_inputs(value, spatial_shapes, references, offsets, logits);
-  const Call call = make_call(std::move(checked), value, references, offsets, logits);
-  const auto [grad_value, grad_references, grad_offsets, grad_logits] = backward(
-      call, grad_output, {output_mask[0], output_mask[1], output_mask[2], output_mask[3]}, sum);
-  return {
-      as_result(grad_value, value),
-      as_result(grad_references, references),
-      as_result(grad_offsets, offsets),
-      as_result(grad_logits, logits)};
+    const Tensor& weights) {
+  return forward(check_inputs(value, spatial_shapes, std::nullopt, locations, weights));
 }
 
 Gradients backward_cuda(
     const Tensor& grad_output,
     const Tensor& value,
-    at::IntArrayRef spatial_shapes,
+    std::vector<int64_t> spatial_shapes,
     const Tensor& locations,
     const Tensor& weights,
-    std::array<bool, 3> output_mask,
+    std::vector<bool> output_mask,
     bool deterministic) {
-  return backward_with(
-      choose_sum(deterministic),
+  const GradientTensors grads = backward(
+      check_inputs(value, spatial_shapes, std::nullopt, locations, weights),
       grad_output,
-      value,
-      spatial_shapes,
-      locations,
-      weights,
-      output_mask);
+      to_wanted(output_mask, false),
+      deterministic);
+  return {
+      to_result(grads.value, value),
+      to_result(grads.positions, locations),
+      to_result(grads.weights, weights)};
+}
+
+Tensor forward_fused_cuda(
+    const Tensor& value,
+    std::vector<int64_t> spatial_shapes,
+    const Tensor& references,
+    const Tensor& offsets,
+    const Tensor& logits) {
+  return forward(check_inputs(value, spatial_shapes, references, offsets, logits));
 }
 
 FusedGradients backward_fused_cuda(
     const Tensor& grad_output,
     const Tensor& value,
-    at::IntArrayRef spatial_shapes,
+    std::vector<int64_t> spatial_shapes,
     const Tensor& references,
     const Tensor& offsets,
     const Tensor& logits,
-    std::array<bool, 4> output_mask,
+    std::vector<bool> output_mask,
     bool deterministic) {
-  return backward_fused_with(
-      choose_sum(deterministic),
+  const GradientTensors grads = backward(
+      check_inputs(value, spatial_shapes, references, offsets, logits),
       grad_output,
-      value,
-      spatial_shapes,
-      references,
-      offsets,
-      logits,
-      output_mask);
-}
-
-Gradients backward_by_pixel_cuda(
-    const Tensor& grad_output,
-    const Tensor& value,
-    at::IntArrayRef spatial_shapes,
-    const Tensor& locations,
-    const Tensor& weights,
-    std::array<bool, 3> output_mask) {
-  return backward_with(
-      Sum::kByPixel, grad_output, value, spatial_shapes, locations, weights, output_mask);
-}
-
-FusedGradients backward_fused_by_pixel_cuda(
-    const Tensor& grad_output,
-    const Tensor& value,
-    at::IntArrayRef spatial_shapes,
-    const Tensor& references,
-    const Tensor& offsets,
-    const Tensor& logits,
-    std::array<bool, 4> output_mask) {
-  return backward_fused_with(
-      Sum::kByPixel, grad_output, value, spatial_shapes, references, offsets, logits, output_mask);
+      to_wanted(output_mask, true),
+      deterministic);
+  return {
+      to_result(grads.value, value),
+      to_result(grads.references, references),
+      to_result(grads.positions, offsets),
+      to_result(grads.weights, logits)};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(psf, CUDA, m) {
-  m.impl("ms_deform_attn", &forward_cuda);
-  m.impl("ms_deform_attn_backward", &backward_cuda);
-  m.impl("ms_deform_attn_fused", &forward_fused_cuda);
-  m.impl("ms_deform_attn_fused_backward", &backward_fused_cuda);
-}
-
-// The other way to add up the value gradient, for benchmarks/gpu_suite.sh to compare: which is
-// faster depends on the device's rate of atomics.
-TORCH_LIBRARY_FRAGMENT(psf, m) {
-  m.def(
-      "_ms_deform_attn_backward_by_pixel(Tensor grad_output, Tensor value, "
-      "SymInt[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights, "
-      "bool[3] output_mask) "
-      "-> (Tensor, Tensor, Tensor)");
-  m.def(
-      "_ms_deform_attn_fused_backward_by_pixel(Tensor grad_output, Tensor value, "
-      "SymInt[] spatial_shapes, Tensor reference_points, Tensor sampling_offsets, "
-      "Tensor attention_logits, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(psf, CUDA, m) {
-  m.impl("_ms_deform_attn_backward_by_pixel", &backward_by_pixel_cuda);
-  m.impl("_ms_deform_attn_fused_backward_by_pixel", &backward_fused_by_pixel_cuda);
+STABLE_TORCH_LIBRARY_IMPL(psf, CUDA, m) {
+  m.impl("ms_deform_attn", TORCH_BOX(&forward_cuda));
+  m.impl("ms_deform_attn_backward", TORCH_BOX(&backward_cuda));
+  m.impl("ms_deform_attn_fused", TORCH_BOX(&forward_fused_cuda));
+  m.impl("ms_deform_attn_fused_backward", TORCH_BOX(&backward_fused_cuda));
 }
 
 }  // namespace psf

@@ -1,7 +1,7 @@
 // The CUDA kernels as ms_deform_attn_cuda.cpp calls them: raw pointers, no torch header, so that
 // nvcc compiles them quickly and any test harness can call them.
 //
-// Shapes: N images, Q queries, L levels, S = sum_l H_l * W_l positions, M heads, D channels a head,
+// Shapes: N images, Q queries, L levels, S = sum_l H_l * W_l positions, M heads, D channels per head,
 // P sampling points. A is the type of the arithmetic: double for double values, else float.
 #pragma once
 
@@ -50,8 +50,10 @@ struct CudaGradients {
   void* positions;  // (N, Q, M, L, P, 2)
   void* weights;    // (N, Q, M, L, P)
   void* locations;  // (N, Q, M, L, P, 2) of A, fused only: by locations that span [0, 1]
-  void* softmax;    // (N, Q, M, L, P) of A, fused only: not a gradient but the attention weights
 };
+
+// What CUDA says of the last launch, a cudaError_t.
+int32_t launch_error_cuda();
 
 // Every element of the output, (N, Q, M * D), is written. Needs N * Q * M * D > 0.
 void ms_deform_attn_cuda(const CudaInputs& inputs, void* output, CUstream_st* stream);
@@ -83,12 +85,6 @@ void value_gradient_from_fixed_point_cuda(
     const int32_t* exponent,
     void* grad_value,  // (N, S, M, D) of type
     CUstream_st* stream);
-
-// Adds the value gradient to its zeros in another way: sorts the samples of a tile of queries by
-// pixel and adds the sum for each pixel at once, for fewer atomics. Not for double; D is a multiple
-// of 4. In the fused variant inputs.weights must be the softmax that the backward has written.
-void value_gradient_by_pixel_cuda(
-    const CudaInputs& inputs, const void* grad_output, float* grad_value, CUstream_st* stream);
 
 // Fused: sums the gradient by locations over heads and points, in a fixed order.
 void reference_gradient_cuda(

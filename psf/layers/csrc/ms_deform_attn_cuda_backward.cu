@@ -17,7 +17,6 @@ struct Gradients {
   char* positions;
   char* weights;
   void* locations;
-  void* softmax;
   const int32_t* exponent;  // of the fixed point of the value gradient
 };
 
@@ -194,14 +193,9 @@ __device__ __forceinline__ void finish_softmax(
   sum = reduce_group<kLanes>(sum, [](A a, A b) { return a + b; });
   for (int32_t j = lane; j < samples; j += kLanes) {
     const int64_t index = row.index * problem.samples + j;
-    const A weight[1] = {softmax(load_weight<A>(problem, row, j))};
-    if (gradients.weights != nullptr) {
-      const A result[1] = {weight[0] * (by_weights[j] - sum)};
-      store_any(result, gradients.weights + index * problem.weight_bytes, problem.weights_type);
-    }
-    if (gradients.softmax != nullptr) {
-      store(weight, static_cast<A*>(gradients.softmax) + index);
-    }
+    const A weight = softmax(load_weight<A>(problem, row, j));
+    const A result[1] = {weight * (by_weights[j] - sum)};
+    store_any(result, gradients.weights + index * problem.weight_bytes, problem.weights_type);
   }
 }
 
@@ -313,7 +307,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<Arithmetic<T
     __syncwarp();  // all have read the records; shuffles alone do not order memory
   }
   if constexpr (kFused) {
-    if (gradients.weights != nullptr || gradients.softmax != nullptr) {
+    if (gradients.weights != nullptr) {
       finish_softmax<kLanes>(problem, gradients, row, lane, softmax, by_weights);
     }
   }
@@ -379,7 +373,7 @@ void launch_backward(
       threads /= 2;
     }
     const unsigned rows = threads / kLanes;
-    for_all_tiles(inputs, rows, sizes.heads, [&](dim3 grid, const Problem& problem) {
+    for_all_tiles(inputs, rows, [&](dim3 grid, const Problem& problem) {
       launch(
           &backward_kernel<T, kFused, kLanes, kVector, kFixedPoint>,
           grid,
@@ -399,7 +393,6 @@ Gradients to_gradients(const CudaGradients& wanted, const int32_t* exponent) {
       static_cast<char*>(wanted.positions),
       static_cast<char*>(wanted.weights),
       wanted.locations,
-      wanted.softmax,
       exponent};
 }
 

@@ -81,7 +81,7 @@ void value_gradient_exponent_cuda(
     using T = decltype(zero);
     dispatch_fused(inputs, [&](auto fused) {
       const int64_t rows = threads / 8;
-      for_all_tiles(inputs, rows, inputs.sizes.heads, [&](dim3 grid, const Problem& problem) {
+      for_all_tiles(inputs, rows, [&](dim3 grid, const Problem& problem) {
         launch(
             &exponent_kernel<T, decltype(fused)::value>,
             grid,

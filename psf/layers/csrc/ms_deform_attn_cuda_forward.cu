@@ -65,7 +65,7 @@ void launch_forward(const CudaInputs& inputs, void* output, CUstream_st* stream)
   const unsigned rows = threads / kLanes;
   const size_t shared = rows * kRecordBytes<Arithmetic<T>, kLanes>;
   dispatch_fused(inputs, [&](auto fused) {
-    for_all_tiles(inputs, rows, inputs.sizes.heads, [&](dim3 grid, const Problem& problem) {
+    for_all_tiles(inputs, rows, [&](dim3 grid, const Problem& problem) {
       launch(
           &forward_kernel<T, decltype(fused)::value, kLanes, kVector, kManyRounds>,
           grid,
@@ -79,6 +79,10 @@ void launch_forward(const CudaInputs& inputs, void* output, CUstream_st* stream)
 }
 
 }  // namespace
+
+int32_t launch_error_cuda() {
+  return static_cast<int32_t>(cudaGetLastError());
+}
 
 void ms_deform_attn_cuda(const CudaInputs& inputs, void* output, CUstream_st* stream) {
   dispatch_type(inputs.type, [&](auto zero) {

@@ -74,9 +74,13 @@ struct Row {
   const char* weights;
 };
 
-// Row number slot of the block's rows: the block is of tile blockIdx.y, and of image blockIdx.z.
-__device__ __forceinline__ Row
-find_row(const Problem& problem, int32_t head, int32_t slot, int32_t rows) {
+// The row of this thread's group of kLanes in the block of head blockIdx.x, tile blockIdx.y and image
+// blockIdx.z. Heads vary fastest, so that blocks running at the same time read and write whole
+// lines of memory.
+template <int kLanes>
+__device__ __forceinline__ Row find_row(const Problem& problem) {
+  const int32_t slot = threadIdx.x / kLanes;
+  const int32_t rows = blockDim.x / kLanes;
   const int32_t tile = problem.first_tile + static_cast<int32_t>(blockIdx.y);
   int part = 0;
   while (part + 1 < problem.num_tiled && tile >= problem.tiled[part + 1].first_tile) {
@@ -97,21 +101,14 @@ find_row(const Problem& problem, int32_t head, int32_t slot, int32_t rows) {
   Row row;
   row.live = x < tiled.width && y < tiled.height;
   row.image = problem.first_image + static_cast<int32_t>(blockIdx.z);
-  row.head = head;
+  row.head = blockIdx.x;
   row.query = static_cast<int64_t>(row.image) * problem.queries +
       (row.live ? tiled.start + y * tiled.width + x : 0);
-  row.index = row.query * problem.heads + head;
+  row.index = row.query * problem.heads + row.head;
   const int64_t first_sample = row.index * problem.samples;
   row.positions = keep(problem.positions + first_sample * problem.position_bytes);
   row.weights = keep(problem.weights + first_sample * problem.weight_bytes);
   return row;
-}
-
-// The row of this thread's group of kLanes in a block of whole rows. Heads vary fastest, so that
-// the blocks that run at a time read and write whole lines of memory.
-template <int kLanes>
-__device__ __forceinline__ Row find_row(const Problem& problem) {
-  return find_row(problem, blockIdx.x, threadIdx.x / kLanes, blockDim.x / kLanes);
 }
 
 // Adds (or otherwise joins) over the lanes of a group, the result in each. All lanes of the warp
@@ -377,11 +374,11 @@ inline Problem make_problem(const CudaInputs& inputs) {
   return problem;
 }
 
-// Calls launch_part(grid, problem) so often that blocks (x, tile, image) for every x below width,
-// every tile and every image are launched: once, unless the grid has too many tiles or images.
+// Calls launch_part(grid, problem) so that a block is launched for every head, tile and image: once,
+// unless the grid has too many tiles or images.
 template <typename F>
 void for_all_tiles(
-    const CudaInputs& inputs, int64_t rows, int64_t width, const F& launch_part) {
+    const CudaInputs& inputs, int64_t rows, const F& launch_part) {
   Problem problem = make_problem(inputs);
   const int64_t tiles = cut_into_tiles(inputs.sizes, rows, problem);
   const auto side = [](int64_t left) { return left < kMaxGridSide ? left : kMaxGridSide; };
@@ -390,7 +387,7 @@ void for_all_tiles(
       problem.first_image = static_cast<int32_t>(image);
       problem.first_tile = static_cast<int32_t>(tile);
       const dim3 grid(
-          static_cast<unsigned>(width),
+          static_cast<unsigned>(inputs.sizes.heads),
           static_cast<unsigned>(side(tiles - tile)),
           static_cast<unsigned>(side(inputs.sizes.images - image)));
       launch_part(grid, problem);

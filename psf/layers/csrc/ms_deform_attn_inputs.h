@@ -1,58 +1,76 @@
-// What the entries of all devices share: checked inputs in the form that kernels take.
+// What the entries of all devices share: inputs whose shapes, types and devices have been checked, as
+// far as kernels rely on them to stay inside the tensors. The errors that users see come from
+// ms_deform_attn.py, which checks the same before.
 #pragma once
 
 #include "ms_deform_attn.h"
+#include "old_glibc.h"
 
-#include <ATen/core/Tensor.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
-#include <array>
+#include <optional>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
 namespace psf {
 
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-using FusedGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
-// The type of the arithmetic for values of type T.
-template <typename T>
-using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+using FusedGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// The type of the arithmetic for a value tensor: double for double, float for everything else.
-at::ScalarType accumulator_type(const at::Tensor& value);
-
+// The inputs of the plain operator, or of the fused one, where there are references.
 struct Inputs {
   Sizes sizes;
   std::vector<Level> levels;
+  Tensor value;
+  std::optional<Tensor> references;  // (N, Q, L, 2) points or (N, Q, L, 4) boxes
+  Tensor positions;  // locations or, in the fused operator, offsets
+  Tensor weights;  // or logits
 };
 
-// Checks devices, shapes and types of the operator's inputs; raises errors that name them.
 Inputs check_inputs(
-    const at::Tensor& value,
-    at::IntArrayRef spatial_shapes,
-    const at::Tensor& locations,
-    const at::Tensor& weights);
-
-// The same for the fused operator. reference_points is (N, Q, L, 2) or (N, Q, L, 4).
-Inputs check_fused_inputs(
-    const at::Tensor& value,
-    at::IntArrayRef spatial_shapes,
-    const at::Tensor& reference_points,
-    const at::Tensor& sampling_offsets,
-    const at::Tensor& attention_logits);
+    const Tensor& value,
+    const std::vector<int64_t>& spatial_shapes,
+    const std::optional<Tensor>& references,
+    const Tensor& positions,
+    const Tensor& weights);
 
 // Checks that the gradient of the output has the output's shape and device.
-void check_grad_output(const at::Tensor& grad_output, const at::Tensor& value, const Sizes& sizes);
+void check_grad_output(const Tensor& grad_output, const Inputs& inputs);
 
-// Gradients of reference points and offsets of the fused operator, each an empty tensor (0,) unless
-// wanted. grad_points (N, Q, M, L, P, 2) is the gradient of the offsets for reference points, that of
-// the locations for boxes.
-std::tuple<at::Tensor, at::Tensor> point_gradients(
-    const Inputs& inputs,
-    const at::Tensor& reference_points,
-    const at::Tensor& sampling_offsets,
-    const at::Tensor& grad_points,
-    std::array<bool, 2> output_mask);
+// Of the output.
+std::vector<int64_t> output_shape(const Sizes& sizes);
+
+// Which gradients to compute: those of value, references, positions and weights.
+struct Wanted {
+  bool value;
+  bool references;
+  bool positions;
+  bool weights;
+};
+
+// From the output_mask of either backward operator.
+Wanted to_wanted(const std::vector<bool>& output_mask, bool fused);
+
+// The type of the arithmetic for a value: double for double, float for everything else.
+ScalarType arithmetic_type(const Tensor& value);
+
+// The tensor itself if it has the type.
+Tensor to_type(const Tensor& tensor, ScalarType type);
+
+// The tensor itself if it is contiguous.
+Tensor to_contiguous(const Tensor& tensor);
+
+// On the device of another tensor.
+Tensor empty(IntHeaderOnlyArrayRef shape, ScalarType type, const Tensor& like);
+
+// A gradient as an operator returns it: in the type of its input, and (0,) where it is not wanted,
+// since the result of a dispatched operator must be a defined tensor.
+Tensor to_result(const std::optional<Tensor>& gradient, const Tensor& input);
 
 }  // namespace psf

@@ -1,9 +1,8 @@
-// Short vectors for the CPU kernels: GCC's and clang's vector extension, which compiles to whatever
-// the instruction set of the file offers, and plain arrays for other compilers.
+// Short vectors for the CPU kernels, in the vector extension of GCC and Clang, which compiles to
+// whatever the instruction set of the file offers.
 //
 // Included inside the namespace of an instruction set, so that no inline function compiled for one
-// set can be linked in place of another's; vector_index.h, <cmath>, <cstring>, <utility> and,
-// where there is AVX2, <immintrin.h> come before.
+// set can be linked in place of another's. The including file has included all headers needed.
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -17,22 +16,10 @@ constexpr int kVectorBytes = 16;  // what every x86-64 and ARM64 processor has
 template <typename A>
 constexpr int kFull = kVectorBytes / static_cast<int>(sizeof(A));
 
-#if defined(__GNUC__)
 #define PSF_INLINE inline __attribute__((always_inline))
-#define PSF_PREFETCH(address) __builtin_prefetch(address)
 #define PSF_LAMBDA_INLINE __attribute__((always_inline))
 #define PSF_UNROLL(turns) _Pragma(PSF_STRING(GCC unroll turns))
-#define PSF_IN_REGISTER(pointer) asm("" : "+r"(pointer))
 #define PSF_STRING(text) #text
-#else
-#define PSF_INLINE inline
-#define PSF_PREFETCH(address) static_cast<void>(address)
-#define PSF_LAMBDA_INLINE
-#define PSF_UNROLL(turns)
-#define PSF_IN_REGISTER(pointer) static_cast<void>(pointer)
-#endif
-
-#if defined(__GNUC__) && !defined(PSF_PLAIN_VECTORS)
 
 template <typename A, int kLanes>
 struct VectorOf {
@@ -97,150 +84,6 @@ PSF_INLINE Vector<A, kLanes> permute(Vector<A, kLanes> a, IndexVector<A, kLanes>
 #endif
 }
 
-#else
-
-// Element by element; optimising compilers turn the loops into what they can.
-template <typename A, int kLanes>
-struct Vector {
-  A lane[kLanes];
-
-  A operator[](int i) const {
-    return lane[i];
-  }
-  A& operator[](int i) {
-    return lane[i];
-  }
-};
-template <typename A, int kLanes>
-using IndexVector = Vector<typename IndexOf<A>::Type, kLanes>;
-
-#define PSF_LANEWISE(OPERATOR)                                                      \
-  template <typename A, int kLanes>                                                 \
-  inline Vector<A, kLanes> operator OPERATOR(Vector<A, kLanes> a, Vector<A, kLanes> b) { \
-    for (int i = 0; i < kLanes; ++i) {                                              \
-      a[i] = static_cast<A>(a[i] OPERATOR b[i]);                                    \
-    }                                                                               \
-    return a;                                                                       \
-  }
-PSF_LANEWISE(+)
-PSF_LANEWISE(-)
-PSF_LANEWISE(*)
-PSF_LANEWISE(/)
-PSF_LANEWISE(&)
-PSF_LANEWISE(|)
-#undef PSF_LANEWISE
-
-#define PSF_COMPARISON(OPERATOR)                                                          \
-  template <typename A, int kLanes>                                                       \
-  inline IndexVector<A, kLanes> operator OPERATOR(Vector<A, kLanes> a, Vector<A, kLanes> b) { \
-    IndexVector<A, kLanes> mask;                                                          \
-    for (int i = 0; i < kLanes; ++i) {                                                    \
-      mask[i] = a[i] OPERATOR b[i] ? -1 : 0;                                              \
-    }                                                                                     \
-    return mask;                                                                          \
-  }
-PSF_COMPARISON(<)
-PSF_COMPARISON(>)
-PSF_COMPARISON(>=)
-#undef PSF_COMPARISON
-
-template <typename A, int kLanes>
-inline Vector<A, kLanes>& operator+=(Vector<A, kLanes>& a, Vector<A, kLanes> b) {
-  a = a + b;
-  return a;
-}
-
-template <typename A, int kLanes>
-inline Vector<A, kLanes> splat(A x) {
-  Vector<A, kLanes> v;
-  for (int i = 0; i < kLanes; ++i) {
-    v[i] = x;
-  }
-  return v;
-}
-
-template <typename A, int kLanes>
-inline Vector<A, kLanes> select(
-    IndexVector<A, kLanes> mask, Vector<A, kLanes> yes, Vector<A, kLanes> no) {
-  for (int i = 0; i < kLanes; ++i) {
-    no[i] = mask[i] ? yes[i] : no[i];
-  }
-  return no;
-}
-
-template <typename A, int kLanes>
-inline IndexVector<A, kLanes> select_index(
-    IndexVector<A, kLanes> mask, IndexVector<A, kLanes> yes, IndexVector<A, kLanes> no) {
-  for (int i = 0; i < kLanes; ++i) {
-    no[i] = mask[i] ? yes[i] : no[i];
-  }
-  return no;
-}
-
-template <typename A, int kLanes>
-inline IndexVector<A, kLanes> to_index(Vector<A, kLanes> x) {
-  IndexVector<A, kLanes> v;
-  for (int i = 0; i < kLanes; ++i) {
-    v[i] = static_cast<typename IndexOf<A>::Type>(x[i]);
-  }
-  return v;
-}
-
-template <typename A, int kLanes>
-inline Vector<A, kLanes> to_value(IndexVector<A, kLanes> x) {
-  Vector<A, kLanes> v;
-  for (int i = 0; i < kLanes; ++i) {
-    v[i] = static_cast<A>(x[i]);
-  }
-  return v;
-}
-
-template <int... kIndices>
-struct Indices {};
-
-template <typename A, int kLanes, int... kIndices>
-inline Vector<A, kLanes> shuffle(Vector<A, kLanes> a, Vector<A, kLanes> b, Indices<kIndices...>) {
-  const int index[] = {kIndices...};
-  Vector<A, kLanes> v;
-  for (int i = 0; i < kLanes; ++i) {
-    v[i] = index[i] < kLanes ? a[index[i]] : b[index[i] - kLanes];
-  }
-  return v;
-}
-
-template <typename A, int kLanes>
-inline Vector<A, kLanes> permute(Vector<A, kLanes> a, IndexVector<A, kLanes> index) {
-  Vector<A, kLanes> v;
-  for (int i = 0; i < kLanes; ++i) {
-    v[i] = a[index[i]];
-  }
-  return v;
-}
-
-#endif
-
-// Whether every lane of a mask is set.
-template <typename A, int kLanes>
-PSF_INLINE bool all_set(IndexVector<A, kLanes> mask) {
-#if defined(__AVX512DQ__) && !defined(PSF_PLAIN_VECTORS)
-  if constexpr (sizeof(mask) == 64) {
-    const __m512i bits = reinterpret_cast<const __m512i&>(mask);
-    return sizeof(A) == 4 ? _mm512_movepi32_mask(bits) == 0xffff
-                          : _mm512_movepi64_mask(bits) == 0xff;
-  }
-#endif
-#if defined(__AVX2__) && !defined(PSF_PLAIN_VECTORS)
-  if constexpr (sizeof(mask) == 32) {
-    return _mm256_movemask_epi8(reinterpret_cast<const __m256i&>(mask)) == -1;
-  }
-#endif
-  typename IndexOf<A>::Type common = mask[0];
-  for (int i = 1; i < kLanes; ++i) {
-    common &= mask[i];
-  }
-  return common != 0;
-}
-
 // Loads and stores, unaligned.
 template <typename A, int kLanes>
 PSF_INLINE Vector<A, kLanes> load(const A* from) {
@@ -266,63 +109,52 @@ PSF_INLINE void store_index(IndexVector<A, kLanes> v, typename IndexOf<A>::Type*
   std::memcpy(to, &v, sizeof(v));
 }
 
-// What rounding took from the product p = a * b: a * b - p, exact.
-template <typename A, int kLanes>
-PSF_INLINE Vector<A, kLanes> product_error(
-    Vector<A, kLanes> a, Vector<A, kLanes> b, Vector<A, kLanes> p) {
-  Vector<A, kLanes> error;
-  // By name where there is one: GCC takes the loop below apart, lane by lane.
-#if defined(__AVX512F__) && !defined(PSF_PLAIN_VECTORS)
-  if constexpr (sizeof(a) == 64 && sizeof(A) == 4) {
-    const __m512 x = reinterpret_cast<const __m512&>(a);
-    const __m512 exact = _mm512_fmsub_ps(
-        x, reinterpret_cast<const __m512&>(b), reinterpret_cast<const __m512&>(p));
-    std::memcpy(&error, &exact, sizeof(error));
-    return error;
-  }
-#elif defined(__AVX2__) && defined(__FMA__) && !defined(PSF_PLAIN_VECTORS)
-  if constexpr (sizeof(a) == 32 && sizeof(A) == 4) {
-    const __m256 x = reinterpret_cast<const __m256&>(a);
-    const __m256 exact = _mm256_fmsub_ps(
-        x, reinterpret_cast<const __m256&>(b), reinterpret_cast<const __m256&>(p));
-    std::memcpy(&error, &exact, sizeof(error));
-    return error;
-  }
-#endif
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  for (int i = 0; i < kLanes; ++i) {
-    error[i] = std::fma(a[i], b[i], -p[i]);
-  }
+// Makes the compiler forget how a vector was computed.
+#if defined(__aarch64__)
+#define PSF_OPAQUE(vector) asm("" : "+w"(vector))
 #else
-  // Without fused multiplication: Dekker's product of Veltkamp's halves.
-  const A split = sizeof(A) == 4 ? A(4097) : A(134217729);  // 2^12 + 1, 2^27 + 1
-  for (int i = 0; i < kLanes; ++i) {
-    const A scaled_a = split * a[i];
-    const A scaled_b = split * b[i];
-    const A high_a = scaled_a - (scaled_a - a[i]);
-    const A high_b = scaled_b - (scaled_b - b[i]);
-    const A low_a = a[i] - high_a;
-    const A low_b = b[i] - high_b;
-    error[i] = ((high_a * high_b - p[i]) + high_a * low_b + low_a * high_b) + low_a * low_b;
-  }
+#define PSF_OPAQUE(vector) asm("" : "+v"(vector))
 #endif
-  return error;
+
+// The product of a and b; rest is what its rounding took: a * b - product, exact.
+template <typename A, int kLanes>
+PSF_INLINE Vector<A, kLanes> multiply(
+    Vector<A, kLanes> a, Vector<A, kLanes> b, Vector<A, kLanes>& rest) {
+  Vector<A, kLanes> product = a * b;
+#if defined(__FMA__) || defined(__aarch64__)
+  // One fused instruction, since neither product is known to be that of a and b.
+  PSF_OPAQUE(product);
+  PSF_OPAQUE(a);
+  rest = a * b - product;
+#else
+  // Dekker's product of Veltkamp's halves.
+  const Vector<A, kLanes> split = splat<A, kLanes>(sizeof(A) == 4 ? A(4097) : A(134217729));
+  const Vector<A, kLanes> scaled_a = split * a;
+  const Vector<A, kLanes> scaled_b = split * b;
+  const Vector<A, kLanes> high_a = scaled_a - (scaled_a - a);
+  const Vector<A, kLanes> high_b = scaled_b - (scaled_b - b);
+  const Vector<A, kLanes> low_a = a - high_a;
+  const Vector<A, kLanes> low_b = b - high_b;
+  rest = ((high_a * high_b - product) + high_a * low_b + low_a * high_b) + low_a * low_b;
+#endif
+  return product;
 }
 
 // The largest integer not above x, for |x| < 2^30.
 template <typename A, int kLanes>
-PSF_INLINE IndexVector<A, kLanes> floor_index(Vector<A, kLanes> x) {
-#if defined(__AVX512F__) && !defined(PSF_PLAIN_VECTORS)
-  if constexpr (sizeof(x) == 64 && sizeof(A) == 4) {
-    const __m512i low = _mm512_maskz_cvt_roundps_epi32(
-        0xffff, reinterpret_cast<const __m512&>(x), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    IndexVector<A, kLanes> index;
-    std::memcpy(&index, &low, sizeof(index));
-    return index;
+PSF_INLINE Vector<A, kLanes> floor(Vector<A, kLanes> x) {
+#if defined(__SSE4_1__) || defined(__aarch64__)
+  A lanes[kLanes];  // the compiler makes one instruction of this loop
+  std::memcpy(lanes, &x, sizeof(x));
+  for (int i = 0; i < kLanes; ++i) {
+    lanes[i] = std::floor(lanes[i]);
   }
+  std::memcpy(&x, lanes, sizeof(x));
+  return x;
+#else
+  const Vector<A, kLanes> truncated = to_value<A, kLanes>(to_index<A, kLanes>(x));
+  return truncated + to_value<A, kLanes>(x < truncated);  // a mask is -1
 #endif
-  const IndexVector<A, kLanes> truncated = to_index<A, kLanes>(x);
-  return truncated + (x < to_value<A, kLanes>(truncated));  // a mask is -1
 }
 
 template <typename A, int kLanes>
@@ -331,41 +163,42 @@ PSF_INLINE IndexVector<A, kLanes> splat_index(int64_t x) {
   return splat<Index, kLanes>(static_cast<Index>(x));
 }
 
-// e^x for x <= 0, within 2 units in the last place; about 1e-38 below -87.
-template <int kLanes>
-PSF_INLINE Vector<float, kLanes> exponential(Vector<float, kLanes> x) {
-  using F = Vector<float, kLanes>;
-  const auto constant = [](float value) { return splat<float, kLanes>(value); };
-  // Not max(): a NaN must stay.
-  const F bounded = select<float, kLanes>(x < constant(-87.0f), constant(-87.0f), x);
-  // x = n log 2 + r with |r| <= log(2) / 2; log 2 in two parts, so that n log 2 is exact.
-  const auto n = to_index<float, kLanes>(bounded * constant(1.44269504f) - constant(0.5f));
-  const F whole = to_value<float, kLanes>(n);  // rounded, since truncation is upwards for x <= 0
-  const F r = (bounded - whole * constant(0.693359375f)) + whole * constant(2.12194440e-4f);
-  // Taylor's polynomial of degree 7: the remainder is below 2^-26 for such r.
-  F p = constant(1.0f / 5040) * r + constant(1.0f / 720);
-  p = p * r + constant(1.0f / 120);
-  p = p * r + constant(1.0f / 24);
-  p = p * r + constant(1.0f / 6);
-  p = p * r + constant(0.5f);
-  p = p * r + constant(1.0f);
-  p = p * r + constant(1.0f);
-  uint32_t bits[kLanes];
-  std::memcpy(bits, &n, sizeof(n));
-  for (int i = 0; i < kLanes; ++i) {
-    bits[i] = (bits[i] + 127) << 23;
-  }
-  F power;
-  std::memcpy(&power, bits, sizeof(power));
-  return p * power;
-}
+// What exponential() needs to know of a type: log(2) in two parts, of which the first times a whole
+// number is exact; the x below which it stays at its smallest; the degree of Taylor's polynomial that
+// is exact for |r| <= log(2) / 2; bits and offset of the exponent.
+template <typename A>
+struct ExponentialOf {
+  static constexpr float kHigh = 0.693359375f, kLow = -2.12194440e-4f, kLeast = -87.0f;
+  static constexpr int kDegree = 7, kMantissa = 23, kBias = 127;
+};
+template <>
+struct ExponentialOf<double> {
+  static constexpr double kHigh = 6.93147180369123816490e-01, kLow = 1.90821492927058770002e-10,
+                          kLeast = -708.0;
+  static constexpr int kDegree = 13, kMantissa = 52, kBias = 1023;
+};
 
-template <int kLanes>
-PSF_INLINE Vector<double, kLanes> exponential(Vector<double, kLanes> x) {
-  for (int i = 0; i < kLanes; ++i) {
-    x[i] = std::exp(x[i]);
+// e^x for x <= 0, within 2 units in the last place; nearly 0 below kLeast.
+template <typename A, int kLanes>
+PSF_INLINE Vector<A, kLanes> exponential(Vector<A, kLanes> x) {
+  using Type = ExponentialOf<A>;
+  using F = Vector<A, kLanes>;
+  const auto constant = [](A value) { return splat<A, kLanes>(value); };
+  // Not max(): a NaN must stay.
+  const F bounded = select<A, kLanes>(x < constant(Type::kLeast), constant(Type::kLeast), x);
+  // x = n log 2 + r with |r| <= log(2) / 2.
+  const auto n = to_index<A, kLanes>(bounded * constant(A(1.4426950408889634)) - constant(A(0.5)));
+  const F whole = to_value<A, kLanes>(n);  // rounded, since truncation is upwards for x <= 0
+  const F r = (bounded - whole * constant(Type::kHigh)) - whole * constant(Type::kLow);
+  F p = constant(1);
+  PSF_UNROLL(16)
+  for (int k = Type::kDegree; k > 0; --k) {
+    p = p * (r * constant(A(1) / A(k))) + constant(1);
   }
-  return x;
+  const auto bits = (n + Type::kBias) << Type::kMantissa;
+  F power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return p * power;
 }
 
 // Lane i of the result is lane i xor kDistance.
@@ -391,4 +224,12 @@ template <typename A, int kLanes>
 PSF_INLINE Vector<A, kLanes> sum_of_lanes(Vector<A, kLanes> v) {
   return combine_lanes<A, kLanes>(
       v, [](Vector<A, kLanes> a, Vector<A, kLanes> b) PSF_LAMBDA_INLINE { return a + b; });
+}
+
+// Whether every lane of a mask is set.
+template <typename A, int kLanes>
+PSF_INLINE bool all_set(IndexVector<A, kLanes> mask) {
+  using Index = typename IndexOf<A>::Type;
+  return combine_lanes<Index, kLanes>(
+      mask, [](auto a, auto b) PSF_LAMBDA_INLINE { return a & b; })[0] != 0;
 }

@@ -1,0 +1,242 @@
+"""The operators as PyTorch's: compilers, transforms, errors that name what is wrong."""
+
+import pytest
+import torch
+from deformable_inputs import SHAPES, SIZES, fused_inputs, inputs, needs_extension
+from torch.library import opcheck
+
+from psf.layers import ms_deform_attn, ms_deform_attn_fused, ms_deform_attn_reference
+
+pytestmark = pytest.mark.usefixtures("device")
+both_paths = pytest.mark.parametrize("op", [ms_deform_attn, ms_deform_attn_reference])
+both_kinds = pytest.mark.parametrize("coordinates", [2, 4], ids=["points", "boxes"])
+both_operators = pytest.mark.parametrize(
+    ("op", "make_inputs"),
+    [(ms_deform_attn, inputs), (ms_deform_attn_fused, fused_inputs)],
+    ids=["plain", "fused"],
+)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_operator_check(dtype, requires_grad):
+    value, _, *rest = inputs(dtype=torch.float32)
+    args = [t.requires_grad_(requires_grad) for t in (value.to(dtype), *rest)]
+    opcheck(torch.ops.psf.ms_deform_attn.default, (args[0], SIZES, *args[1:]))
+
+
+@needs_extension
+@pytest.mark.parametrize("mask", [[True, True, True], [True, False, False], [False, True, True]])
+def test_operator_check_of_the_backward(mask):
+    value, _, *rest = inputs(dtype=torch.float32)
+    args = (torch.randn(2, 7, 6), value, SIZES, *rest, mask, False)
+    opcheck(torch.ops.psf.ms_deform_attn_backward.default, args)
+
+
+@needs_extension
+@both_kinds
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_fused_operator_check(coordinates, requires_grad):
+    value, _, *rest = fused_inputs(coordinates=coordinates, dtype=torch.float32)
+    args = [t.requires_grad_(requires_grad) for t in (value, *rest)]
+    opcheck(torch.ops.psf.ms_deform_attn_fused.default, (args[0], SIZES, *args[1:]))
+
+
+@needs_extension
+@both_kinds
+@pytest.mark.parametrize("mask", [[True] * 4, [True, False, False, True], [False, True] * 2])
+def test_fused_operator_check_of_the_backward(coordinates, mask):
+    value, _, *rest = fused_inputs(coordinates=coordinates, dtype=torch.float32)
+    args = (torch.randn(2, 7, 6), value, SIZES, *rest, mask, False)
+    opcheck(torch.ops.psf.ms_deform_attn_fused_backward.default, args)
+
+
+@needs_extension
+def test_meta_tensors():
+    value, shapes, locations, weights = inputs()
+    out = ms_deform_attn(value.to("meta"), shapes, locations.to("meta"), weights.to("meta"))
+    assert (out.shape, out.dtype, out.device.type) == ((2, 7, 6), torch.float64, "meta")
+
+
+@both_operators
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(op, make_inputs, dynamic):
+    def function(value, *rest):
+        return op(value, SHAPES, *rest)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for queries in (7, 9):
+        value, _, *rest = make_inputs(queries=queries)
+        leaves = [t.requires_grad_() for t in (value, *rest)]
+        grads = torch.autograd.grad(compiled(*leaves).square().sum(), leaves)
+        expected = torch.autograd.grad(function(*leaves).square().sum(), leaves)
+        torch.testing.assert_close(grads, expected)
+
+
+@both_operators
+def test_compiled_autograd(op, make_inputs):
+    """The backward pass in one graph, too."""
+    value, _, *rest = make_inputs()
+    leaves = [t.requires_grad_() for t in (value, *rest)]
+    expected = torch.autograd.grad(op(leaves[0], SHAPES, *leaves[1:]).square().sum(), leaves)
+
+    @torch.compile(backend="aot_eager")
+    def step():
+        op(leaves[0], SHAPES, *leaves[1:]).square().sum().backward()
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(
+        compiled_autograd=True, compiled_autograd_kwargs_override={"fullgraph": True}
+    ):
+        step()
+    torch.testing.assert_close([t.grad for t in leaves], list(expected))
+
+
+def test_exports():
+    class Model(torch.nn.Module):
+        def forward(self, value, locations, weights):
+            return ms_deform_attn(value, SHAPES, locations, weights)
+
+    value, _, *rest = inputs()
+    queries = torch.export.Dim("queries", min=2, max=100)
+    program = torch.export.export(
+        Model(), (value, *rest), dynamic_shapes=(None, {1: queries}, {1: queries})
+    )
+    args = inputs(queries=11)
+    torch.testing.assert_close(program.module()(args[0], *args[2:]), ms_deform_attn(*args))
+
+
+@needs_extension
+@both_operators
+def test_second_derivative_is_refused_with_a_reason(op, make_inputs):
+    args = [t.requires_grad_() if torch.is_tensor(t) else t for t in make_inputs()]
+    (grad,) = torch.autograd.grad(op(*args).sum(), args[0], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"ms_deform_attn.*second derivatives"):
+        grad.square().sum().backward()
+
+
+@needs_extension
+@both_operators
+def test_function_transforms_are_refused(op, make_inputs):
+    value, shapes, *rest = make_inputs()
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda v: op(v, shapes, *rest).sum())(value)
+    with pytest.raises(RuntimeError, match="forward-mode derivatives are not implemented"):
+        torch.func.jvp(lambda v: op(v, shapes, *rest), (value,), (value,))
+
+
+def broken(**changes):
+    value, shapes, locations, weights = inputs(dtype=torch.float32)
+    args = {"value": value, "shapes": shapes, "locations": locations, "weights": weights}
+    return {**args, **{name: change(args[name]) for name, change in changes.items()}}.values()
+
+
+@both_paths
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (broken(value=lambda t: t.flatten(2)), r"value must have shape \(N, S, M, D\), got"),
+        (broken(value=lambda t: t.long()), "value must be floating point"),
+        (broken(value=lambda t: t[:, 1:]), "value has S = 23 positions.*sum to 24"),
+        (broken(shapes=lambda s: s[:-1]), "value has S = 24 positions.*sum to 23"),
+        (broken(shapes=lambda s: [*s, (0, 1)]), r"sampling_locations must.*\[2, 7, 2, 4, 2, 2\]"),
+        (broken(shapes=lambda s: [(-5, -4), *s[1:]]), "spatial_shapes must not be negative"),
+        (broken(locations=lambda t: t[..., 0]), "sampling_locations must have shape"),
+        (broken(locations=lambda t: t[..., :1]), "sampling_locations must have shape"),
+        (broken(locations=lambda t: t[:1]), r"got \[1, 7, 2, 3, 2, 2\]"),
+        (broken(locations=lambda t: t[:, :, :1]), r"\[2, 7, 2, 3, 2, 2\] to match value"),
+        (broken(locations=lambda t: t.long()), "sampling_locations must be floating point"),
+        (broken(weights=lambda t: t[:, 1:]), "attention_weights must have shape"),
+        (broken(weights=lambda t: t.flatten(3)), "attention_weights must have shape"),
+        (broken(weights=lambda t: t.bool()), "attention_weights must be floating point"),
+    ],
+)
+def test_bad_input_is_named(op, args, message):
+    with pytest.raises(RuntimeError, match=message):
+        op(*args)
+
+
+@both_paths
+@pytest.mark.parametrize("shapes", [[(5, 4, 1)], torch.tensor([5, 4])], ids=["triple", "flat"])
+def test_bad_spatial_shapes(op, shapes):
+    value, _, locations, weights = inputs()
+    with pytest.raises(ValueError, match="spatial_shapes must be"):
+        op(value, shapes, locations, weights)
+
+
+def broken_fused(**changes):
+    names = ("value", "shapes", "reference", "offsets", "logits")
+    args = dict(zip(names, fused_inputs(dtype=torch.float32), strict=True))
+    return {**args, **{name: change(args[name]) for name, change in changes.items()}}.values()
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"value": lambda t: t[:, 1:]}, "value has S = 23 positions.*sum to 24"),
+        ({"offsets": lambda t: t[:, :, :1]}, r"sampling_offsets must .*\[2, 7, 2, 3, 2, 2\]"),
+        ({"logits": lambda t: t[:, 1:]}, "attention_logits must have shape"),
+        ({"logits": lambda t: t.long()}, "attention_logits must be floating point"),
+        (
+            {"reference": lambda t: t[..., :1]},
+            r"reference_points must have shape .*got \[2, 7, 3, 1\]",
+        ),
+        (
+            {"reference": lambda t: t[:, :-1]},
+            r"reference_points must have shape .*got \[2, 6, 3, 2\]",
+        ),
+    ],
+    ids=str,
+)
+def test_fused_bad_input_is_named(changes, message):
+    with pytest.raises(RuntimeError, match=message):
+        ms_deform_attn_fused(*broken_fused(**changes))
+    meta = [t.to("meta") if torch.is_tensor(t) else t for t in broken_fused(**changes)]
+    with pytest.raises(RuntimeError, match=message):
+        ms_deform_attn_fused(*meta)
+
+
+@needs_extension
+@pytest.mark.parametrize("sizes", [[2**62, 2], [2**31, 2**33], [2**32, 2**32], [2**40, 0], [-1, 0]])
+def test_sizes_that_overflow_are_refused(sizes):
+    """Also without the checks of psf.layers, as in an exported program."""
+    value, _, locations, weights = inputs([(0, 0)])
+    with pytest.raises(RuntimeError, match="ms_deform_attn"):
+        torch.ops.psf.ms_deform_attn(value, sizes, locations, weights)
+    positions = value.new_zeros(1).expand(1, 2**62, 1, 1)  # as many as the sizes may have
+    with pytest.raises(RuntimeError, match="ms_deform_attn"):
+        torch.ops.psf.ms_deform_attn(positions, [*sizes, *sizes], locations, weights)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"grad": torch.zeros(2, 7, 5)},
+        {"grad": torch.zeros(2, 7, 6, dtype=torch.long)},
+        {"value": torch.zeros(2, 24, 6)},
+        {"value": torch.zeros(2, 23, 2, 3)},
+        {"sizes": SIZES[:-1]},
+        {"locations": torch.zeros(2, 7, 2, 3, 2, 1)},
+        {"locations": torch.zeros(2, 7, 2, 3, 2, 2, dtype=torch.int)},
+        {"weights": torch.zeros(2, 7, 2, 3, 1)},
+        {"mask": [True, True]},
+    ],
+    ids=str,
+)
+def test_the_operator_itself_refuses_what_does_not_fit(change):
+    """Without the checks of psf.layers."""
+    value, _, locations, weights = inputs(dtype=torch.float32)
+    args = {
+        "grad": torch.zeros(2, 7, 6),
+        "value": value,
+        "sizes": SIZES,
+        "locations": locations,
+        "weights": weights,
+        "mask": [True, True, True],
+    }
+    with pytest.raises(RuntimeError):
+        torch.ops.psf.ms_deform_attn_backward(*{**args, **change}.values(), False)
