@@ -2,9 +2,9 @@
 
     pip install --no-build-isolation -e .
 
-The library uses LibTorch's stable ABI and no Python: one build serves torch 2.10 and later, and every
-Python. ``PSF_SKIP_EXTENSION=1`` leaves it out on purpose: everything works, the operator then runs as
-plain PyTorch. Without it, a build that fails stops the installation.
+The library uses LibTorch's stable ABI and no Python: one build serves torch 2.10 and later, and
+every Python. ``PSF_SKIP_EXTENSION=1`` leaves it out on purpose: everything works, the operator then
+runs as plain PyTorch. Without it, a build that fails stops the installation.
 
 CUDA kernels are built where torch sees a GPU and nvcc is installed; ``FORCE_CUDA=1`` builds them on
 a machine without a GPU, for the architectures in ``TORCH_CUDA_ARCH_LIST``.
