@@ -33,8 +33,8 @@ wheel: setup  ## Build the wheel, for every Linux since glibc 2.28, and the sdis
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(WHEEL_TOOLS)
 	rm -rf build  # what is there would go into the wheel
 	$(BIN)/python setup.py --quiet sdist bdist_wheel --dist-dir build/wheel
-	PATH="$(BIN):$$PATH" auditwheel repair --plat manylinux_2_28_x86_64 --exclude 'libtorch*' \
-		--wheel-dir dist build/wheel/*.whl
+	PATH="$(BIN):$$PATH" auditwheel repair --plat manylinux_2_28_x86_64 --only-plat \
+		--exclude 'libtorch*' --wheel-dir dist build/wheel/*.whl
 
 clean:  ## Remove what setup and the build made (not data sets, not output/).
 	rm -rf $(VENV) build dist *.egg-info psf/_C.so .pytest_cache .mypy_cache .ruff_cache

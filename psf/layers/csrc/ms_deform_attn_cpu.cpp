@@ -106,9 +106,6 @@ class Buffer {
 
 // ---- the inputs as kernels take them ---------------------------------------------------------
 
-// Rows of at most so many channels are padded to a multiple of kLeastLanes, others to one of 16.
-constexpr int64_t kShortRow = 8;
-constexpr int64_t kRowMultiple = 16;
 // Samples a task should have at least, to be worth a thread.
 constexpr int64_t kGrainSamples = 4096;
 // Queries of a task in the forward pass.
@@ -179,25 +176,33 @@ struct OriginArrays {
     if (!inputs.references) {
       return;
     }
+    const int64_t levels = inputs.sizes.levels;
+    const int64_t queries = inputs.sizes.images * inputs.sizes.queries;
     const int64_t coordinates = inputs.references->size(3);
-    const int64_t count = inputs.references->numel() / coordinates;  // N * Q * L
-    whole.resize(2 * count + kSamplePadding);
-    part.resize(2 * count + kSamplePadding);
-    unit.resize(coordinates == 4 ? 2 * count + kSamplePadding : 0);
-    const auto* from = static_cast<const A*>(inputs.references->const_data_ptr());
+    const int64_t size = queries * levels * 2 + kSamplePadding;
+    whole.resize(size);
+    part.resize(size);
+    unit.resize(coordinates == 4 ? size : 0);
+    const auto* references = static_cast<const A*>(inputs.references->const_data_ptr());
     const double share = 0.5 / static_cast<double>(inputs.sizes.points);  // of a box's size
-    parallel_for(0, 2 * count, 8192, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Level& level = inputs.levels[i / 2 % inputs.sizes.levels];
-        const double size = static_cast<double>(i % 2 == 0 ? level.width : level.height);
-        const A* reference = from + i / 2 * coordinates + i % 2;
-        const double place = reference[0] * size - 0.5;
-        const bool near = place > -kFar && place < kFar;  // not for NaN
-        const double low = near ? std::floor(place) : 0.0;
-        whole[i] = static_cast<typename IndexOf<A>::Type>(low);
-        part[i] = near ? static_cast<A>(place - low) : std::numeric_limits<A>::quiet_NaN();
-        if (coordinates == 4) {
-          unit[i] = static_cast<A>(reference[2] * size * share);
+    const auto set = [&](int64_t i, const A* reference, int64_t level_size) {
+      const auto pixels = static_cast<double>(level_size);
+      const double place = reference[0] * pixels - 0.5;
+      const bool near = place > -kFar && place < kFar;  // not for NaN
+      const double low = near ? std::floor(place) : 0.0;
+      whole[i] = static_cast<typename IndexOf<A>::Type>(low);
+      part[i] = near ? static_cast<A>(place - low) : std::numeric_limits<A>::quiet_NaN();
+      if (coordinates == 4) {
+        unit[i] = static_cast<A>(reference[2] * pixels * share);
+      }
+    };
+    parallel_for(0, queries, 1024, [&](int64_t begin, int64_t end) {
+      for (int64_t query = begin; query < end; ++query) {
+        for (int64_t l = 0; l < levels; ++l) {
+          const int64_t i = query * levels + l;
+          const A* reference = references + i * coordinates;
+          set(2 * i, reference, inputs.levels[l].width);
+          set(2 * i + 1, reference + 1, inputs.levels[l].height);
         }
       }
     });
@@ -337,7 +342,7 @@ Head<V, A> head_of(const Call<V, O, A>& call, const Group<V>& group, int64_t hea
 // Whether to copy the value rows: where the kernels need padding, and where it pays, since the samples
 // of the queries outnumber the rows.
 bool must_pack(const Sizes& sizes) {
-  return sizes.channels % kLeastLanes != 0 ||
+  return sizes.channels % kRowMultiple != 0 ||
       sizes.queries * sizes.levels * sizes.points * 4 >= kSamplesPerRow * sizes.positions;
 }
 
@@ -396,8 +401,7 @@ void for_groups(const Inputs& inputs, const F& f) {
     return;
   }
   auto call = make_call<A, T, A>(inputs, table, origins);
-  call.channels =
-      round_up(sizes.channels, sizes.channels <= kShortRow ? kLeastLanes : kRowMultiple);
+  call.channels = round_up(sizes.channels, kRowMultiple);
   call.row_stride = call.channels;
   STD_TORCH_CHECK(
       fits<A>(sizes, call.channels),
@@ -563,12 +567,7 @@ void references_backward(const Inputs& inputs, A* grad_points, A* grad_reference
   });
 }
 
-// Gradients to write; one that has no value is not computed. That of references needs that of
-// positions.
-struct GradientTensors {
-  std::optional<Tensor> value, references, positions, weights;
-};
-
+// Writes the gradients; that of references needs that of positions.
 template <typename T>
 void backward_as(const Inputs& inputs, const Tensor& grad_output, const GradientTensors& to) {
   using A = Arithmetic<T>;
@@ -604,8 +603,9 @@ void backward_as(const Inputs& inputs, const Tensor& grad_output, const Gradient
   }
 }
 
-GradientTensors backward(const Inputs& given, const Tensor& grad_output, const Wanted& wanted) {
-  check_grad_output(grad_output, given);
+// The kernels are deterministic in any case.
+GradientTensors backward(
+    const Inputs& given, const Tensor& grad_output, const Wanted& wanted, bool /*deterministic*/) {
   const bool empty_call = is_empty(given.sizes);
   const Inputs inputs = empty_call ? given : in_kernel_types(given);
   const auto buffer = [&](bool is_wanted, const Tensor& like) -> std::optional<Tensor> {
@@ -630,64 +630,6 @@ GradientTensors backward(const Inputs& given, const Tensor& grad_output, const W
   return to;
 }
 
-// ---- the operators ---------------------------------------------------------------------------
-// The CPU kernels are deterministic, so the flag changes nothing.
-
-Tensor forward_cpu(
-    const Tensor& value,
-    std::vector<int64_t> spatial_shapes,
-    const Tensor& locations,
-    const Tensor& weights) {
-  return forward(check_inputs(value, spatial_shapes, std::nullopt, locations, weights));
-}
-
-Gradients backward_cpu(
-    const Tensor& grad_output,
-    const Tensor& value,
-    std::vector<int64_t> spatial_shapes,
-    const Tensor& locations,
-    const Tensor& weights,
-    std::vector<bool> output_mask,
-    bool /*deterministic*/) {
-  const GradientTensors grads = backward(
-      check_inputs(value, spatial_shapes, std::nullopt, locations, weights),
-      grad_output,
-      to_wanted(output_mask, false));
-  return {
-      to_result(grads.value, value),
-      to_result(grads.positions, locations),
-      to_result(grads.weights, weights)};
-}
-
-Tensor forward_fused_cpu(
-    const Tensor& value,
-    std::vector<int64_t> spatial_shapes,
-    const Tensor& references,
-    const Tensor& offsets,
-    const Tensor& logits) {
-  return forward(check_inputs(value, spatial_shapes, references, offsets, logits));
-}
-
-FusedGradients backward_fused_cpu(
-    const Tensor& grad_output,
-    const Tensor& value,
-    std::vector<int64_t> spatial_shapes,
-    const Tensor& references,
-    const Tensor& offsets,
-    const Tensor& logits,
-    std::vector<bool> output_mask,
-    bool /*deterministic*/) {
-  const GradientTensors grads = backward(
-      check_inputs(value, spatial_shapes, references, offsets, logits),
-      grad_output,
-      to_wanted(output_mask, true));
-  return {
-      to_result(grads.value, value),
-      to_result(grads.references, references),
-      to_result(grads.positions, offsets),
-      to_result(grads.weights, logits)};
-}
-
 std::string cpu_capability() {
   return kCapabilities[capability()];
 }
@@ -695,10 +637,7 @@ std::string cpu_capability() {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(psf, CPU, m) {
-  m.impl("ms_deform_attn", TORCH_BOX(&forward_cpu));
-  m.impl("ms_deform_attn_backward", TORCH_BOX(&backward_cpu));
-  m.impl("ms_deform_attn_fused", TORCH_BOX(&forward_fused_cpu));
-  m.impl("ms_deform_attn_fused_backward", TORCH_BOX(&backward_fused_cpu));
+  Operators<&forward, &backward>::add_to(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(psf, CompositeExplicitAutograd, m) {

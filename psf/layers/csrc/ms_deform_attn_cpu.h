@@ -62,15 +62,15 @@ struct Origins {
   const A* unit;
 };
 
-// Channels that kernels take at a time, where their number does not fill vectors.
-constexpr int kLeastLanes = 4;
+// Channels of the value rows that kernels take are a multiple of this, which fills every vector.
+constexpr int64_t kRowMultiple = 16;
 
 // Places farther than this, in pixels, are nowhere: they would not fit an index.
 constexpr double kFar = 1 << 30;
 
 // One call of the operator. V is the type of the value rows, O that of the output and its gradient,
 // A that of the arithmetic. A value row holds `channels` elements, at least D and a multiple of
-// kLeastLanes, which are zero from D on; the rows of one image and head are row_stride elements apart.
+// kRowMultiple, which are zero from D on; the rows of one image and head are row_stride elements apart.
 template <typename V, typename O, typename A>
 struct Call {
   Sizes sizes;

@@ -131,9 +131,9 @@ Call make_call(Inputs tensors) {
   return {inputs, std::move(tensors)};
 }
 
-Tensor forward(Inputs checked) {
-  const Launcher launch(checked.value);
-  const Call call = make_call(std::move(checked));
+Tensor forward(const Inputs& given) {
+  const Launcher launch(given.value);
+  const Call call = make_call(given);
   const Tensor& value = call.tensors.value;
   const Tensor output = empty(output_shape(call.inputs.sizes), value.scalar_type(), value);
   if (output.numel() > 0) {
@@ -141,11 +141,6 @@ Tensor forward(Inputs checked) {
   }
   return output;
 }
-
-// Gradients; one that is not wanted has no value.
-struct GradientTensors {
-  std::optional<Tensor> value, references, positions, weights;
-};
 
 Tensor zeros(IntHeaderOnlyArrayRef shape, ScalarType type, const Tensor& like) {
   return torch::stable::new_zeros(like, shape, type);
@@ -179,10 +174,9 @@ Tensor deterministic_backward(
 }
 
 GradientTensors backward(
-    Inputs checked, const Tensor& grad_output, const Wanted& wanted, bool deterministic) {
-  check_grad_output(grad_output, checked);
-  const Launcher launch(checked.value);
-  const Call call = make_call(std::move(checked));
+    const Inputs& given, const Tensor& grad_output, const Wanted& wanted, bool deterministic) {
+  const Launcher launch(given.value);
+  const Call call = make_call(given);
   const Sizes& sizes = call.inputs.sizes;
   const Tensor& value = call.tensors.value;
   const Tensor grad = aligned(to_type(grad_output, value.scalar_type()));
@@ -230,72 +224,10 @@ GradientTensors backward(
   return to;
 }
 
-// ---- the operators ---------------------------------------------------------------------------
-
-Tensor forward_cuda(
-    const Tensor& value,
-    std::vector<int64_t> spatial_shapes,
-    const Tensor& locations,
-    const Tensor& weights) {
-  return forward(check_inputs(value, spatial_shapes, std::nullopt, locations, weights));
-}
-
-Gradients backward_cuda(
-    const Tensor& grad_output,
-    const Tensor& value,
-    std::vector<int64_t> spatial_shapes,
-    const Tensor& locations,
-    const Tensor& weights,
-    std::vector<bool> output_mask,
-    bool deterministic) {
-  const GradientTensors grads = backward(
-      check_inputs(value, spatial_shapes, std::nullopt, locations, weights),
-      grad_output,
-      to_wanted(output_mask, false),
-      deterministic);
-  return {
-      to_result(grads.value, value),
-      to_result(grads.positions, locations),
-      to_result(grads.weights, weights)};
-}
-
-Tensor forward_fused_cuda(
-    const Tensor& value,
-    std::vector<int64_t> spatial_shapes,
-    const Tensor& references,
-    const Tensor& offsets,
-    const Tensor& logits) {
-  return forward(check_inputs(value, spatial_shapes, references, offsets, logits));
-}
-
-FusedGradients backward_fused_cuda(
-    const Tensor& grad_output,
-    const Tensor& value,
-    std::vector<int64_t> spatial_shapes,
-    const Tensor& references,
-    const Tensor& offsets,
-    const Tensor& logits,
-    std::vector<bool> output_mask,
-    bool deterministic) {
-  const GradientTensors grads = backward(
-      check_inputs(value, spatial_shapes, references, offsets, logits),
-      grad_output,
-      to_wanted(output_mask, true),
-      deterministic);
-  return {
-      to_result(grads.value, value),
-      to_result(grads.references, references),
-      to_result(grads.positions, offsets),
-      to_result(grads.weights, logits)};
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(psf, CUDA, m) {
-  m.impl("ms_deform_attn", TORCH_BOX(&forward_cuda));
-  m.impl("ms_deform_attn_backward", TORCH_BOX(&backward_cuda));
-  m.impl("ms_deform_attn_fused", TORCH_BOX(&forward_fused_cuda));
-  m.impl("ms_deform_attn_fused_backward", TORCH_BOX(&backward_fused_cuda));
+  Operators<&forward, &backward>::add_to(m);
 }
 
 }  // namespace psf

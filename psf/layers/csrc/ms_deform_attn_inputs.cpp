@@ -99,13 +99,9 @@ std::vector<int64_t> output_shape(const Sizes& sizes) {
   return {sizes.images, sizes.queries, sizes.heads * sizes.channels};
 }
 
-Wanted to_wanted(const std::vector<bool>& output_mask, bool fused) {
+void check_mask(const std::vector<bool>& output_mask, size_t size) {
   STD_TORCH_CHECK(
-      output_mask.size() == (fused ? 4 : 3), "ms_deform_attn: wrong number of flags in output_mask");
-  if (!fused) {
-    return {output_mask[0], false, output_mask[1], output_mask[2]};
-  }
-  return {output_mask[0], output_mask[1], output_mask[2], output_mask[3]};
+      output_mask.size() == size, "ms_deform_attn: output_mask must have ", size, " flags");
 }
 
 ScalarType arithmetic_type(const Tensor& value) {
