@@ -1,8 +1,8 @@
 """The authors' code's recorded numbers, and models with the weights they were recorded with.
 
-The small ones are shipped in ``tests/release/cases``. All of them lie beside the project, where it
-is developed; ``tests/release/ship_cases.py`` made the former of the latter. Names of arrays are the
-official code's. Weights are not stored: they follow from a seed and their names.
+The small ones are shipped in ``tests/release/cases``; all of them are used where they lie beside
+the project. Names of arrays are the official code's. Weights are not stored: they follow from a
+seed and their names.
 """
 
 import functools
@@ -137,10 +137,9 @@ def load_official(model: nn.Module, content: Mapping[str, Tensor]) -> None:
     model.load_state_dict(checkpoint.convert(weights, source).state_dict, strict=True)
 
 
-def ours(name: str) -> str | None:
-    """The name of an official entry here; None if it is dropped."""
-    conversion = checkpoint.convert({name: torch.empty(0)}, checkpoint.AUTHORS[0])
-    return next(iter(conversion.state_dict), None)
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are trained, by the authors' names."""
+    return checkpoint.to_authors({n: p for n, p in model.named_parameters() if p.requires_grad})
 
 
 def release_cfg(config: str, options: list[Any] = []) -> CfgNode:  # noqa: B006  only read

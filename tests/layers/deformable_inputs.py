@@ -20,6 +20,7 @@ SIZES = [5, 4, 1, 3, 1, 1]
 def off_the_knots(locations, shapes):
     """Move each coordinate to the nearest at least 1/4 pixel from where the derivative jumps."""
     sizes = torch.tensor(shapes, device="cpu").view(-1, 2).flip(-1)[:, None].double()  # (L, 1, 2)
+    sizes = sizes.clamp(min=1)  # a location in an empty level is a number, too
     pixels = locations * sizes - 0.5
     return (pixels.floor() + (pixels - pixels.floor()).clamp(0.25, 0.75) + 0.5) / sizes
 
@@ -69,7 +70,7 @@ def fused_inputs(shapes=SHAPES, *, coordinates=2, dtype=torch.float64, seed=0, *
     reference = (0.2 + 0.6 * torch.rand(images, queries, levels, coordinates, **draw)).to(locations)
     shift = locations - reference[:, :, None, :, None, :2]
     if coordinates == 2:
-        unit = 1 / torch.tensor(shapes).flip(-1)[:, None].to(locations)
+        unit = 1 / torch.tensor(shapes).flip(-1)[:, None].clamp(min=1).to(locations)
     else:
         unit = reference[:, :, None, :, None, 2:] / 2 / points
     logits = torch.randn(*locations.shape[:-1], **draw).to(locations)

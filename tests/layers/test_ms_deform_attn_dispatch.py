@@ -1,65 +1,82 @@
 """The operators as PyTorch's: compilers, transforms, errors that name what is wrong."""
 
+import functools
+import itertools
+
 import pytest
 import torch
-from deformable_inputs import SHAPES, SIZES, fused_inputs, inputs, needs_extension
+from deformable_inputs import SHAPES, SIZES, fused_inputs, gradients, inputs, needs_extension
 from torch.library import opcheck
 
 from psf.layers import ms_deform_attn, ms_deform_attn_fused, ms_deform_attn_reference
 
 pytestmark = pytest.mark.usefixtures("device")
 both_paths = pytest.mark.parametrize("op", [ms_deform_attn, ms_deform_attn_reference])
-both_kinds = pytest.mark.parametrize("coordinates", [2, 4], ids=["points", "boxes"])
-both_operators = pytest.mark.parametrize(
+every_operator = pytest.mark.parametrize(
     ("op", "make_inputs"),
-    [(ms_deform_attn, inputs), (ms_deform_attn_fused, fused_inputs)],
-    ids=["plain", "fused"],
+    [
+        (ms_deform_attn, inputs),
+        (ms_deform_attn_fused, fused_inputs),
+        (ms_deform_attn_fused, functools.partial(fused_inputs, coordinates=4)),
+    ],
+    ids=["plain", "points", "boxes"],
 )
 
 
 @needs_extension
+@every_operator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_operator_check(dtype, requires_grad):
-    value, _, *rest = inputs(dtype=torch.float32)
+def test_operator_check(op, make_inputs, dtype, requires_grad):
+    value, _, *rest = make_inputs(dtype=torch.float32)
     args = [t.requires_grad_(requires_grad) for t in (value.to(dtype), *rest)]
-    opcheck(torch.ops.psf.ms_deform_attn.default, (args[0], SIZES, *args[1:]))
+    opcheck(getattr(torch.ops.psf, op.__name__).default, (args[0], SIZES, *args[1:]))
 
 
 @needs_extension
-@pytest.mark.parametrize("mask", [[True, True, True], [True, False, False], [False, True, True]])
-def test_operator_check_of_the_backward(mask):
-    value, _, *rest = inputs(dtype=torch.float32)
+@every_operator
+@pytest.mark.parametrize("mask", [[True] * 4, [True, False] * 2, [False, True] * 2])
+def test_operator_check_of_the_backward(op, make_inputs, mask):
+    value, _, *rest = make_inputs(dtype=torch.float32)
+    mask = mask[: 1 + len(rest)]
     args = (torch.randn(2, 7, 6), value, SIZES, *rest, mask, False)
-    opcheck(torch.ops.psf.ms_deform_attn_backward.default, args)
+    opcheck(getattr(torch.ops.psf, f"{op.__name__}_backward").default, args)
 
 
-@needs_extension
-@both_kinds
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_fused_operator_check(coordinates, requires_grad):
-    value, _, *rest = fused_inputs(coordinates=coordinates, dtype=torch.float32)
-    args = [t.requires_grad_(requires_grad) for t in (value, *rest)]
-    opcheck(torch.ops.psf.ms_deform_attn_fused.default, (args[0], SIZES, *args[1:]))
+@every_operator
+def test_gradients_of_some_inputs_only(op, make_inputs):
+    args = make_inputs()
+    _, expected = gradients(op, *args)
+    for wanted in itertools.product([False, True], repeat=len(expected)):
+        leaves = [
+            t.detach().clone().requires_grad_(flag)
+            for t, flag in zip((args[0], *args[2:]), wanted, strict=True)
+        ]
+        out = op(leaves[0], args[1], *leaves[1:])
+        assert out.requires_grad == any(wanted)
+        if any(wanted):
+            out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out))
+        for leaf, grad, flag in zip(leaves, expected, wanted, strict=True):
+            assert (leaf.grad is not None) == flag
+            if flag:
+                torch.testing.assert_close(leaf.grad, grad)
 
 
-@needs_extension
-@both_kinds
-@pytest.mark.parametrize("mask", [[True] * 4, [True, False, False, True], [False, True] * 2])
-def test_fused_operator_check_of_the_backward(coordinates, mask):
-    value, _, *rest = fused_inputs(coordinates=coordinates, dtype=torch.float32)
-    args = (torch.randn(2, 7, 6), value, SIZES, *rest, mask, False)
-    opcheck(torch.ops.psf.ms_deform_attn_fused_backward.default, args)
+@every_operator
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_converts_the_value_and_not_the_places(op, make_inputs, dtype, device):
+    value, shapes, *rest = make_inputs(dtype=torch.float32)
+    value.requires_grad_()
+    with torch.autocast(device, dtype):
+        out = op(value, shapes, *rest)
+    assert out.dtype == dtype
+    expected = op(value.to(dtype), shapes, *rest)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    out.sum().backward()
+    assert value.grad.dtype == torch.float32
 
 
-@needs_extension
-def test_meta_tensors():
-    value, shapes, locations, weights = inputs()
-    out = ms_deform_attn(value.to("meta"), shapes, locations.to("meta"), weights.to("meta"))
-    assert (out.shape, out.dtype, out.device.type) == ((2, 7, 6), torch.float64, "meta")
-
-
-@both_operators
+@every_operator
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_to_one_graph(op, make_inputs, dynamic):
     def function(value, *rest):
@@ -75,7 +92,7 @@ def test_compiles_to_one_graph(op, make_inputs, dynamic):
         torch.testing.assert_close(grads, expected)
 
 
-@both_operators
+@every_operator
 def test_compiled_autograd(op, make_inputs):
     """The backward pass in one graph, too."""
     value, _, *rest = make_inputs()
@@ -109,7 +126,7 @@ def test_exports():
 
 
 @needs_extension
-@both_operators
+@every_operator
 def test_second_derivative_is_refused_with_a_reason(op, make_inputs):
     args = [t.requires_grad_() if torch.is_tensor(t) else t for t in make_inputs()]
     (grad,) = torch.autograd.grad(op(*args).sum(), args[0], create_graph=True)
@@ -118,7 +135,7 @@ def test_second_derivative_is_refused_with_a_reason(op, make_inputs):
 
 
 @needs_extension
-@both_operators
+@every_operator
 def test_function_transforms_are_refused(op, make_inputs):
     value, shapes, *rest = make_inputs()
     with pytest.raises(RuntimeError, match="functorch transforms"):

@@ -1,7 +1,5 @@
 """The fused operator on whichever path is active: kernels, or plain PyTorch without the library."""
 
-import itertools
-
 import pytest
 import torch
 from deformable_inputs import chain, fused_inputs, gradients, needs_extension
@@ -45,8 +43,7 @@ def test_equals_the_chain_and_its_gradients(op, coordinates):
 
 @both_kinds
 @pytest.mark.parametrize("points", [1, 3, 4, 8])
-@pytest.mark.parametrize("channels", [4, 12, 32])
-@pytest.mark.parametrize("levels", [1, 3, 5, 9])
+@pytest.mark.parametrize(("channels", "levels"), [(4, 9), (12, 5), (32, 1), (32, 3)])
 def test_sizes(coordinates, points, channels, levels):
     shapes = [(4 + i % 3, 5 + i % 2) for i in range(levels)]
     sizes = {"images": 1, "queries": 70, "points": points, "channels": channels}
@@ -55,33 +52,6 @@ def test_sizes(coordinates, points, channels, levels):
     expected, expected_grads = gradients(ms_deform_attn_fused_reference, *args)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(grads, expected_grads)
-
-
-@needs_extension
-@both_kinds
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_kernel_is_as_accurate_as_the_reference(coordinates, dtype):
-    """Error against float64 at most twice that of plain PyTorch in the same precision."""
-    sizes = {"queries": 40, "channels": 32, "points": 4}
-    value, shapes, *rest = fused_inputs([(30, 40), (15, 20)], coordinates=coordinates, **sizes)
-    value, rest = value.to(dtype), [t.float() for t in rest]
-    exact, exact_grads = gradients(
-        ms_deform_attn_fused_reference, value.double(), shapes, *(t.double() for t in rest)
-    )
-    floor = 4 * torch.finfo(torch.float32).eps
-    results = [
-        gradients(op, value, shapes, *rest)
-        for op in (ms_deform_attn_fused, ms_deform_attn_fused_reference)
-    ]
-    for a, b, exact_value in zip(
-        (results[0][0], *results[0][1]),
-        (results[1][0], *results[1][1]),
-        (exact, *exact_grads),
-        strict=True,
-    ):
-        assert a.dtype == b.dtype
-        error, bound = ((x.double() - exact_value).norm() for x in (a, b))
-        assert error <= 2 * bound + floor * exact_value.norm()
 
 
 @needs_extension
@@ -136,25 +106,6 @@ def test_logits_of_any_size():
 
 
 @both_kinds
-@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=4)), ids=str)
-def test_gradients_of_some_inputs_only(coordinates, wanted):
-    args = fused_inputs(coordinates=coordinates)
-    _, expected = gradients(ms_deform_attn_fused, *args)
-    leaves = [
-        t.detach().clone().requires_grad_(flag)
-        for t, flag in zip((args[0], *args[2:]), wanted, strict=True)
-    ]
-    out = ms_deform_attn_fused(leaves[0], args[1], *leaves[1:])
-    assert out.requires_grad == any(wanted)
-    if any(wanted):
-        out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out))
-    for leaf, grad, flag in zip(leaves, expected, wanted, strict=True):
-        assert (leaf.grad is not None) == flag
-        if flag:
-            torch.testing.assert_close(leaf.grad, grad)
-
-
-@both_kinds
 def test_derivatives_are_those_of_the_output(coordinates):
     value, shapes, *rest = fused_inputs(coordinates=coordinates)
     leaves = [t.requires_grad_() for t in (value, *rest)]
@@ -165,13 +116,3 @@ def test_derivatives_are_those_of_the_output(coordinates):
         fast_mode=True,
         nondet_tol=1e-10,
     )
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_converts_the_value_and_not_the_references(dtype, device):
-    value, shapes, *rest = fused_inputs(dtype=torch.float32)
-    with torch.autocast(device, dtype):
-        out = ms_deform_attn_fused(value, shapes, *rest)
-    expected = ms_deform_attn_fused(value.to(dtype), shapes, *rest)
-    torch.testing.assert_close(out, expected, rtol=0, atol=0)
-    assert out.dtype == dtype

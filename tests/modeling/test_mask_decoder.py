@@ -11,7 +11,6 @@ from psf.modeling.mask_decoder import (
     MaskDecoderLayer,
     MatchedQueries,
 )
-from psf.modeling.mask_head import MaskHead
 from psf.modeling.release_decoder import DecoupledMaskDecoder
 
 SHAPES = [(8, 6), (4, 3), (2, 2)]
@@ -150,19 +149,6 @@ def test_inference_gives_the_last_used_layer(decoder, num_layers):
     torch.testing.assert_close(last_logits[0], stuff_logits[index])
 
 
-def test_inference_makes_masks_of_one_layer_only(decoder, monkeypatch):
-    calls = []
-    forward = MaskHead.forward
-    monkeypatch.setattr(
-        MaskHead, "forward", lambda self, *args: calls.append(self) or forward(self, *args)
-    )
-    last_masks(decoder, memory(1), locate(torch.randn(1, 5, DIM)))
-    if isinstance(decoder, JointMaskDecoder):
-        assert set(calls) == {decoder.layers[-1].cross_attn.mask_head}
-    else:
-        assert set(calls) == {decoder.things.tail.mask_head, decoder.stuff.tail.mask_head}
-
-
 def test_masks_stay_below_their_bound(decoder):
     masks = last_masks(decoder, memory(2), locate(10 * torch.randn(2, 5, DIM)))
     values = decoder.mask_activation(1000 * torch.stack(masks))
@@ -227,19 +213,42 @@ def test_every_parameter_has_a_gradient_without_any_query(decoder):
     assert without == []
 
 
-def test_the_order_of_heads_does_not_matter(joint):
-    """If the mask head's weights are permuted with them."""
+def test_the_decoupled_decoder_leaves_things_to_the_location_decoder(decoupled):
     tokens, places = memory(1), locate(torch.randn(1, 5, DIM))
-    before = last_masks(joint, tokens, places)
-    order = torch.randperm(HEADS)
-    channels = (order[:, None] * (DIM // HEADS) + torch.arange(DIM // HEADS)).flatten()
-    with torch.no_grad():
-        for layer in joint.layers:
-            attention = layer.cross_attn
-            for proj in (attention.q_proj, attention.k_proj, attention.v_proj):
-                proj.weight.copy_(proj.weight[channels])
-                proj.bias.copy_(proj.bias[channels])
-            attention.out_proj.weight.copy_(attention.out_proj.weight[:, channels])
-            for proj in attention.mask_head.level_projs:
-                proj.weight.copy_(proj.weight[:, order])
-    torch.testing.assert_close(last_masks(joint, tokens, places), before)
+    every, *_ = predict(decoupled, tokens, places, last_only=False)
+    last, *_ = predict(decoupled, tokens, places, last_only=True)
+    assert len(every) == 0, "the location decoder has its own loss"
+    assert torch.equal(last[0], places.pred_logits[-1])
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "things", "stuff"), [(1, 1, 1), (3, 3 + 1, 3), (4, 3 + 1, 4 + 1), (None, 4, 5)]
+)
+def test_the_tail_makes_masks_if_all_layers_are_used(decoupled, num_layers, things, stuff):
+    places = locate(torch.randn(1, 5, DIM))
+    _, stuff_logits, thing_masks, stuff_masks = predict(
+        decoupled, memory(1), places, last_only=False, num_layers=num_layers
+    )
+    assert (len(thing_masks), len(stuff_masks)) == (things, stuff)
+    assert all((masks[0] >= 0).all() for masks in thing_masks + stuff_masks)
+    assert len(stuff_logits) == min(stuff, LAYERS + 1), "the tail does not classify"
+
+
+def test_the_position_of_a_stuff_query_accumulates(decoupled):
+    """It is added before every layer, and the sum is what the layer refines."""
+    stack = decoupled.stuff
+    tokens = memory(1)
+    query, position = torch.randn(1, STUFF, DIM), torch.randn(STUFF, DIM)
+    *_, last, tail = stack(query, position, tokens)
+    for layer in stack.layers:
+        query = layer(query + position, tokens).query
+    torch.testing.assert_close(last.query, query)
+    torch.testing.assert_close(tail.q, stack.tail(query + position, tokens).q)
+
+
+def test_stuff_queries_see_each_other(decoupled):
+    layer = decoupled.stuff.layers[0]
+    tokens, query = memory(1), torch.randn(1, STUFF, DIM)
+    attended, _ = layer.self_attn(query, query, query)
+    seen = layer.norm3(query + attended)
+    torch.testing.assert_close(layer(query, tokens).q, layer.cross_attn(seen, tokens).q)

@@ -53,14 +53,6 @@ def test_scores_by_hand():
     torch.testing.assert_close(scores, torch.tensor([0.8 * 0.64, 0.0]))
 
 
-def test_larger_exponents_lower_a_factor():
-    masks, probability = full(torch.full((1, 2, 2), 0.7)), torch.tensor([0.6])
-    for key in ("class_exponent", "mask_exponent"):
-        larger = RULES._replace(**{key: 3})
-        score = segment_scores(probability, masks, RULES)
-        assert segment_scores(probability, masks, larger) < score
-
-
 @pytest.mark.parametrize("merge", MERGERS)
 def test_better_segments_take_their_pixels_first(merge):
     """The thing covers pixels 0..5, the stuff 4..9, of which 4 of 6 are left: dropped."""
@@ -80,16 +72,6 @@ def test_low_scores_are_dropped(merge):
     assert segments.id_map.tolist() == [[0] * 5 + [1] * 5]
     assert segments.labels == [1]
     assert segments.scores == [0.25]
-
-
-def test_order_of_candidates_does_not_matter():
-    torch.manual_seed(0)
-    masks, scores = torch.rand(8, 6, 7), torch.rand(8)
-    labels, order = torch.randint(0, 4, (8,)), torch.randperm(8)
-    one = merge_mask_wise(scores, full(masks), labels, 2, RULES)
-    other = merge_mask_wise(scores[order], full(masks[order]), labels[order], 2, RULES)
-    assert torch.equal(one.id_map, other.id_map)
-    assert one.labels == other.labels
 
 
 def test_merging_its_own_result_changes_nothing():
@@ -138,7 +120,7 @@ def blobs(number: int, generator: torch.Generator) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
 @pytest.mark.parametrize(("merge", "plain"), PAIRS)
 @pytest.mark.parametrize("chunk", [1, 3 * 40 * 51, 2**26])
@@ -149,7 +131,12 @@ def test_merging_equals_the_obvious_way(merge, plain, activation, seed, chunk, m
     number = 25
     logits, labels = blobs(number, generator), torch.randint(0, 6, (number,), generator=generator)
     class_scores = torch.rand(number, generator=generator)
-    rules = RULES._replace(score_threshold=0.1, thing_keep_fraction=0.5, area_offset=seed % 2)
+    rules = RULES._replace(
+        class_exponent=1 + seed,
+        score_threshold=0.1,
+        thing_keep_fraction=0.5,
+        area_offset=seed % 2,
+    )
     masks = SoftMasks(logits, activation, (40, 51))
     resized = activation(resize_masks(logits, (40, 51)))
     expected_scores = plain_scores(class_scores, resized, rules)

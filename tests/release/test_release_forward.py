@@ -5,7 +5,6 @@ import torch
 from detectron2.modeling import build_model
 from release_cases import (
     FULL_SEED,
-    SHIPPED,
     arrays,
     difference,
     load_seeded,
@@ -15,7 +14,6 @@ from release_cases import (
     small_model,
 )
 
-from psf.layers.transformer import sine_position_encoding
 from psf.modeling.encoder import Memory
 from psf.modeling.location_decoder import LocationPredictions
 from psf.modeling.mask_decoder import MatchedQueries
@@ -91,12 +89,6 @@ class TestSmallModel:
                 expected = expected.transpose(0, 1)
             assert difference(found[name], expected) < TOLERANCE, name
 
-    def test_positions(self, case):
-        for name, expected in nested(case, "pos_enc/").items():
-            shape = SHAPES[int(name)]
-            sine = sine_position_encoding(shape, torch.tensor([shape]), 64).permute(0, 3, 1, 2)
-            assert difference(sine, expected) < TOLERANCE, name
-
     def test_location_decoder(self, case, found):
         for i in range(3):
             name = f"transformer/dec_layer_{i}"
@@ -130,19 +122,6 @@ class TestSmallModel:
             assert difference(maps.flatten(1)[None], expected) < TOLERANCE
         for i, expected in nested(stuff, "cls_logits/").items():
             assert difference(stuff_logits[int(i)][..., None], expected) < TOLERANCE
-
-    @torch.no_grad()
-    def test_refined_queries(self, case, found):
-        decoder, memory = small_model().mask_decoder, found["memory"].finest(3)
-        content, position = decoder.stuff_query.weight.chunk(2, dim=-1)
-        for name, stack, query, place in (
-            ("things", decoder.things, found["locations"].query, 0.0),
-            ("stuff", decoder.stuff, content[None], position),
-        ):
-            outputs = stack(query, place, memory)
-            index = case["infer/0/topk_query_index"] if name == "things" else slice(None)
-            for i, expected in nested(case, f"infer/0/{name}/query_inter/").items():
-                assert difference(outputs[int(i)].query[:, index], expected) < TOLERANCE
 
     @torch.no_grad()
     def test_panoptic_map(self, case):
@@ -229,20 +208,6 @@ class TestPaddedBatch:
             for maps, group in ((things, "things"), (stuff, "stuff")):
                 expected = case[f"infer/{image}/{group}/mask_tail"][0]
                 assert difference(maps.flatten(1), expected) < TOLERANCE
-
-    @torch.no_grad()
-    def test_an_image_that_fills_the_batch_is_predicted_as_there(self, case):
-        """Image 0 has no padding; only GroupNorm and convolutions of one image touch it."""
-        image = case["img_rgb_uint8/0"].permute(2, 0, 1)
-        other = case["img_rgb_uint8/1"].permute(2, 0, 1)
-        model = small_model()
-        alone = model([{"image": image, "height": 210, "width": 287}])[0]
-        together = model(
-            [{"image": image, "height": 210, "width": 287}, {"image": other}],
-        )[0]
-        expected = arrays(SHIPPED, "small/forward_A")["infer/0/panoptic"]
-        assert torch.equal(official_panoptic(alone["panoptic_seg"]), expected)
-        assert torch.equal(official_panoptic(together["panoptic_seg"]), expected)
 
 
 class TestFullSize:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
-from release_cases import SHIPPED, numbers, release_cfg
+from release_cases import SHIPPED, numbers, release_cfg, trainable
 
 from psf import checkpoint
 from psf.solver import build_optimizer
@@ -67,31 +67,20 @@ def test_parameter_counts(case, conversion):
     assert trainable == recorded["num_trainable"] - heads
 
 
-def test_learning_rates_and_weight_decays(case):
+def test_learning_rates_and_weight_decays(case, conversion):
     recorded, cfg, model = case
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(cfg, model)
+    assert list(optimizer.defaults["betas"]) == recorded["adamw"]["betas"]
+    assert optimizer.defaults["eps"] == recorded["adamw"]["eps"]
     found = {
-        names[parameter]: (group["lr"], group["weight_decay"])
-        for group in build_optimizer(cfg, model).param_groups
+        parameter: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    expected = {}
-    for name, entry in recorded["entries"].items():
-        if entry["kind"] == "param" and entry["requires_grad"]:
-            converted = checkpoint.convert({name: torch.empty(0)}, _source(recorded))
-            for key in converted.state_dict:
-                expected[key] = (entry["lr"], entry["weight_decay"])
-    assert found.keys() == expected.keys()
-    for name, values in found.items():
-        assert values == pytest.approx(expected[name]), name
-
-
-def _source(recorded):
-    return checkpoint.recognise({n: torch.empty(0) for n in recorded["entries"]})
-
-
-def test_optimizer_constants(case):
-    recorded, cfg, model = case
-    defaults = build_optimizer(cfg, model).defaults
-    assert list(defaults["betas"]) == recorded["adamw"]["betas"]
-    assert defaults["eps"] == recorded["adamw"]["eps"]
+    parameters = trainable(model)
+    assert len(found) == len(parameters)
+    for name, parameter in parameters.items():
+        entry = recorded["entries"][name]
+        assert found[parameter] == pytest.approx((entry["lr"], entry["weight_decay"])), name
+    wanted = {name for name, entry in recorded["entries"].items() if entry.get("requires_grad")}
+    assert wanted - conversion.dropped.keys() == parameters.keys()
