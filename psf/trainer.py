@@ -21,6 +21,7 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, create_ddp_model
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from detectron2.utils import comm
@@ -35,12 +36,14 @@ from psf.evaluation.pictures import Sample, write_contact_sheet
 from psf.finetuning import ClassCheckpointer
 from psf.layers.host_memory import keep_freed_memory
 from psf.modeling.build import TRANSFORMER_LAYERS
+from psf.run_folder import METRICS, cut_metrics
 from psf.solver import (
     build_optimizer,
     check_reference_world_size,
     full_model_clip_norm,
     scale_to_batch_size,
 )
+from psf.stopping import StopHook
 
 logger = logging.getLogger(__name__)
 
@@ -250,8 +253,17 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks, then the pictures, which show the last evaluation."""
-        return [*super().build_hooks(), PicturesHook()]
+        """Detectron2's, signals before the evaluation, and the pictures, which show the last."""
+        hooks: list[HookBase] = [hook for hook in super().build_hooks() if hook is not None]
+        evaluation = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        hooks.insert(evaluation, StopHook(self.checkpointer))
+        return [*hooks, PicturesHook()]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As Detectron2's; ``metrics.json`` keeps the iterations that are not trained again."""
+        super().resume_or_load(resume)
+        if comm.is_main_process():
+            cut_metrics(self.cfg.OUTPUT_DIR, self.start_iter if self.start_iter else -1)
 
     @property
     def last_results(self) -> OrderedDict[str, Any] | None:
@@ -325,8 +337,8 @@ def write_pictures(cfg: CfgNode, model: nn.Module) -> None:
         dataset_name = cfg.DATASETS.TEST[0]
         samples = _predict_samples(cfg, model, DatasetCatalog.get(dataset_name))
         write_contact_sheet(samples, MetadataCatalog.get(dataset_name), output_dir / CONTACT_SHEET)
-    if (output_dir / "metrics.json").is_file():
-        write_curves(output_dir / "metrics.json", output_dir / CURVES)
+    if (output_dir / METRICS).is_file():
+        write_curves(output_dir / METRICS, output_dir / CURVES)
 
 
 @torch.no_grad()

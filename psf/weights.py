@@ -1,18 +1,19 @@
 """Loading ``MODEL.WEIGHTS``: Detectron2's checkpoints and, converted, third-party ones."""
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.error import URLError
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from psf import checkpoint
+from psf.files import write_beside
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +71,21 @@ class Checkpointer(DetectionCheckpointer):
             ) from error
         return rest
 
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``<name>.pth``, then its name for ``--resume``, each whole or not at all."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        states = {key: part.state_dict() for key, part in self.checkpointables.items()}
+        path = Path(self.save_dir, f"{name}.pth")
+        logger.info("Saving the checkpoint '%s'", path)
+        with write_beside(path) as partial:
+            torch.save({"model": self.model.state_dict(), **states, **kwargs}, partial)
+        self.tag_last_checkpoint(path.name)
+
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Write the name of the file for ``--resume``, atomically."""
-        path = os.path.join(self.save_dir, LAST_CHECKPOINT)
-        with open(f"{path}.partial", "w", encoding="utf-8") as file:
-            file.write(last_filename_basename)
-        os.replace(f"{path}.partial", path)
+        """Write the name of the file for ``--resume``."""
+        with write_beside(Path(self.save_dir, LAST_CHECKPOINT)) as partial:
+            partial.write_text(last_filename_basename, encoding="utf-8")
 
     def get_checkpoint_file(self) -> str:
         """

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from psf import checkpoint
+from psf.files import write_beside
 from psf.weights import CONVERTED_FROM
 
 
@@ -70,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         raise SystemExit(str(error)) from error
     args.target.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, args.target)
+    with write_beside(args.target) as partial:
+        torch.save(content, partial)
     print(f"{args.target}")
 
 

@@ -20,6 +20,7 @@ from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 from tabulate import tabulate
 
+from psf.files import write_beside
 from psf.panoptic_png import read_panoptic_ids, write_panoptic_ids
 
 from .charts import write_quality_bars
@@ -265,9 +266,8 @@ class PanopticEvaluator(DatasetEvaluator):
             (f"{prefix}pq.txt", table),
             (f"{prefix}panoptic_results.json", rows_json),
         ):
-            path = os.path.join(self._output_dir, name)
-            with PathManager.open(path, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
+            with write_beside(os.path.join(self._output_dir, name)) as partial:
+                partial.write_text(f"{text}\n", encoding="utf-8")
         write_quality_bars(rows, os.path.join(self._output_dir, f"{prefix}pq.png"), title=title)
 
     def _write_predictions(
@@ -277,8 +277,9 @@ class PanopticEvaluator(DatasetEvaluator):
     ) -> None:
         """Write the JSON of a submission (cocodataset.org/#format-results)."""
         path = os.path.join(str(self._output_dir), f"{PREDICTIONS}.json")
-        with PathManager.open(path, "w", encoding="utf-8") as file:
-            file.write(json.dumps({"annotations": annotations, "categories": categories}))
+        content = {"annotations": annotations, "categories": categories}
+        with write_beside(path) as partial:
+            partial.write_text(json.dumps(content), encoding="utf-8")
         logger.info("Wrote the predictions for %d images to '%s'.", len(annotations), path)
 
 
