@@ -22,6 +22,7 @@ import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, launch
+from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
@@ -32,7 +33,7 @@ from psf.files import write_beside
 from psf.inference import optimize_for_inference
 from psf.run_folder import CONFIG, check_folder, claimed
 from psf.trainer import CONTACT_SHEET, CURVES, Trainer, summary, write_pictures
-from psf.weights import Checkpointer, check_weights
+from psf.weights import LAST_CHECKPOINT, Checkpointer, check_weights
 
 logger = logging.getLogger("psf.train_net")
 
@@ -47,10 +48,27 @@ def setup(args: argparse.Namespace) -> CfgNode:
     with one_line():
         cfg = load_config(args.config_file, args.opts)
         check_weights(cfg.MODEL.WEIGHTS)
-        if not args.eval_only:
+        if args.eval_only:
+            check_evaluation(cfg, resume=args.resume)
+        else:
             check_folder(cfg.OUTPUT_DIR, resume=args.resume)
     cfg.freeze()
     return cfg
+
+
+def check_evaluation(cfg: CfgNode, *, resume: bool) -> None:
+    """
+    Check what ``--eval-only`` needs.
+
+    Raises:
+        ValueError: there are no weights, or no data set.
+    """
+    if not resume and not cfg.MODEL.WEIGHTS:
+        raise ValueError("--eval-only: there are no weights. Set MODEL.WEIGHTS, or add --resume")
+    if resume and not Path(cfg.OUTPUT_DIR, LAST_CHECKPOINT).is_file():
+        raise ValueError(f"--eval-only --resume: there is no checkpoint in '{cfg.OUTPUT_DIR}'")
+    if not cfg.DATASETS.TEST:
+        raise ValueError("--eval-only: DATASETS.TEST is empty, name the data sets to evaluate")
 
 
 @contextlib.contextmanager
@@ -93,14 +111,16 @@ def main(args: argparse.Namespace) -> OrderedDict[str, Any] | None:
 def evaluate(cfg: CfgNode, args: argparse.Namespace) -> OrderedDict[str, Any]:
     """Evaluate ``MODEL.WEIGHTS``, or with ``--resume`` the last checkpoint."""
     start(cfg, args)
-    model = Trainer.build_model(cfg)
     with one_line():
+        Trainer.check_test_sets(cfg)
+        model = Trainer.build_model(cfg).eval()
         checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     optimize_for_inference(model)
     results: OrderedDict[str, Any] = Trainer.test(cfg, model)
     if comm.is_main_process():
         write_pictures(cfg, model)
+        verify_results(cfg, results)
     return results
 
 
@@ -111,8 +131,8 @@ def train(cfg: CfgNode, args: argparse.Namespace) -> OrderedDict[str, Any] | Non
             with one_line():
                 until_the_end.enter_context(claimed(cfg.OUTPUT_DIR))
         start(cfg, args)
-        trainer = Trainer(cfg)
         with one_line():
+            trainer = Trainer(cfg)
             trainer.resume_or_load(resume=args.resume)
         trainer.train()
         return trainer.last_results

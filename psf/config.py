@@ -13,6 +13,8 @@ from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 from detectron2.utils.file_io import PathManager
 
+from psf.options import check_options
+
 
 def load_config(path: str | Path = "", opts: Sequence[Any] = ()) -> CN:
     """
@@ -37,6 +39,7 @@ def load_config(path: str | Path = "", opts: Sequence[Any] = ()) -> CN:
             cfg.merge_from_file(str(file), allow_unsafe=False)
     with _explain(cfg, "KEY VALUE pairs"):
         cfg.merge_from_list(list(opts))
+    check_options(cfg)
     cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)
     cfg.MODEL.WEIGHTS = os.path.expanduser(cfg.MODEL.WEIGHTS)
     return cfg
@@ -139,6 +142,8 @@ def _add_model(cfg: CN) -> None:
     # classes. Weights of classes with the same name are kept, others start from random values
     # (psf/finetuning.py).
     cfg.MODEL.PSF.WEIGHTS_DATASET = ""
+    # Train from a checkpoint that lacks some weights; these start from random values.
+    cfg.MODEL.PSF.ALLOW_PARTIAL_WEIGHTS = False
     # Channels of tokens and queries (paper, section 3.2).
     cfg.MODEL.PSF.HIDDEN_DIM = 256
     # Attention heads, and sampling points per head and level (Deformable DETR, section 5).
@@ -234,6 +239,8 @@ def _add_data(cfg: CN) -> None:
     # Data sets to register: lists [name, images, PNGs, JSON], optionally with the instances JSON.
     cfg.DATASETS.REGISTER = []
 
+    # Masks are always bitmasks.
+    cfg.INPUT.MASK_FORMAT = "bitmask"
     # Augmentation in training: "multi_scale" (DETR, with its crop if INPUT.CROP.ENABLED),
     # "large_scale_jitter" (Ghiasi et al., 2021) or "fixed_crop" (to INPUT.CROP.SIZE).
     cfg.INPUT.AUGMENTATION = "multi_scale"

@@ -23,7 +23,7 @@ from tabulate import tabulate
 from psf.files import write_beside
 from psf.panoptic_png import read_panoptic_ids, write_panoptic_ids
 
-from .charts import write_quality_bars
+from .charts import drawn_or_warned, write_quality_bars
 from .ground_truth import AnnotatedImage, PanopticAnnotations, read_annotations
 from .outputs import require_output
 from .panoptic_quality import (
@@ -268,7 +268,9 @@ class PanopticEvaluator(DatasetEvaluator):
         ):
             with write_beside(os.path.join(self._output_dir, name)) as partial:
                 partial.write_text(f"{text}\n", encoding="utf-8")
-        write_quality_bars(rows, os.path.join(self._output_dir, f"{prefix}pq.png"), title=title)
+        chart = os.path.join(self._output_dir, f"{prefix}pq.png")
+        with drawn_or_warned(chart):
+            write_quality_bars(rows, chart, title=title)
 
     def _write_predictions(
         self,

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from .charts import plain_text
 from .ground_truth import PanopticSegmentation
 
 # Longest side of a picture on a contact sheet, in pixels: for small images and for photos.
@@ -44,6 +45,7 @@ class SheetRow(NamedTuple):
     pictures: list[NDArray[np.uint8]]  # (h, w, 3)
 
 
+@plain_text
 def draw_panoptic(
     image_rgb: NDArray[np.uint8],
     panoptic_seg: Tensor,
@@ -134,6 +136,7 @@ def cell_size(images: Sequence[NDArray[np.uint8]]) -> int:
     return min(max([least, *(max(image.shape[:2]) for image in images)]), most)
 
 
+@plain_text
 def write_sheet(
     rows: Sequence[SheetRow], titles: Sequence[str], cell: int, path: str | os.PathLike[str]
 ) -> None:

@@ -23,6 +23,7 @@ from psf.modeling.postprocessing import MERGING, MergingRules, Segments
 from psf.modeling.recomputation import recompute
 from psf.modeling.release_decoder import DecoupledMaskDecoder
 from psf.modeling.runtime import Runtime
+from psf.precision import usable_precision
 
 MaskDecoder = JointMaskDecoder | DecoupledMaskDecoder
 
@@ -86,7 +87,11 @@ def build_parts(cfg: CfgNode) -> dict[str, Any]:
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
         "pixel_std": cfg.MODEL.PIXEL_STD,
         "runtime": Runtime(
-            precision=psf.TEST.PRECISION, compile=psf.TEST.COMPILE, pad_to=psf.TEST.PAD_TO
+            precision=usable_precision(
+                psf.TEST.PRECISION, cfg.MODEL.DEVICE, "MODEL.PSF.TEST.PRECISION"
+            ),
+            compile=psf.TEST.COMPILE,
+            pad_to=psf.TEST.PAD_TO,
         ),
         "inference_options": _inference_options(cfg, parts["mask_decoder"]),
     }
