@@ -30,7 +30,10 @@ def read_panoptic_ids(path: str) -> NDArray[np.uint32]:
     with PathManager.open(path, "rb") as file:
         content = np.frombuffer(file.read(), dtype=np.uint8)
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    rgb = cv2.imdecode(content, flags) if content.size else None
+    try:
+        rgb = cv2.imdecode(content, flags) if content.size else None
+    except cv2.error:  # the header has more pixels than OpenCV reads
+        rgb = None
     if rgb is None:
         raise ValueError(
             f"'{path}' is not a readable image. It may be truncated: copy it again, or remove it "

@@ -1,6 +1,8 @@
 """Panoptic PNGs of every kind are read as Pillow reads them, and damaged ones are refused."""
 
 import io
+import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -70,13 +72,23 @@ def test_every_truncation_and_damaged_byte_is_refused(tmp_path):
     damaged = [content[:n] for n in range(len(content))]
     # But for the checksum at the very end, which covers no pixel.
     damaged += [
-        content[:i] + bytes([content[i] ^ 0x5A]) + content[i + 1 :] for i in range(len(content) - 4)
+        content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :] for i in range(len(content) - 4)
     ]
     path = tmp_path / "a.png"
     for data in damaged:
         path.write_bytes(data)
         with pytest.raises(ValueError, match=r"a\.png' is not a readable image"):
             read_panoptic_ids(str(path))
+
+
+def test_a_header_of_too_many_pixels_is_refused(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (1, 1)).save(path)
+    content = path.read_bytes()
+    header = b"IHDR" + struct.pack(">II", 100_000, 100_000) + content[24:29]
+    path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
+    with pytest.raises(ValueError, match=r"a\.png' is not a readable image"):
+        read_panoptic_ids(str(path))
 
 
 def test_what_is_written_is_read_back(tmp_path):
