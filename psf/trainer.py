@@ -19,7 +19,6 @@ from detectron2.data import (
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
-    get_detection_dataset_dicts,
 )
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, create_ddp_model
 from detectron2.engine.hooks import EvalHook
@@ -34,9 +33,10 @@ from psf.evaluation import build_evaluators
 from psf.evaluation.charts import drawn_or_warned, write_curves
 from psf.evaluation.ground_truth import PanopticSegmentation, load_ground_truth
 from psf.evaluation.pictures import Sample, write_contact_sheet
+from psf.evaluation.renumbering import Renumbering
 from psf.finetuning import ClassCheckpointer
 from psf.layers.host_memory import keep_freed_memory
-from psf.modeling.build import TRANSFORMER_LAYERS
+from psf.modeling.build import TRANSFORMER_LAYERS, model_dataset
 from psf.options import check_training
 from psf.precision import usable_precision
 from psf.run_folder import METRICS, cut_metrics
@@ -342,8 +342,7 @@ class Trainer(DefaultTrainer):
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         """Training images with their panoptic ground truth."""
         mapper = PanopticDatasetMapper(cfg, True)
-        with _hint_at_data_root():
-            dicts = get_detection_dataset_dicts(list(cfg.DATASETS.TRAIN))
+        dicts = [record for name in cfg.DATASETS.TRAIN for record in _records(name)]
         if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
             dicts = _with_annotations(dicts)
         return build_detection_train_loader(cfg, mapper=mapper, dataset=dicts)
@@ -365,8 +364,8 @@ class Trainer(DefaultTrainer):
         """
         register_listed(cfg.DATASETS.REGISTER)
         for name in cfg.DATASETS.TEST:
+            dicts = _records(name)
             with _hint_at_data_root():
-                dicts = get_detection_dataset_dicts(name)
                 cls.build_evaluator(cfg, name)
             bare = [d["file_name"] for d in dicts if not d.get("pan_seg_file_name")]
             if bare and not cfg.MODEL.PSF.TEST.SAVE_PREDICTIONS:
@@ -390,11 +389,26 @@ class Trainer(DefaultTrainer):
             output_dir=str(Path(cfg.OUTPUT_DIR) / "inference" / dataset_name),
             boundary_pq=test.BOUNDARY_PQ,
             save_predictions=test.SAVE_PREDICTIONS,
+            model_dataset=model_dataset(cfg),
         )
 
 
 def _class_names(dataset_name: str) -> ClassNames | None:
     return ClassNames.from_metadata(MetadataCatalog.get(dataset_name)) if dataset_name else None
+
+
+def _records(name: str) -> list[dict[str, Any]]:
+    """The images of a data set; there are some, or it is an error."""
+    if name not in DatasetCatalog.list():
+        raise ValueError(
+            f"There is no data set '{name}'. Register it (DATASETS.REGISTER), or correct "
+            "DATASETS.TRAIN and DATASETS.TEST."
+        )
+    with _hint_at_data_root():
+        records: list[dict[str, Any]] = DatasetCatalog.get(name)
+    if not records:
+        raise ValueError(f"Data set '{name}' is empty: it has no images with annotations")
+    return records
 
 
 def _with_annotations(dicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -451,6 +465,7 @@ def _predict_samples(
 ) -> list[Sample]:
     """Predict images that are evenly spaced over a data set; the model keeps its mode."""
     chosen = dicts[:: max(1, len(dicts) // num_images)][:num_images]
+    renumbering = Renumbering.between(model_dataset(cfg), cfg.DATASETS.TEST[0])
     mapper = PanopticDatasetMapper(cfg, False)
     was_training = model.training
     model.eval()
@@ -458,7 +473,9 @@ def _predict_samples(
         Sample(
             dataset_dict=record,
             ground_truth=load_ground_truth(record),
-            prediction=PanopticSegmentation(*model([mapper(record)])[0]["panoptic_seg"]),
+            prediction=PanopticSegmentation(
+                *renumbering(model([mapper(record)])[0])["panoptic_seg"]
+            ),
         )
         for record in chosen
     ]
