@@ -8,10 +8,12 @@ python train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_fin
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,55 +21,121 @@ import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, launch
+from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from psf.config import load_config
+from psf.files import write_beside
 from psf.inference import optimize_for_inference
+from psf.run_folder import CONFIG, check_folder, claimed
 from psf.trainer import CONTACT_SHEET, CURVES, Trainer, summary, write_pictures
-from psf.weights import Checkpointer, check_weights
+from psf.weights import LAST_CHECKPOINT, Checkpointer, check_weights
 
 logger = logging.getLogger("psf.train_net")
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """Load the config of the command line, check it and freeze it; set up logging and seeds."""
+    """Load the config of the command line, check it and freeze it."""
     misplaced = [option for option in args.opts if option.startswith("--")]
     if misplaced:
         raise SystemExit(
             f"{misplaced[0]} comes after KEY VALUE pairs, which must be last on the command line"
         )
-    try:
+    with one_line():
         cfg = load_config(args.config_file, args.opts)
         check_weights(cfg.MODEL.WEIGHTS)
+        if args.eval_only:
+            check_evaluation(cfg, resume=args.resume)
+        else:
+            check_folder(cfg.OUTPUT_DIR, resume=args.resume)
+    cfg.freeze()
+    return cfg
+
+
+def check_evaluation(cfg: CfgNode, *, resume: bool) -> None:
+    """
+    Check what ``--eval-only`` needs.
+
+    Raises:
+        ValueError: there are no weights, or no data set.
+    """
+    if not resume and not cfg.MODEL.WEIGHTS:
+        raise ValueError("--eval-only: there are no weights. Set MODEL.WEIGHTS, or add --resume")
+    if resume and not Path(cfg.OUTPUT_DIR, LAST_CHECKPOINT).is_file():
+        raise ValueError(f"--eval-only --resume: there is no checkpoint in '{cfg.OUTPUT_DIR}'")
+    if not cfg.DATASETS.TEST:
+        raise ValueError("--eval-only: DATASETS.TEST is empty, name the data sets to evaluate")
+
+
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+    """Errors of what the user gave end the program with their message alone."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
-    cfg.freeze()
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="psf")
-    return cfg
+
+
+def start(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """
+    Set up logging and seeds; a training also writes its config. As Detectron2's ``default_setup``.
+    """
+    rank = comm.get_rank()
+    for name in ("fvcore", "detectron2", "psf"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
+    logger.info("Rank of current process: %d. World size: %d", rank, comm.get_world_size())
+    logger.info("Environment info:\n%s", collect_env_info())
+    logger.info("Command line arguments: %s", args)
+    logger.info("Running with full config:\n%s", cfg.dump())
+    if comm.is_main_process() and not args.eval_only:
+        with write_beside(Path(cfg.OUTPUT_DIR, CONFIG)) as partial:
+            partial.write_text(cfg.dump(), encoding="utf-8")
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
+    if not args.eval_only:
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
 
 
 def main(args: argparse.Namespace) -> OrderedDict[str, Any] | None:
     """Train, or evaluate with ``--eval-only``; print PQ and the paths of the pictures."""
     cfg = setup(args)
-    if args.eval_only:
-        model = Trainer.build_model(cfg)
-        checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        optimize_for_inference(model)
-        results = Trainer.test(cfg, model)
-        if comm.is_main_process():
-            write_pictures(cfg, model)
-    else:
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
-        trainer.train()
-        results = trainer.last_results
+    results = evaluate(cfg, args) if args.eval_only else train(cfg, args)
     if results and comm.is_main_process():
         report(results, Path(cfg.OUTPUT_DIR))
     return results
+
+
+def evaluate(cfg: CfgNode, args: argparse.Namespace) -> OrderedDict[str, Any]:
+    """Evaluate ``MODEL.WEIGHTS``, or with ``--resume`` the last checkpoint."""
+    start(cfg, args)
+    with one_line():
+        Trainer.check_test_sets(cfg)
+        model = Trainer.build_model(cfg).eval()
+        checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    optimize_for_inference(model)
+    results: OrderedDict[str, Any] = Trainer.test(cfg, model)
+    if comm.is_main_process():
+        write_pictures(cfg, model)
+        verify_results(cfg, results)
+    return results
+
+
+def train(cfg: CfgNode, args: argparse.Namespace) -> OrderedDict[str, Any] | None:
+    """Train; returns the results of the last evaluation."""
+    with contextlib.ExitStack() as until_the_end:
+        if comm.is_main_process():
+            with one_line():
+                until_the_end.enter_context(claimed(cfg.OUTPUT_DIR))
+        start(cfg, args)
+        with one_line():
+            trainer = Trainer(cfg)
+            trainer.resume_or_load(resume=args.resume)
+        trainer.train()
+        return trainer.last_results
 
 
 def report(results: OrderedDict[str, Any], output_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
+from detectron2.utils.file_io import PathManager
+
+from psf.options import check_options
 
 
 def load_config(path: str | Path = "", opts: Sequence[Any] = ()) -> CN:
@@ -31,10 +35,36 @@ def load_config(path: str | Path = "", opts: Sequence[Any] = ()) -> CN:
     if path:
         file = find_config(path)
         with _explain(cfg, f"'{file}'"):
-            cfg.merge_from_file(str(file))
+            _check_yaml(str(file))
+            cfg.merge_from_file(str(file), allow_unsafe=False)
     with _explain(cfg, "KEY VALUE pairs"):
         cfg.merge_from_list(list(opts))
+    check_options(cfg)
+    cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)
+    cfg.MODEL.WEIGHTS = os.path.expanduser(cfg.MODEL.WEIGHTS)
     return cfg
+
+
+def _check_yaml(path: str, above: tuple[str, ...] = ()) -> None:
+    """
+    Check a file and those that it names as ``_BASE_``.
+
+    Raises:
+        ValueError: a file holds no keys, or is its own base.
+        yaml.YAMLError: bad syntax, or a tag such as ``!!python/...``, which could run code.
+    """
+    if path in above:
+        raise ValueError(f"'{path}' is its own _BASE_")
+    with PathManager.open(path, "r") as file:
+        content = yaml.safe_load(file)
+    bases = content.get("_BASE_", []) if isinstance(content, dict) else None
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ValueError(f"'{path}' holds no keys, or its _BASE_ is not the path of a file")
+    for base in map(os.path.expanduser, bases):
+        # As fvcore: a path is relative to the file that names it.
+        is_url = base.startswith(("https://", "http://"))
+        _check_yaml(base if is_url else os.path.join(os.path.dirname(path), base), (*above, path))
 
 
 def find_config(path: str | Path) -> Path:
@@ -44,7 +74,7 @@ def find_config(path: str | Path) -> Path:
     Raises:
         FileNotFoundError: it is neither.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_file():
         return path
     installed = Path(__file__).parent / "configs"
@@ -62,13 +92,18 @@ def _explain(cfg: CN, source: str) -> Iterator[None]:
     """Turn what yacs and YAML raise into one line that names the source of the error."""
     try:
         yield
-    except (AssertionError, KeyError, ValueError, yaml.YAMLError) as error:
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         message = " ".join(str(error).strip("'\"").split())
         hint = ""
         if message.startswith("Non-existent"):
             close = difflib.get_close_matches(message.rpartition(": ")[2], _keys(cfg), n=1)
             hint = f". Did you mean {close[0]}?" if close else ""
         raise ValueError(f"Config error in {source}: {message}{hint}") from error
+    except yaml.YAMLError as error:
+        message = " ".join(str(error).split())
+        if isinstance(error, yaml.constructor.ConstructorError):
+            message += ". Tags could run code: write the value itself"
+        raise ValueError(f"Config error in {source}: {message}") from error
 
 
 def _keys(node: CN, prefix: str = "") -> list[str]:
@@ -107,6 +142,8 @@ def _add_model(cfg: CN) -> None:
     # classes. Weights of classes with the same name are kept, others start from random values
     # (psf/finetuning.py).
     cfg.MODEL.PSF.WEIGHTS_DATASET = ""
+    # Train from a checkpoint that lacks some weights; these start from random values.
+    cfg.MODEL.PSF.ALLOW_PARTIAL_WEIGHTS = False
     # Channels of tokens and queries (paper, section 3.2).
     cfg.MODEL.PSF.HIDDEN_DIM = 256
     # Attention heads, and sampling points per head and level (Deformable DETR, section 5).
@@ -202,6 +239,8 @@ def _add_data(cfg: CN) -> None:
     # Data sets to register: lists [name, images, PNGs, JSON], optionally with the instances JSON.
     cfg.DATASETS.REGISTER = []
 
+    # Masks are always bitmasks.
+    cfg.INPUT.MASK_FORMAT = "bitmask"
     # Augmentation in training: "multi_scale" (DETR, with its crop if INPUT.CROP.ENABLED),
     # "large_scale_jitter" (Ghiasi et al., 2021) or "fixed_crop" (to INPUT.CROP.SIZE).
     cfg.INPUT.AUGMENTATION = "multi_scale"

@@ -110,6 +110,8 @@ class ClassCheckpointer(Checkpointer):
         ours, weights = self.class_names, checkpoint["model"]
         has_heads = any(_THING_ROWS.search(name) for name in weights)
         if has_heads and theirs is not None and ours is not None and theirs != ours:
+            # Moments have rows of classes too.
+            checkpoint.get("trainer", {}).get("_trainer", {}).pop("optimizer", None)
             checkpoint = {**checkpoint, "model": self._fit(weights, theirs, ours)}
         return super()._load_model(checkpoint)
 

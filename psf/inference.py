@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from psf.layers.linear import is_linear, multiply_by_convolutions, replace
 from psf.layers.transformer import FeedForward
 from psf.modeling.panoptic_segformer import PanopticSegFormer
+from psf.precision import usable_precision
 
 # Hidden values of a feed-forward network that are computed at once on a CPU: 8 MB of float32 fit
 # into its caches, and the C library reuses blocks of this size.
@@ -32,7 +33,7 @@ def fast_preset(cfg: CfgNode) -> CfgNode:
         "decoupled": max(decoder.THING_LAYERS, decoder.STUFF_LAYERS),
     }[decoder.NAME]
     test.MASK_DECODER_LAYERS = min(FAST_LAYERS, test.MASK_DECODER_LAYERS or layers, layers)
-    test.PRECISION = "bfloat16"
+    test.PRECISION = usable_precision("bfloat16", cfg.MODEL.DEVICE, "The fast preset")
     test.COMPILE = True
     return fast
 

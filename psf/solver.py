@@ -1,6 +1,7 @@
 """AdamW with the learning-rate groups of Deformable DETR and the paper."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,6 +45,44 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if full_model_clip_norm(cfg) is not None:
         return optimizer  # the trainer clips
     return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any] | None) -> None:
+    """
+    Load the moments of a checkpoint; learning rates and decays stay those of the config.
+
+    If the moments are of other parameters, the optimizer starts afresh, and a line says so.
+
+    Args:
+        optimizer: newly built.
+        state: its ``state_dict`` in the checkpoint; None: the checkpoint has none that fits.
+    """
+    misfit = "it is of other classes" if state is None else _misfit(optimizer, state)
+    if state is None or misfit is not None:
+        logger.warning(
+            "The optimizer starts afresh, its state in the checkpoint is not of this model: %s",
+            misfit,
+        )
+        return
+    own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(dict(state))
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        group.update(options)
+
+
+def _misfit(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> str | None:
+    """Why a state is not of an optimizer's parameters; None if it is."""
+    groups = [group["params"] for group in optimizer.param_groups]
+    saved = [group["params"] for group in state["param_groups"]]
+    counts, saved_counts = list(map(len, groups)), list(map(len, saved))
+    if counts != saved_counts:
+        return f"groups of {saved_counts} parameters instead of {counts}"
+    for params, indices in zip(groups, saved, strict=True):
+        for param, index in zip(params, indices, strict=True):
+            for name, value in state["state"].get(index, {}).items():
+                if name != "step" and value.shape != param.shape:
+                    return f"'{name}' {list(value.shape)} instead of {list(param.shape)}"
+    return None
 
 
 def full_model_clip_norm(cfg: CfgNode) -> float | None:
@@ -98,9 +137,9 @@ def scale_to_batch_size(cfg: CfgNode) -> CfgNode:
     solver.REFERENCE_BATCH_SIZE = batch_size
     solver.BASE_LR = cfg.SOLVER.BASE_LR * factor
     for key in ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD"):
-        solver[key] = round(cfg.SOLVER[key] / factor)
+        solver[key] = _scaled(cfg.SOLVER[key], factor)
     solver.STEPS = tuple(round(step / factor) for step in cfg.SOLVER.STEPS)
-    scaled.TEST.EVAL_PERIOD = round(cfg.TEST.EVAL_PERIOD / factor)
+    scaled.TEST.EVAL_PERIOD = _scaled(cfg.TEST.EVAL_PERIOD, factor)
     scaled.freeze()
     logger.info(
         "Schedule scaled from batch size %d to %d: learning rate %g, %d iterations, steps at %s",
@@ -111,3 +150,8 @@ def scale_to_batch_size(cfg: CfgNode) -> CfgNode:
         solver.STEPS,
     )
     return scaled
+
+
+def _scaled(iterations: int, factor: float) -> int:
+    """Divide; what is not 0 stays at least 1."""
+    return max(1, round(iterations / factor)) if iterations else 0

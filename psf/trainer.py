@@ -21,26 +21,33 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, create_ddp_model
+from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 
-from psf.data import ClassNames, PanopticDatasetMapper
+from psf.data import ClassNames, PanopticDatasetMapper, register_listed
 from psf.evaluation import build_evaluators
-from psf.evaluation.charts import write_curves
+from psf.evaluation.charts import drawn_or_warned, write_curves
 from psf.evaluation.ground_truth import PanopticSegmentation, load_ground_truth
 from psf.evaluation.pictures import Sample, write_contact_sheet
+from psf.evaluation.renumbering import Renumbering
 from psf.finetuning import ClassCheckpointer
 from psf.layers.host_memory import keep_freed_memory
-from psf.modeling.build import TRANSFORMER_LAYERS
+from psf.modeling.build import TRANSFORMER_LAYERS, model_dataset
+from psf.options import check_training
+from psf.precision import usable_precision
+from psf.run_folder import METRICS, cut_metrics
 from psf.solver import (
     build_optimizer,
     check_reference_world_size,
     full_model_clip_norm,
+    load_optimizer,
     scale_to_batch_size,
 )
+from psf.stopping import StopHook
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +75,7 @@ class TrainStep(SimpleTrainer):
         *,
         amp: bool,
         clip_norm: float | None,
+        norm_type: float = 2.0,
         accumulate_steps: int = 1,
     ) -> None:
         """
@@ -77,6 +85,7 @@ class TrainStep(SimpleTrainer):
             optimizer: of the model's parameters.
             amp: use mixed precision.
             clip_norm: maximum norm of the whole gradient; None: no clipping.
+            norm_type: p of that norm.
             accumulate_steps: number of parts that each batch is split into. If more than one, the
                 model must have ``count_segments`` and take its result as ``num_segments``.
         """
@@ -87,6 +96,7 @@ class TrainStep(SimpleTrainer):
         self.amp = amp
         self.device_type = device_type
         self.clip_norm = clip_norm
+        self.norm_type = norm_type
         self.accumulate_steps = accumulate_steps
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.grad_scaler = torch.amp.GradScaler(device_type, enabled=amp and not has_bfloat16)
@@ -138,7 +148,7 @@ class TrainStep(SimpleTrainer):
         """Clip the gradient and update the weights."""
         if self.clip_norm is not None:
             self.grad_scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm, self.norm_type)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
@@ -155,8 +165,12 @@ class TrainStep(SimpleTrainer):
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        """As Detectron2's, for an optimizer and a precision that may differ."""
+        TrainerBase.load_state_dict(self, state_dict)
+        load_optimizer(self.optimizer, state_dict.get("optimizer"))
+        scaler = state_dict.get("grad_scaler")
+        if scaler and self.grad_scaler.is_enabled():
+            self.grad_scaler.load_state_dict(scaler)
 
 
 def compile_layers(model: nn.Module) -> None:
@@ -215,6 +229,8 @@ class Trainer(DefaultTrainer):
         check_reference_world_size(cfg)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         cfg = scale_to_batch_size(cfg)
+        check_training(cfg, comm.get_world_size())
+        self.check_test_sets(cfg)
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         if cfg.SOLVER.COMPILE:
@@ -232,8 +248,10 @@ class Trainer(DefaultTrainer):
             model,
             data_loader,
             optimizer,
-            amp=cfg.SOLVER.AMP.ENABLED,
+            amp=cfg.SOLVER.AMP.ENABLED
+            and usable_precision("bfloat16", cfg.MODEL.DEVICE, "SOLVER.AMP.ENABLED") != "float32",
             clip_norm=full_model_clip_norm(cfg),
+            norm_type=cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE,
             accumulate_steps=cfg.SOLVER.ACCUMULATE_STEPS,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -250,13 +268,70 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks, then the pictures, which show the last evaluation."""
-        return [*super().build_hooks(), PicturesHook()]
+        """Detectron2's, signals before the evaluation, and the pictures, which show the last."""
+        hooks: list[HookBase] = [hook for hook in super().build_hooks() if hook is not None]
+        evaluation = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        hooks.insert(evaluation, StopHook(self.checkpointer))
+        return [*hooks, PicturesHook()]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As Detectron2's; ``metrics.json`` keeps the iterations that are not trained again."""
+        self.iter = -1  # before the first; a checkpoint of a training has its last
+        super().resume_or_load(resume)
+        resumed = resume and self.checkpointer.has_checkpoint()
+        if resumed and self.start_iter == 0:
+            logger.warning("The checkpoint holds weights alone: the training starts with these")
+        if resumed and self.start_iter >= self.max_iter:
+            logger.warning(
+                "Nothing is trained: the checkpoint has %d iterations, SOLVER.MAX_ITER is %d. "
+                "Raise it to train further.",
+                self.start_iter,
+                self.max_iter,
+            )
+        if comm.is_main_process():
+            cut_metrics(self.cfg.OUTPUT_DIR, self.start_iter if self.start_iter else -1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "images_per_batch": self.cfg.SOLVER.IMS_PER_BATCH}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """
+        Continue a run with the learning rate and the schedule of the config.
+
+        Raises:
+            ValueError: its batches have another number of images, so its iterations count
+                differently.
+        """
+        ours = self.cfg.SOLVER.IMS_PER_BATCH
+        theirs = state_dict.get("images_per_batch", ours)
+        if theirs != ours:
+            raise ValueError(
+                f"--resume: the run has batches of {theirs} images, and now they have {ours} "
+                "(SOLVER.IMS_PER_BATCH; with SOLVER.REFERENCE_WORLD_SIZE, times the processes). "
+                f"Iterations would not count the same. Resume it with {theirs}, or start a new run "
+                "from its weights (MODEL.WEIGHTS) in another OUTPUT_DIR."
+            )
+        super().load_state_dict(state_dict)
+        before, groups = max(self.scheduler.base_lrs), self.optimizer.param_groups
+        self.scheduler.base_lrs = [group["initial_lr"] for group in groups]
+        now = max(self.scheduler.base_lrs)
+        if not math.isclose(now, before):
+            logger.warning("The learning rate is the config's, %g; it was %g", now, before)
+        if self.scheduler.last_epoch <= self.max_iter:
+            for group, rate in zip(groups, self.scheduler.get_lr(), strict=True):
+                group["lr"] = rate
 
     @property
     def last_results(self) -> OrderedDict[str, Any] | None:
         """Results of the last evaluation, if there was one."""
         return getattr(self, "_last_eval_results", None)
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Detectron2's, which may start from a part of the weights if the config allows it."""
+        model: nn.Module = super().build_model(cfg)
+        model.allow_partial_weights = cfg.MODEL.PSF.ALLOW_PARTIAL_WEIGHTS
+        return model
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -267,8 +342,10 @@ class Trainer(DefaultTrainer):
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         """Training images with their panoptic ground truth."""
         mapper = PanopticDatasetMapper(cfg, True)
-        with _hint_at_data_root():
-            return build_detection_train_loader(cfg, mapper=mapper)
+        dicts = [record for name in cfg.DATASETS.TRAIN for record in _records(name)]
+        if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+            dicts = _with_annotations(dicts)
+        return build_detection_train_loader(cfg, mapper=mapper, dataset=dicts)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
@@ -276,6 +353,27 @@ class Trainer(DefaultTrainer):
         mapper = PanopticDatasetMapper(cfg, False)
         with _hint_at_data_root():
             return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
+    def check_test_sets(cls, cfg: CfgNode) -> None:
+        """
+        Read the test sets and build their evaluators, so that what they lack is known at once.
+
+        Raises:
+            ValueError: an evaluator refuses a data set, or it has images without annotations.
+        """
+        register_listed(cfg.DATASETS.REGISTER)
+        for name in cfg.DATASETS.TEST:
+            dicts = _records(name)
+            with _hint_at_data_root():
+                cls.build_evaluator(cfg, name)
+            bare = [d["file_name"] for d in dicts if not d.get("pan_seg_file_name")]
+            if bare and not cfg.MODEL.PSF.TEST.SAVE_PREDICTIONS:
+                raise ValueError(
+                    f"DATASETS.TEST: {len(bare)} of the {len(dicts)} images of '{name}' have no "
+                    f"annotations to evaluate, such as '{bare[0]}'. Leave it out, or set "
+                    "MODEL.PSF.TEST.SAVE_PREDICTIONS True to write predictions alone."
+                )
 
     @classmethod
     def build_evaluator(
@@ -291,11 +389,40 @@ class Trainer(DefaultTrainer):
             output_dir=str(Path(cfg.OUTPUT_DIR) / "inference" / dataset_name),
             boundary_pq=test.BOUNDARY_PQ,
             save_predictions=test.SAVE_PREDICTIONS,
+            model_dataset=model_dataset(cfg),
         )
 
 
 def _class_names(dataset_name: str) -> ClassNames | None:
     return ClassNames.from_metadata(MetadataCatalog.get(dataset_name)) if dataset_name else None
+
+
+def _records(name: str) -> list[dict[str, Any]]:
+    """The images of a data set; there are some, or it is an error."""
+    if name not in DatasetCatalog.list():
+        raise ValueError(
+            f"There is no data set '{name}'. Register it (DATASETS.REGISTER), or correct "
+            "DATASETS.TRAIN and DATASETS.TEST."
+        )
+    with _hint_at_data_root():
+        records: list[dict[str, Any]] = DatasetCatalog.get(name)
+    if not records:
+        raise ValueError(f"Data set '{name}' is empty: it has no images with annotations")
+    return records
+
+
+def _with_annotations(dicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The images with a segment that is not a crowd; Detectron2's filter reads another format."""
+    kept = [d for d in dicts if any(not s.get("iscrowd", 0) for s in d["segments_info"])]
+    if not kept:
+        raise ValueError(
+            "No training image has annotations besides crowds. Correct DATASETS.TRAIN, or set "
+            "DATALOADER.FILTER_EMPTY_ANNOTATIONS to False."
+        )
+    logger.info(
+        "%d of %d images without annotations are left out", len(dicts) - len(kept), len(dicts)
+    )
+    return kept
 
 
 @contextlib.contextmanager
@@ -323,10 +450,13 @@ def write_pictures(cfg: CfgNode, model: nn.Module) -> None:
     output_dir = Path(cfg.OUTPUT_DIR)
     if cfg.DATASETS.TEST and cfg.MODEL.PSF.TEST.PANOPTIC_ON:
         dataset_name = cfg.DATASETS.TEST[0]
-        samples = _predict_samples(cfg, model, DatasetCatalog.get(dataset_name))
-        write_contact_sheet(samples, MetadataCatalog.get(dataset_name), output_dir / CONTACT_SHEET)
-    if (output_dir / "metrics.json").is_file():
-        write_curves(output_dir / "metrics.json", output_dir / CURVES)
+        path = output_dir / CONTACT_SHEET
+        with drawn_or_warned(path):
+            samples = _predict_samples(cfg, model, DatasetCatalog.get(dataset_name))
+            write_contact_sheet(samples, MetadataCatalog.get(dataset_name), path)
+    if (output_dir / METRICS).is_file():
+        with drawn_or_warned(output_dir / CURVES):
+            write_curves(output_dir / METRICS, output_dir / CURVES)
 
 
 @torch.no_grad()
@@ -335,6 +465,7 @@ def _predict_samples(
 ) -> list[Sample]:
     """Predict images that are evenly spaced over a data set; the model keeps its mode."""
     chosen = dicts[:: max(1, len(dicts) // num_images)][:num_images]
+    renumbering = Renumbering.between(model_dataset(cfg), cfg.DATASETS.TEST[0])
     mapper = PanopticDatasetMapper(cfg, False)
     was_training = model.training
     model.eval()
@@ -342,7 +473,9 @@ def _predict_samples(
         Sample(
             dataset_dict=record,
             ground_truth=load_ground_truth(record),
-            prediction=PanopticSegmentation(*model([mapper(record)])[0]["panoptic_seg"]),
+            prediction=PanopticSegmentation(
+                *renumbering(model([mapper(record)])[0])["panoptic_seg"]
+            ),
         )
         for record in chosen
     ]

@@ -108,3 +108,19 @@ def shapes_cfg(tiny_cfg, tmp_path):
     for name in names:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def config_file(shapes_cfg, tmp_path):
+    """A config of the tiny model and data set that other processes can read."""
+    (name,) = shapes_cfg.DATASETS.TRAIN
+    DatasetCatalog.get(name)  # makes it
+    metadata = MetadataCatalog.get(name)
+    paths = (metadata.image_root, metadata.panoptic_root, metadata.panoptic_json)
+    shapes_cfg.DATASETS.REGISTER = [["registered_shapes", *paths]]
+    shapes_cfg.DATASETS.TRAIN, shapes_cfg.DATASETS.TEST = ("registered_shapes",), ()
+    (tmp_path / "config.yaml").write_text(shapes_cfg.dump())
+    yield str(tmp_path / "config.yaml")
+    if "registered_shapes" in DatasetCatalog.list():
+        DatasetCatalog.remove("registered_shapes")
+        MetadataCatalog.remove("registered_shapes")

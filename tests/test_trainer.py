@@ -212,6 +212,44 @@ def test_training_without_a_test_set_draws_the_curves_only(shapes_cfg, tmp_path)
     assert "contact_sheet.png" not in names
 
 
+def test_a_picture_that_fails_costs_no_results(shapes_cfg, tmp_path, caplog):
+    (name,) = shapes_cfg.DATASETS.TEST
+    inference = Path("inference", name)
+    pictures = [Path("contact_sheet.png"), Path("curves.png"), inference / "pq.png"]
+    for picture in pictures:
+        (tmp_path / "output" / picture).mkdir(parents=True)  # where a file is to be written
+    trainer = Trainer(shapes_cfg)
+    trainer.train()
+    assert trainer.last_results["panoptic_seg"].keys() >= {"PQ"}
+    assert (tmp_path / "output" / inference / "pq.txt").is_file()
+    for picture in pictures:
+        assert f"{picture}' is not drawn: IsADirectoryError" in caplog.text
+
+
+@pytest.mark.parametrize("fault", ["null", "missing", "empty", "unknown class"])
+def test_a_test_set_that_cannot_be_evaluated_is_noticed_at_the_start(shapes_cfg, tmp_path, fault):
+    (name,) = shapes_cfg.DATASETS.TEST
+    DatasetCatalog.get(name)  # makes it
+    metadata = MetadataCatalog.get(name)
+    data = json.loads(Path(metadata.panoptic_json).read_text())
+    if fault == "unknown class":
+        data["categories"][0]["name"] = "unknown"
+    else:
+        data["annotations"] = [] if fault == "empty" else None
+    if fault == "missing":
+        del data["annotations"]
+    (tmp_path / "bare.json").write_text(json.dumps(data))
+    files = [metadata.image_root, metadata.panoptic_root, str(tmp_path / "bare.json")]
+    shapes_cfg.DATASETS.REGISTER = [["bare", *files]]
+    shapes_cfg.DATASETS.TEST = ("bare",)
+    try:
+        with pytest.raises(ValueError, match=r"no annotations|is empty|is None|unknown"):
+            Trainer(shapes_cfg)
+    finally:
+        DatasetCatalog.remove("bare")
+        MetadataCatalog.remove("bare")
+
+
 def test_missing_data_root_names_the_file_and_the_variable(tiny_cfg):
     tiny_cfg.DATASETS.TRAIN = ("coco_2017_train_panoptic",)
     with pytest.raises(FileNotFoundError, match=r"panoptic_train2017\.json.*DETECTRON2_DATASETS"):

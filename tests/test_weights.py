@@ -1,5 +1,7 @@
 import logging
+import re
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from random_input import make_input
 
 from psf import checkpoint
 from psf.predictor import Predictor
+from psf.trainer import Trainer
 from psf.weights import Checkpointer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
@@ -187,6 +190,55 @@ def test_weights_of_something_else(model, tmp_path, key):
     torch.save({key: weights} if key else weights, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"not of this architecture.*decode_head\.conv\.weight"):
         Checkpointer(model).load(str(tmp_path / "other.pth"))
+
+
+def without(weights, part):
+    return {name: value for name, value in weights.items() if part not in name}
+
+
+@pytest.mark.parametrize("start", ["whole", "backbone"])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda w: without(w, "backbone.res3.0.conv2"), r"backbone\.res3\.0\.conv2\.weight"),
+        (lambda w: without(w, "running_var"), r"backbone\.stem.*running_var"),
+        (lambda w: {**w, "backbone.stem.conv1.weight": torch.zeros(3)}, r"backbone\.stem\.conv1"),
+    ],
+    ids=["missing", "buffers", "misshapen"],
+)
+def test_a_backbone_that_is_not_whole(released_cfg, model, tmp_path, caplog, start, change, named):
+    weights = change(model.state_dict())
+    if start == "backbone":
+        weights = {n: v for n, v in weights.items() if n.startswith("backbone.")}
+    saved = OrderedDict(weights)
+    saved._metadata = model.state_dict()._metadata  # as torch.save keeps it
+    torch.save({"model": saved}, tmp_path / "partial.pth")
+    path = released_cfg.MODEL.WEIGHTS = str(tmp_path / "partial.pth")
+    with pytest.raises(ValueError, match=rf"Missing or of another shape: {named}.*ALLOW_PARTIAL"):
+        Checkpointer(build_model(released_cfg)).load(path)
+    with pytest.raises(ValueError, match=r"Missing or of another shape"):
+        Predictor(released_cfg)
+    released_cfg.MODEL.PSF.ALLOW_PARTIAL_WEIGHTS = True
+    Checkpointer(Trainer.build_model(released_cfg)).load(path)
+    assert re.search(rf"start from random values: {named}", caplog.text)
+
+
+def test_a_backbone_alone_predicts_nothing(released_cfg, model, tmp_path):
+    weights = {n: v for n, v in model.state_dict().items() if n.startswith("backbone.")}
+    torch.save({"model": weights}, tmp_path / "backbone.pth")
+    released_cfg.MODEL.WEIGHTS = str(tmp_path / "backbone.pth")
+    Checkpointer(build_model(released_cfg)).load(released_cfg.MODEL.WEIGHTS)
+    with pytest.raises(ValueError, match=r"Missing or of another shape: input_proj"):
+        Predictor(released_cfg)
+
+
+def test_counts_of_batches_are_no_weights(released_cfg, tmp_path):
+    released_cfg.MODEL.RESNETS.NORM = "BN"
+    model = build_model(released_cfg)
+    weights = OrderedDict(without(model.state_dict(), "num_batches_tracked"))
+    weights._metadata = model.state_dict()._metadata
+    torch.save({"model": weights}, tmp_path / "a.pth")
+    Checkpointer(build_model(released_cfg)).load(str(tmp_path / "a.pth"))
 
 
 class TestImageNet:

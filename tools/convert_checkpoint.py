@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from psf import checkpoint
+from psf.files import write_beside
 from psf.weights import CONVERTED_FROM
 
 
@@ -42,9 +43,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def load(path: Path) -> dict[str, Tensor]:
     """Load the weights in a file."""
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file  # comes with timm
+        from safetensors import SafetensorError  # comes with timm
+        from safetensors.torch import load_file
 
-        return checkpoint.find_state_dict(load_file(path))
+        try:
+            return checkpoint.find_state_dict(load_file(path))
+        except SafetensorError as error:
+            raise ValueError(f"'{path}' is no complete safetensors file: {error}") from error
     return checkpoint.find_state_dict(checkpoint.read(str(path)))
 
 
@@ -66,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         raise SystemExit(str(error)) from error
     args.target.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, args.target)
+    with write_beside(args.target) as partial:
+        torch.save(content, partial)
     print(f"{args.target}")
 
 

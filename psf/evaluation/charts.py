@@ -1,14 +1,16 @@
 """Charts of a training's metrics and of the quality of the classes."""
 
+import contextlib
 import json
 import logging
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -22,7 +24,26 @@ logger = logging.getLogger(__name__)
 
 _DPI = 100
 
+# What drawing raises, in matplotlib, Pillow and Detectron2's Visualizer.
+_DRAWING_ERRORS = (
+    *(ArithmeticError, AttributeError, LookupError, MemoryError),
+    *(OSError, RuntimeError, TypeError, ValueError),
+)
 
+# Names of classes are not formulas: "note $5_$" is drawn as it is.
+plain_text = matplotlib.rc_context({"text.parse_math": False})
+
+
+@contextlib.contextmanager
+def drawn_or_warned(path: str | os.PathLike[str]) -> Iterator[None]:
+    """A picture that cannot be drawn is a warning: it never costs the results beside it."""
+    try:
+        yield
+    except _DRAWING_ERRORS as error:
+        logger.warning("'%s' is not drawn: %s: %s", path, type(error).__name__, error)
+
+
+@plain_text
 def write_curves(
     metrics_json: str | os.PathLike[str], path: str | os.PathLike[str], *, window: int = 9
 ) -> None:
@@ -53,6 +74,7 @@ def write_curves(
     _save(figure, path)
 
 
+@plain_text
 def write_quality_bars(
     rows: Sequence[ClassQuality], path: str | os.PathLike[str], *, title: str = "Panoptic quality"
 ) -> None:
@@ -88,7 +110,7 @@ def _draw_bars(axes: Axes, rows: Sequence[ClassQuality], mean: float, color: str
     positions = range(len(rows))
     axes.barh(positions, [row.pq for row in rows], color=color, alpha=0.75, height=0.8)
     names = [row.name if len(row.name) <= 28 else f"{row.name[:27]}…" for row in rows]
-    axes.set_yticks(positions, names, fontsize=7)
+    axes.set_yticks(positions, names, fontsize=7, parse_math=False)
     for y, row in zip(positions, rows, strict=True):
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}  # over the line of the mean
         x = min(row.pq, 92) + 0.9

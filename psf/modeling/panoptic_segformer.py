@@ -4,6 +4,8 @@ Shapes: N images, L levels, C channels, K thing and T stuff classes, Q thing que
 segments of one image.
 """
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,9 +28,16 @@ from psf.modeling.mask_head import resize_masks
 from psf.modeling.postprocessing import Segments, SoftMasks, segment_scores
 from psf.modeling.runtime import Runtime, valid_sizes
 
+logger = logging.getLogger(__name__)
+
 # Images with a shorter side are padded to it, twice the coarsest stride: with a single cell,
 # normalisations such as GroupNorm may have a single value to normalise, which PyTorch refuses.
 LEAST_SIDE = 64
+
+# Entries that follow from the architecture, or count batches.
+_DERIVED = re.compile(r"\.(num_batches_tracked|relative_position_index)$")
+# All of a backbone but the norms of Swin's maps and the layers of feature pyramids, which are new.
+_IN_IMAGENET_MODELS = re.compile(r"backbone\.(?!(norm\d|fpn_|top_block|simfp_))")
 
 
 @META_ARCH_REGISTRY.register()
@@ -37,6 +46,7 @@ class PanopticSegFormer(nn.Module):
 
     pixel_mean: Tensor  # (3, 1, 1)
     pixel_std: Tensor  # (3, 1, 1)
+    allow_partial_weights = False  # the trainer sets it to MODEL.PSF.ALLOW_PARTIAL_WEIGHTS
 
     @configurable
     def __init__(  # noqa: PLR0913  one argument per part of the model
@@ -347,28 +357,33 @@ class PanopticSegFormer(nn.Module):
         As ``nn.Module``'s; what Detectron2's checkpointer calls with ``strict=False``.
 
         Raises:
-            ValueError: some but not all weights outside the backbone are there: the checkpoint is
-                of another architecture or other classes. A backbone alone (ImageNet weights) is
-                fine, since training then starts from it.
+            ValueError: some weights are missing, and ``allow_partial_weights`` is not set: the
+                checkpoint is of another architecture or other classes. In training a backbone alone
+                (ImageNet weights) is fine.
         """
-        own = self.state_dict()
-        heads = {name for name in own if not name.startswith("backbone.")}
-        missing = sorted(heads - state_dict.keys())
-        unexpected = sorted(
-            name
-            for name in state_dict.keys() - own.keys()
-            if not name.startswith(("backbone.", "pixel_"))
-        )
-        only_backbone = len(missing) == len(heads) and any(name in own for name in state_dict)
-        if not strict and missing and not only_backbone:
+        result = super().load_state_dict(state_dict, strict, assign)
+        missing = [name for name in result.missing_keys if not _DERIVED.search(name)]
+        heads = [name for name in self.state_dict() if not name.startswith("backbone.")]
+        if self.training and set(heads) <= set(missing) and len(missing) < len(self.state_dict()):
+            missing = [name for name in missing if _IN_IMAGENET_MODELS.match(name)]
+        if missing and self.allow_partial_weights:
+            logger.warning(
+                "Not in the checkpoint or of another shape, so these start from random values: %s",
+                ", ".join(missing),
+            )
+        elif missing:
+            own = ("backbone.", "pixel_")
+            unexpected = [name for name in result.unexpected_keys if not name.startswith(own)]
+            more = f" and {len(missing) - 20} more" if len(missing) > 20 else ""
             raise ValueError(
                 "The checkpoint is not of this architecture. Missing or of another shape: "
-                f"{', '.join(missing)}. Not in the model: {', '.join(unexpected) or 'none'}. Use "
-                "the config that the checkpoint was trained with, or correct MODEL.WEIGHTS. To "
-                "train on other classes than those of the file, let MODEL.PSF.WEIGHTS_DATASET name "
-                "a data set that has them."
+                f"{', '.join(missing[:20])}{more}. Not in the model: "
+                f"{', '.join(unexpected) or 'none'}. Use the config that the checkpoint was "
+                "trained with, or correct MODEL.WEIGHTS. To train on other classes than those of "
+                "the file, let MODEL.PSF.WEIGHTS_DATASET name a data set that has them. To train "
+                "what is missing from random values, set MODEL.PSF.ALLOW_PARTIAL_WEIGHTS True."
             )
-        return super().load_state_dict(state_dict, strict, assign)
+        return result
 
 
 def _batch(images: list[Tensor], backbone: Backbone) -> Tensor:

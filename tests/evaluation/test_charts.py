@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from detectron2.data import Metadata
 from PIL import Image
 
 from psf.evaluation.charts import (
@@ -12,7 +14,10 @@ from psf.evaluation.charts import (
     read_metrics,
     running_mean,
     write_curves,
+    write_quality_bars,
 )
+from psf.evaluation.panoptic_quality import ClassQuality
+from psf.evaluation.pictures import SheetRow, draw_panoptic, write_sheet
 
 
 def write_log(path: Path, *records: dict[str, float], tail: str = "") -> Path:
@@ -80,3 +85,16 @@ def test_curves_of_any_log(tmp_path, records, recwarn):
     write_curves(log, tmp_path / "new" / "curves.png")
     assert Image.open(tmp_path / "new" / "curves.png").size == (1200, 450)
     assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
+
+
+@pytest.mark.parametrize("name", ["note $5_$", "$", "a\\frac{$x$", "$^", "line\nbreak"])
+def test_any_name_of_a_class_is_drawn(tmp_path, name):
+    """Names are text, also where matplotlib would read a formula."""
+    row = ClassQuality(name, "thing", 50.0, 50.0, 50.0, 1, 1, 1)
+    write_quality_bars([row, row._replace(kind="stuff")], tmp_path / "a.png", title=name)
+    image = np.zeros((40, 60, 3), dtype=np.uint8)
+    metadata = Metadata(name="m", thing_classes=[name], stuff_classes=[name])
+    infos = [{"id": 1, "category_id": 0, "isthing": True, "score": 0.5}]
+    picture = draw_panoptic(image, torch.ones(40, 60, dtype=torch.int32), infos, metadata)
+    write_sheet([SheetRow(name, [picture])], [name], 384, tmp_path / "b.png")
+    assert {p.name for p in tmp_path.iterdir()} == {"a.png", "b.png"}

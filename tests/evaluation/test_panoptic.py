@@ -14,11 +14,13 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOPanopticEvaluator, DatasetEvaluators
+from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from panopticapi.evaluation import pq_compute
 from PIL import Image
 from tiny_panoptic import ANT, CAT, CATEGORIES, GRASS, SKY, Layout, panoptic_output
 
+from psf.data import panoptic_metadata
 from psf.evaluation import InstanceEvaluator, PanopticEvaluator, build_evaluators
 
 # Two rows of grass over two rows of cat.
@@ -207,7 +209,7 @@ def test_missing_annotations(make_dataset):
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"panoptic\.json.*DETECTRON2_DATASETS"):
         PanopticEvaluator(name)
-    path.write_text(json.dumps({"images": [], "categories": []}))
+    path.write_text(json.dumps({"images": [], "categories": CATEGORIES}))
     evaluator = PanopticEvaluator(name)
     evaluator.reset()
     with pytest.raises(ValueError, match="no annotations"):
@@ -226,6 +228,37 @@ def test_build_evaluators(make_dataset, tmp_path):
     assert isinstance(build(panoptic=True, instances=True, sem_seg=True), DatasetEvaluators)
     with pytest.raises(ValueError, match="Nothing to evaluate"):
         build()
+
+
+def test_a_data_set_that_numbers_the_models_classes_differently(make_dataset, tmp_path):
+    """All outputs are renumbered by the names of the classes."""
+    name, model_dataset = make_dataset([HALVES], instances=True), f"{tmp_path}_model"
+    MetadataCatalog.get(model_dataset).set(**panoptic_metadata(CATEGORIES[::-1]))
+    _ant, cat, _sky, grass = range(4)
+    ids = torch.tensor(HALVES[0])
+    cats = Instances((4, 4), pred_masks=(ids == 300)[None], scores=torch.ones(1))
+    cats.pred_boxes, cats.pred_classes = Boxes(torch.tensor([[0, 2, 4, 4]])), torch.tensor([cat])
+    infos = [(1, grass, False), (300, cat, True)]
+    keys = ("id", "category_id", "isthing")
+    output = {
+        "panoptic_seg": (ids, [dict(zip(keys, info, strict=True)) for info in infos]),
+        "instances": cats,
+        "sem_seg": torch.stack([ids < 0, ids == 300, ids < 0, ids == 1]).float(),
+    }
+    switches = dict.fromkeys(("panoptic", "instances", "sem_seg"), True)
+    evaluator = build_evaluators(
+        name, **switches, output_dir=str(tmp_path), model_dataset=model_dataset
+    )
+    evaluator.reset()
+    evaluator.process(DatasetCatalog.get(name), [output])
+    results = evaluator.evaluate()
+    assert results["panoptic_seg"]["PQ"] == results["sem_seg"]["mIoU"] == 100
+    assert results["segm"]["AP-cat"] == pytest.approx(100)
+    assert output["instances"].pred_classes.tolist() == [cat]
+    del MetadataCatalog.get(model_dataset).thing_classes
+    with pytest.raises(ValueError, match="cannot be matched without names"):
+        build_evaluators(name, **switches, output_dir=None, model_dataset=model_dataset)
+    MetadataCatalog.remove(model_dataset)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 7])
@@ -296,6 +329,56 @@ def test_a_test_set_is_predicted_but_not_measured(make_dataset, tmp_path):
         PanopticEvaluator(name, save_predictions=True)
 
 
+@pytest.mark.parametrize("kind", ["parent", "absolute", "link", "folder"])
+def test_predictions_stay_below_the_output_folder(make_dataset, tmp_path, kind):
+    """Whatever the JSON names its PNGs, and where links lead; the ground truth stays as it is."""
+    name, output = make_dataset([HALVES]), tmp_path / "out"
+    metadata = MetadataCatalog.get(name)
+    path, png = Path(metadata.panoptic_json), Path(metadata.panoptic_root, "0.png")
+    content, before = json.loads(path.read_text()), png.read_bytes()
+    names = {"parent": "../panoptic/0.png", "absolute": str(png)}
+    content["annotations"][0]["file_name"] = names.get(kind, "0.png")
+    path.write_text(json.dumps(content))
+    if kind == "link":
+        (output / "predictions").mkdir(parents=True)
+        (output / "predictions" / "0.png").symlink_to(png)
+    if kind == "folder":
+        output.mkdir()
+        (output / "predictions").symlink_to(png.parent)
+    message = "overwrite the input" if kind == "folder" else "outside of the output folder"
+    with pytest.raises(ValueError, match=message):
+        PanopticEvaluator(name, str(output), save_predictions=True).process(
+            DatasetCatalog.get(name), [panoptic_output(NOTHING)]
+        )
+    assert png.read_bytes() == before
+
+
+@pytest.mark.parametrize("annotated", [True, False])
+def test_images_of_one_name_do_not_overwrite_each_other(make_dataset, tmp_path, annotated):
+    """In folders, with other suffixes; two images with one PNG are refused."""
+    name = make_dataset([HALVES, NOTHING, HALVES])
+    path = Path(MetadataCatalog.get(name).panoptic_json)
+    content = json.loads(path.read_text())
+    for image, file_name in zip(content["images"], ("a/x.jpg", "b/x.jpg", "b/x.png"), strict=True):
+        image["file_name"] = file_name
+    if annotated:
+        content["annotations"][1]["file_name"] = "./0.png"
+    else:
+        del content["annotations"]
+    path.write_text(json.dumps(content))
+    evaluator = PanopticEvaluator(name, str(tmp_path / "out"), save_predictions=True)
+    outputs = [panoptic_output(layout) for layout in (HALVES, NOTHING, HALVES)]
+    if annotated:
+        with pytest.raises(ValueError, match=r"images 100 and 101 would both be '\./0\.png'"):
+            evaluator.process(DatasetCatalog.get(name), outputs)
+        return
+    evaluator.process(DatasetCatalog.get(name), outputs)
+    evaluator.evaluate()
+    saved = json.loads((tmp_path / "out" / "predictions.json").read_text())["annotations"]
+    assert [a["file_name"] for a in saved] == ["a/x.png", "b/x.jpg.png", "b/x.png.png"]
+    assert all((tmp_path / "out" / "predictions" / a["file_name"]).is_file() for a in saved)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -319,19 +402,36 @@ def test_an_image_of_another_data_set(make_dataset):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ('"area"', '"size"', r"lacks 'area', which PQ needs; tools/check_dataset"),
-        ('"categories"', '"classes"', "lacks 'categories'"),
-        ("{", "", "is not valid JSON"),
-    ],
+    ("factor", "first"), [(None, None), (0.1, "0.8 pixels"), (4, "32 pixels"), (0, "0 pixels")]
 )
-def test_annotations_that_are_not_usable(make_dataset, old, new, message):
+def test_areas_are_those_of_the_png(make_dataset, caplog, factor, first):
+    """Whatever the JSON says, a perfect prediction has 100; where it differs is said."""
     name = make_dataset([HALVES])
     path = Path(MetadataCatalog.get(name).panoptic_json)
-    path.write_text(path.read_text().replace(old, new))
-    with pytest.raises(ValueError, match=rf"panoptic\.json' {message}"):
-        PanopticEvaluator(name).process(DatasetCatalog.get(name), [panoptic_output(HALVES)])
+    content = json.loads(path.read_text())
+    for segment in content["annotations"][0]["segments_info"]:
+        area = segment.pop("area")
+        if factor is not None:
+            segment["area"] = area * factor
+    path.write_text(json.dumps(content))
+    evaluator = PanopticEvaluator(name)
+    evaluator.process(DatasetCatalog.get(name), [panoptic_output(HALVES)])
+    assert evaluator.evaluate()["panoptic_seg"]["PQ"] == 100
+    warnings = [m for m in caplog.messages if "differ in the area of 2 segments" in m]
+    assert len(warnings) == (factor is not None)
+    assert all(f"segment 1 has {first} in the JSON and 8" in w for w in warnings)
+
+
+def test_segments_that_only_the_png_has(make_dataset, caplog):
+    name = make_dataset([HALVES])
+    path = Path(MetadataCatalog.get(name).panoptic_json)
+    content = json.loads(path.read_text())
+    content["annotations"][0]["segments_info"].pop()
+    path.write_text(json.dumps(content))
+    evaluator = PanopticEvaluator(name)
+    evaluator.process(DatasetCatalog.get(name), [panoptic_output(HALVES)])
+    evaluator.evaluate()
+    assert "segment 300 has 0 pixels in the JSON and 8 in the PNG" in caplog.text
 
 
 def test_categories_by_the_data_sets_ids(make_dataset):

@@ -1,0 +1,50 @@
+"""Precisions that a processor computes in; without instructions for one it takes far longer."""
+
+import functools
+import logging
+import re
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+# What Linux calls the instructions, on x86 and ARM.
+_INSTRUCTIONS = {
+    "bfloat16": {"avx512_bf16", "amx_bf16", "bf16", "svebf16"},
+    "float16": {"avx512_fp16", "amx_fp16", "asimdhp"},
+}
+
+
+def usable_precision(precision: str, device: str | torch.device, option: str) -> str:
+    """
+    Check that the processor has instructions for a precision; other devices are taken as they are.
+
+    Args:
+        precision: "float32", "bfloat16" or "float16".
+        device: to compute on.
+        option: the name of what asks for it, for the log.
+
+    Returns:
+        The precision, or "float32" where the processor would be several times slower.
+    """
+    instructions = _INSTRUCTIONS.get(precision)
+    if torch.device(device).type != "cpu" or not instructions or instructions & _flags(CPU_INFO):
+        return precision
+    logger.warning(
+        "%s: this processor has no instructions for %s and would take several times as long. "
+        "float32 is used.",
+        option,
+        precision,
+    )
+    return "float32"
+
+
+@functools.cache
+def _flags(cpu_info: Path) -> frozenset[str]:
+    """The instructions of the processor; none are known where there is no such file."""
+    text = cpu_info.read_text(encoding="utf-8") if cpu_info.is_file() else ""
+    lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(lines[0].split()) if lines else frozenset()

@@ -1,0 +1,123 @@
+"""Options mean what they say: they work, or are refused by name, or a line at the start warns."""
+
+import logging
+
+import pytest
+from detectron2.data import DatasetCatalog
+
+from psf import precision
+from psf.config import load_config
+from psf.inference import fast_preset
+from psf.options import check_training
+from psf.precision import usable_precision
+from psf.trainer import Trainer
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("TEST.AUG.ENABLED", True),
+        ("TEST.KEYPOINT_OKS_SIGMAS", [1.0]),
+        ("VIS_PERIOD", 100),
+        ("MODEL.LOAD_PROPOSALS", True),
+        ("MODEL.MASK_ON", True),
+        ("MODEL.KEYPOINT_ON", True),
+        ("DATASETS.PROPOSAL_FILES_TRAIN", ("a.pkl",)),
+        ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
+        ("DATALOADER.REPEAT_THRESHOLD", 0.1),
+        ("SOLVER.MOMENTUM", 0.8),
+        ("SOLVER.NESTEROV", True),
+        ("SOLVER.BASE_LR", 0.0),
+        ("SOLVER.MAX_ITER", 0),
+        ("SOLVER.CHECKPOINT_PERIOD", 0),
+        ("SOLVER.WARMUP_ITERS", -1),
+        ("SOLVER.WARMUP_METHOD", "cubic"),
+        ("SOLVER.LR_SCHEDULER_NAME", "Cosine"),
+        ("INPUT.RANDOM_FLIP", "both"),
+        ("INPUT.FORMAT", "L"),
+        ("INPUT.MASK_FORMAT", "polygon"),
+    ],
+)
+def test_options_that_would_not_be_obeyed(key, value):
+    with pytest.raises(ValueError, match=rf"^{key} (has no effect: .*Leave it|is .*(known|must))"):
+        load_config(opts=[key, value])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["INPUT.AUGMENTATION", "large_scale_jitter", "INPUT.CROP.ENABLED", True],
+            r"CROP\.ENABLED has no effect with .*'large_scale_jitter'",
+        ),
+        (["INPUT.AUGMENTATION", "fixed_crop"], r"CROP\.SIZE is \[0\.9, 0\.9\]; .*in pixels"),
+        (["TEST.EXPECTED_RESULTS", [["panoptic_seg", "PQ", 1.0]]], r"each entry is \[task, metric"),
+        (["TEST.EXPECTED_RESULTS", [["segm", "AP", 1.0, 1.0]]], "turns on: panoptic_seg$"),
+        (["TEST.EXPECTED_RESULTS", [["panoptic_seg", "PQ", 1.0, 1.0]]], "is of one data set"),
+    ],
+)
+def test_options_that_need_others(options, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(opts=options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["DATASETS.TRAIN", ()], "DATASETS.TRAIN is empty"),
+        (["SOLVER.IMS_PER_BATCH", 3], "IMS_PER_BATCH is 3; it must be a multiple of the 2 proc"),
+        (["VIS_PERIOD", 5], "VIS_PERIOD has no effect"),
+    ],
+)
+def test_a_training_that_cannot_start(shapes_cfg, options, message):
+    shapes_cfg.merge_from_list(options)
+    with pytest.raises(ValueError, match=message):
+        check_training(shapes_cfg, 2)
+
+
+@pytest.mark.parametrize(("warmup", "warned"), [(3, False), (4, True), (100, True)])
+def test_a_warmup_without_an_end(shapes_cfg, caplog, warmup, warned):
+    shapes_cfg.SOLVER.WARMUP_ITERS = warmup
+    check_training(shapes_cfg, 1)
+    assert ("the learning rate never reaches SOLVER.BASE_LR" in caplog.text) == warned
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_images_without_annotations_are_left_out_if_asked(shapes_cfg, caplog, empty, monkeypatch):
+    """Detectron2's own filter looks for instance annotations, which panoptic data sets lack."""
+    shapes_cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = empty
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO, logger="psf"):
+        (name,) = shapes_cfg.DATASETS.TRAIN
+        records = DatasetCatalog.get(name)
+        records[0]["segments_info"] = []
+        records[1]["segments_info"] = [{**records[1]["segments_info"][0], "iscrowd": 1}]
+        patch.setitem(DatasetCatalog.data, name, lambda: records)
+        Trainer.build_train_loader(shapes_cfg)
+    assert ("2 of 8 images without annotations are left out" in caplog.text) == empty
+
+
+WITHOUT, WITH = "fpu sse avx512f", "fpu avx512f avx512_bf16"
+
+
+@pytest.fixture(params=[WITHOUT, WITH, None])
+def processor(request, tmp_path, monkeypatch):
+    """Whether it has bfloat16; None is a system that does not say."""
+    path = tmp_path / "cpuinfo"
+    if request.param:
+        path.write_text(f"processor\t: 0\nflags\t\t: {request.param}\n")
+    monkeypatch.setattr(precision, "CPU_INFO", path)
+    return request.param == WITH
+
+
+def test_bfloat16_where_the_processor_has_it(tiny_cfg, shapes_cfg, processor, caplog):
+    found = usable_precision("bfloat16", "cpu", "X.Y")
+    assert found == ("bfloat16" if processor else "float32")
+    line = "X.Y: this processor has no instructions for bfloat16"
+    assert (line in caplog.text) != processor
+    assert usable_precision("bfloat16", "cuda", "X.Y") == "bfloat16"
+    assert usable_precision("float32", "cpu", "X.Y") == "float32"
+    assert found == fast_preset(tiny_cfg).MODEL.PSF.TEST.PRECISION
+    shapes_cfg.SOLVER.AMP.ENABLED = True
+    trainer = Trainer(shapes_cfg)
+    assert trainer._trainer.amp == processor
+    assert ("SOLVER.AMP.ENABLED: this processor" in caplog.text) != processor
