@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from psf.panoptic_png import read_panoptic_ids, write_panoptic_ids
+from psf.panoptic_png import read_panoptic_ids, unknown_ids, write_panoptic_ids
 
 
 def ids_of(rgb: np.ndarray) -> np.ndarray:
@@ -73,9 +73,10 @@ def test_every_truncation_and_damaged_byte_is_refused(tmp_path):
         content[:i] + bytes([content[i] ^ 0x5A]) + content[i + 1 :] for i in range(len(content) - 4)
     ]
     path = tmp_path / "a.png"
+    message = r"a\.png' (is not a readable image|has \d+ x \d+ pixels by its header)"
     for data in damaged:
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"a\.png' is not a readable image"):
+        with pytest.raises(ValueError, match=message):
             read_panoptic_ids(str(path))
 
 
@@ -87,3 +88,36 @@ def test_what_is_written_is_read_back(tmp_path):
     np.testing.assert_array_equal(ids_of(np.asarray(Image.open(path))), ids)
     with pytest.raises(ValueError, match=r"a\.png': ids -1\.\.5 do not fit"):
         write_panoptic_ids(path, np.array([[-1, 5]]))
+
+
+def test_16_bits_per_channel_are_refused(tmp_path):
+    """As Cityscapes' instance ids; OpenCV would cut them to 8 bits."""
+    Image.fromarray(np.full((2, 3), 26001, dtype=np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png' has 16 bits per channel.*Convert label maps"):
+        read_panoptic_ids(str(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "bmp", "tif", "gif", "webp"])
+def test_other_formats_are_refused(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    Image.new("RGB", (3, 2)).save(path)
+    path.rename(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png' is not a readable image: it is no PNG"):
+        read_panoptic_ids(str(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize(
+    ("unknown", "cause"),
+    [
+        (
+            [(112 << 16) + (70000 & 0xFF00) + 1],
+            "With red and blue swapped it has: it was written as BGR",
+        ),
+        ([5 << 16], "written as BGR"),
+        ([5 * 65793, 7 * 65793], "gray: it is a map of one channel, not a panoptic PNG"),
+        ([7], "of different versions"),
+        ([5 << 16, 7], "of different versions"),
+    ],
+)
+def test_why_ids_are_unknown(unknown, cause):
+    assert cause in unknown_ids("a.png", unknown, [5, 70000])

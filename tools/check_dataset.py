@@ -19,9 +19,9 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 import psf.data
 from psf.data import load_coco_panoptic, panoptic_metadata
 from psf.data.check import check_dataset
-from psf.data.images import read_image
 from psf.evaluation.ground_truth import load_ground_truth
 from psf.evaluation.pictures import SheetRow, cell_size, draw_panoptic, resize_picture, write_sheet
+from psf.images import read_image
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,6 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from tabulate import tabulate
 
 from psf.data import panoptic_metadata
-from psf.data.images import read_image
 from psf.evaluation.charts import write_quality_bars
 from psf.evaluation.ground_truth import PanopticSegmentation
 from psf.evaluation.offline import Scores, score_predictions
@@ -32,6 +31,7 @@ from psf.evaluation.pictures import (
     resize_picture,
     write_sheet,
 )
+from psf.images import read_image
 from psf.panoptic_png import read_panoptic_ids
 
 

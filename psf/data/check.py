@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm  # type: ignore[import-untyped]
 
+from psf.images import read_image
 from psf.panoptic_png import MAX_ID, read_panoptic_ids
 
-from .images import read_image
 from .index_masks import tight_boxes
 
 

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from detectron2.data import Metadata
-from detectron2.data.detection_utils import read_image
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+
+from psf.images import read_image
 
 from .ground_truth import PanopticSegmentation
 

@@ -13,7 +13,8 @@ import cv2
 import numpy as np
 import pycocotools.mask
 from numpy.typing import NDArray
-from PIL import Image
+
+from psf.images import read_values
 
 from ..coco_writer import PanopticImage, Segment, Split, convert_split
 
@@ -73,8 +74,7 @@ def _unite(
     path = label_root / name
     if not path.is_file():
         raise FileNotFoundError(f"The label map '{path}' of '{image['file_name']}' does not exist.")
-    with Image.open(path) as file:
-        labels = np.asarray(file)
+    labels = read_values(str(path))
     if labels.shape != size:
         raise ValueError(
             f"The label map '{path}' is {labels.shape}, but its image {size} pixels (height, "
