@@ -97,7 +97,7 @@ def test_evaluate_predictions(saved, tmp_path, capsys):
         ),
         (
             lambda data: data["annotations"][0]["segments_info"][0].update(category_id=77),
-            "unknown category_id 77",
+            "segment 1: category_id 77 is not among the categories",
         ),
     ],
 )

@@ -6,13 +6,20 @@ Mask2Former do.
 """
 
 import colorsys
-import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from .annotations import (
+    PanopticJson,
+    find_category_problems,
+    read_categories,
+    read_panoptic_json,
+    require_none,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +71,8 @@ def register_panoptic(  # noqa: PLR0913  one argument per part of a data set
             "(DatasetCatalog.remove, MetadataCatalog.remove)."
         )
     if categories is None:
-        categories = _read_json(panoptic_json, ["categories"])["categories"]
+        _require_json(panoptic_json)
+        categories = read_categories(panoptic_json)
 
     files: dict[str, Any] = {
         "panoptic_json": panoptic_json,
@@ -160,23 +168,21 @@ def load_coco_panoptic(
         FileNotFoundError: a file or a folder is missing.
         ValueError: the JSON contradicts itself or lacks keys.
     """
-    data = _read_json(panoptic_json, ["images"] if categories else ["images", "categories"])
-    where = f"'{panoptic_json}'"
-    categories = categories or data["categories"]
-    contiguous_ids = _contiguous_ids(categories, things_first)
-    classes = {c["id"]: (contiguous_ids[c["id"]], bool(c["isthing"])) for c in categories}
+    _require_json(panoptic_json)
+    data = read_panoptic_json(panoptic_json, categories)
+    contiguous_ids = _contiguous_ids(data.categories, things_first)
+    classes = {c["id"]: (contiguous_ids[c["id"]], bool(c["isthing"])) for c in data.categories}
     records = []
-    for image, annotation in _annotated_images(data, where):
+    for image, annotation in _annotated_images(data, panoptic_json):
         png, labels = annotation["file_name"], annotation.get("sem_seg_file_name")
         name = image["file_name"] if image_file is None else image_file(image["file_name"])
-        described = f"the annotation of image_id {image['id']!r} in {where}"
         record = {
             "file_name": os.path.join(image_root, name),
             "image_id": image["id"],
             "height": image["height"],
             "width": image["width"],
             "pan_seg_file_name": None if png is None else os.path.join(panoptic_root, png),
-            "segments_info": _convert_segments(annotation["segments_info"], classes, described),
+            "segments_info": [_convert(s, classes) for s in annotation["segments_info"]],
         }
         if sem_seg_root is not None and labels is not None:
             record["sem_seg_file_name"] = os.path.join(sem_seg_root, labels)
@@ -187,28 +193,27 @@ def load_coco_panoptic(
     return records
 
 
-def _annotated_images(data: dict[str, Any], where: str) -> Iterator[tuple[Any, Any]]:
-    """Each annotation of a JSON with its image, both checked."""
-    images = {}
-    for image in data["images"]:
-        _require(image, ("id", "file_name", "height", "width"), f"an image of {where}")
-        images[image["id"]] = image
-    annotations = data.get("annotations")
+def _require_json(path: str) -> None:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"The annotations '{path}' do not exist. {_ROOT_HINT}")
+
+
+def _annotated_images(data: PanopticJson, path: str) -> Iterator[tuple[Any, Any]]:
+    """Each annotation with its image."""
+    annotations = data.annotations
     if annotations is None:
-        annotations = [{"image_id": i, "file_name": None, "segments_info": []} for i in images]
-    keys = ("image_id", "file_name", "segments_info")
+        annotations = [{"image_id": i, "file_name": None, "segments_info": []} for i in data.images]
     for annotation in annotations:
-        _require(annotation, keys, f"an annotation of {where}")
-        image_id = annotation["image_id"]
-        if image_id not in images:
-            raise ValueError(
-                f"{where} annotates image_id {image_id!r}, which is not the id of any of its "
-                "images. Add the image or remove the annotation."
-            )
-        yield images[image_id], annotation
-    unannotated = len(images) - len(annotations)
+        yield data.images[annotation["image_id"]], annotation
+    unannotated = len(data.images) - len(annotations)
     if unannotated:
-        logger.info("Left out %d images of %s that have no annotation.", unannotated, where)
+        logger.info("Left out %d images of '%s' that have no annotation.", unannotated, path)
+
+
+def _convert(segment: dict[str, Any], classes: dict[int, tuple[int, bool]]) -> dict[str, Any]:
+    """Replace the category id by the contiguous id; ``classes`` has it and isthing of each."""
+    contiguous_id, isthing = classes[segment["category_id"]]
+    return {"iscrowd": 0, **segment, "category_id": contiguous_id, "isthing": isthing}
 
 
 def panoptic_metadata(
@@ -242,61 +247,9 @@ def panoptic_metadata(
 
 
 def _contiguous_ids(categories: Sequence[dict[str, Any]], things_first: bool) -> dict[int, int]:
-    for category in categories:
-        _require(category, ("id", "name", "isthing"), "a category")
+    require_none(find_category_problems(categories), "categories")
     in_order = sorted(categories, key=lambda c: things_first and not c["isthing"])  # stable
-    ids = [c["id"] for c in in_order]
-    if len(set(ids)) < len(ids):
-        raise ValueError(f"Category ids must be unique, got {sorted(ids)}.")
-    return {dataset_id: i for i, dataset_id in enumerate(ids)}
-
-
-def _convert_segments(
-    segments: Sequence[dict[str, Any]], classes: dict[int, tuple[int, bool]], where: str
-) -> list[dict[str, Any]]:
-    """Replace category ids by contiguous ids; ``classes`` has contiguous id and isthing of each."""
-    converted = []
-    ids = set()
-    for segment in segments:
-        _require(segment, ("id", "category_id"), f"a segment of {where}")
-        segment_id, category_id = segment["id"], segment["category_id"]
-        if category_id not in classes:
-            raise ValueError(
-                f"Segment {segment_id} of {where} has category_id {category_id}, which is not "
-                f"among the data set's categories {sorted(classes)}. Add the category or "
-                "correct the segment."
-            )
-        if not 0 < segment_id < 1 << 24 or segment_id in ids:
-            raise ValueError(
-                f"Segment id {segment_id} of {where} is not usable: ids must be unique within an "
-                "image and in 1..16777215 (0 is void)."
-            )
-        ids.add(segment_id)
-        contiguous_id, isthing = classes[category_id]
-        converted.append(
-            {"iscrowd": 0, **segment, "category_id": contiguous_id, "isthing": isthing}
-        )
-    return converted
-
-
-def _read_json(path: str, keys: Iterable[str]) -> dict[str, Any]:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"The annotations '{path}' do not exist. {_ROOT_HINT}")
-    with open(path, encoding="utf-8") as file:
-        try:
-            data = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"'{path}' is not valid JSON ({error}). Copy it again.") from error
-    _require(data, keys, f"'{path}'")
-    return data
-
-
-def _require(mapping: Any, keys: Iterable[str], what: str) -> None:
-    missing = [key for key in keys if not isinstance(mapping, dict) or key not in mapping]
-    if missing:
-        raise ValueError(
-            f"{what[0].upper()}{what[1:]} lacks {missing}; the COCO panoptic format needs them."
-        )
+    return {category["id"]: i for i, category in enumerate(in_order)}
 
 
 def _require_files(kind: str, json_file: str, root: str, paths: Sequence[str]) -> None:

@@ -134,8 +134,11 @@ def _read_targets(
 ) -> _Targets:
     """The targets of an image of ``image_shape`` (H, W)."""
     path = record["pan_seg_file_name"]
-    if path is None:  # known to have no annotation
-        return _Targets(np.zeros(image_shape, dtype=np.uint8), [])
+    if path is None:
+        raise ValueError(
+            f"'{record['file_name']}' has no panoptic ground truth: its JSON lists no annotations. "
+            "Train on a data set with annotations (DATASETS.TRAIN)."
+        )
     ids = read_panoptic_ids(path)
     if ids.shape != image_shape:
         raise ValueError(

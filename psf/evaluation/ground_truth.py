@@ -3,21 +3,20 @@
 Shapes: H x W pixels of the image.
 """
 
-import json
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 from torch import Tensor
 
+from psf.data.annotations import read_panoptic_json
 from psf.panoptic_png import read_panoptic_ids, unknown_ids
 
 from .panoptic_quality import TruthSegment
 
 _SEGMENT = np.dtype([("id", "u4"), ("category_id", "i8"), ("area", "f8"), ("iscrowd", "?")])
-_CHECK = "tools/check_dataset.py lists what a data set lacks"
 
 
 class PanopticSegmentation(NamedTuple):
@@ -79,26 +78,18 @@ def read_annotations(path: str) -> PanopticAnnotations:
     Read a JSON in the COCO panoptic format.
 
     Raises:
-        ValueError: it is not valid JSON, or lacks keys.
+        FileNotFoundError, ValueError: as :func:`psf.data.annotations.read_panoptic_json`.
     """
-    with PathManager.open(path, encoding="utf-8") as file:
-        try:
-            content = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"'{path}' is not valid JSON ({error}). Copy it again.") from error
-    try:
-        annotations = content.get("annotations")
-        if annotations is None:
-            return PanopticAnnotations(content["categories"], None)
-        images = {a["image_id"]: _pack(a) for a in annotations}
-        return PanopticAnnotations(content["categories"], images)
-    except KeyError as error:
-        raise ValueError(f"'{path}' lacks {error}, which PQ needs; {_CHECK}.") from error
+    data = read_panoptic_json(path)
+    if data.annotations is None:
+        return PanopticAnnotations(data.categories, None)
+    return PanopticAnnotations(data.categories, {a["image_id"]: pack(a) for a in data.annotations})
 
 
-def _pack(annotation: dict[str, Any]) -> AnnotatedImage:
+def pack(annotation: dict[str, Any]) -> AnnotatedImage:
+    """Keep what PQ needs of an annotation."""
     segments = [
-        (s["id"], s["category_id"], s["area"], s.get("iscrowd") == 1)
+        (s["id"], s["category_id"], s.get("area", math.nan), s.get("iscrowd", 0))
         for s in annotation["segments_info"]
     ]
     return AnnotatedImage(annotation["file_name"], np.array(segments, dtype=_SEGMENT))

@@ -3,7 +3,6 @@
 Shapes: H x W pixels of an image.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import Any, NamedTuple
 
 import tqdm  # type: ignore[import-untyped]
 
+from psf.data.annotations import read_panoptic_json, read_predictions
 from psf.panoptic_png import read_panoptic_ids
 
+from .ground_truth import pack
 from .panoptic_quality import (
     VOID,
     ClassQuality,
@@ -23,6 +24,7 @@ from .panoptic_quality import (
     compare,
     count_overlaps,
     quality_rows,
+    warn_of_areas,
 )
 
 MISSED = "(missed)"
@@ -64,52 +66,41 @@ def score_predictions(
         boundary: Boundary PQ instead of PQ.
 
     Raises:
-        ValueError: an image has no prediction.
+        FileNotFoundError: a file is missing.
+        ValueError: an image has no prediction, or a file is not usable.
+        KeyError: a prediction and its PNG have different segments.
     """
-    truth = json.loads(truth_json.read_text(encoding="utf-8"))
-    pred = json.loads(pred_json.read_text(encoding="utf-8"))
-    predictions = {a["image_id"]: a for a in pred["annotations"]}
-    missing = [a["image_id"] for a in truth["annotations"] if a["image_id"] not in predictions]
+    truth = read_panoptic_json(truth_json)
+    if truth.annotations is None:
+        raise ValueError(f"'{truth_json}' has no annotations, as the test sets of a benchmark.")
+    categories = truth.categories
+    predictions = read_predictions(pred_json, categories)
+    missing = [a["image_id"] for a in truth.annotations if a["image_id"] not in predictions]
     if missing:
         raise ValueError(
             f"'{pred_json}' has no prediction for {len(missing)} of the "
-            f"{len(truth['annotations'])} images of '{truth_json}', the first are {missing[:5]}."
+            f"{len(truth.annotations)} images of '{truth_json}', the first are {missing[:5]}."
         )
-    categories = truth["categories"]
     names = {c["id"]: c["name"] for c in categories}
-    files = {image["id"]: image["file_name"] for image in truth["images"]}
     records, scores = [], []
     confusion: Counter[tuple[str, str]] = Counter()
-    for annotation in tqdm.tqdm(truth["annotations"], desc="images", disable=None):
+    for annotation in tqdm.tqdm(truth.annotations, desc="images", disable=None):
         image_id = annotation["image_id"]
         prediction = predictions[image_id]
         truth_ids = read_panoptic_ids(str(truth_root / annotation["file_name"]))
         pred_ids = read_panoptic_ids(str(pred_root / prediction["file_name"]))
-        segments = {
-            s["id"]: TruthSegment(s["category_id"], s["area"], s.get("iscrowd") == 1)
-            for s in annotation["segments_info"]
-        }
+        segments = pack(annotation).segments
         predicted = {s["id"]: s["category_id"] for s in prediction["segments_info"]}
-        _check_categories(predicted, names, image_id)
         record = compare(
             truth_ids, segments, pred_ids, predicted, image_id=image_id, boundary=boundary
         )
         records.append(record)
-        scores.append(ImageScore(image_id, files[image_id], _pq_of(record, categories)))
+        file_name = truth.images[image_id]["file_name"]
+        scores.append(ImageScore(image_id, file_name, _pq_of(record, categories)))
         confusion += _confusion(count_overlaps(truth_ids, pred_ids), segments, predicted, names)
+    warn_of_areas(records, truth_json)
     scores.sort(key=lambda s: (s.pq != s.pq, s.pq))
     return Scores(quality_rows(add_up(records, names), categories), scores, confusion)
-
-
-def _check_categories(
-    predicted: Mapping[int, int], names: Mapping[int, str], image_id: Any
-) -> None:
-    for segment_id, category_id in predicted.items():
-        if category_id not in names:
-            raise KeyError(
-                f"Prediction of image {image_id!r}: segment {segment_id} has the unknown "
-                f"category_id {category_id}."
-            )
 
 
 def _pq_of(record: ImageRecord, categories: list[dict[str, Any]]) -> float:
@@ -128,9 +119,11 @@ def _confusion(
 
     Predictions that are mostly in void or crowds are left out, as in PQ.
     """
+    truth_areas: Counter[int] = Counter()
     pred_areas: Counter[int] = Counter()
     excused: Counter[int] = Counter()
     for (truth_id, pred_id), count in overlaps.items():
+        truth_areas[truth_id] += count
         pred_areas[pred_id] += count
         if truth_id == VOID or (truth_id in truth and truth[truth_id].iscrowd):
             excused[pred_id] += count
@@ -141,7 +134,7 @@ def _confusion(
         if truth_id not in truth or pred_id not in pred or truth[truth_id].iscrowd:
             continue
         in_void = overlaps.get((VOID, pred_id), 0)
-        union = pred_areas[pred_id] + truth[truth_id].area - intersection - in_void
+        union = pred_areas[pred_id] + truth_areas[truth_id] - intersection - in_void
         if 2 * intersection > union:
             result[names[truth[truth_id].category_id], names[pred[pred_id]]] += 1
             found.add(truth_id)

@@ -31,6 +31,7 @@ from .panoptic_quality import (
     add_up,
     compare,
     quality_rows,
+    warn_of_areas,
 )
 
 logger = logging.getLogger(__name__)
@@ -218,6 +219,7 @@ class PanopticEvaluator(DatasetEvaluator):
         if annotations.images is not None:
             in_order = self._in_order(predicted, annotations.images)
             categories = annotations.categories
+            warn_of_areas((p.record for p in in_order if p.record), self._metadata.panoptic_json)
             results["panoptic_seg"] = self._measure([p.record for p in in_order], categories, "")
             if self._boundary:
                 records = [p.boundary_record for p in in_order]

@@ -4,14 +4,16 @@ Each image is reduced to an :class:`ImageRecord` of one or two KB. The records a
 order of the annotations, so the result depends neither on the number of processes nor on their
 order.
 
-Rules of panopticapi that the paper (Kirillov et al., 2019) does not mention are kept: the area of a
-ground-truth segment is the JSON's; if a category has several crowd segments in an image, only the
-last one excuses predictions; pixels whose id the ground-truth JSON lacks are neither void nor
-segment. Unlike panopticapi, a group of classes without any segment has quality NaN.
+Rules of panopticapi that the paper (Kirillov et al., 2019) does not mention are kept: if a category
+has several crowd segments in an image, only the last one excuses predictions; pixels whose id the
+ground-truth JSON lacks are neither void nor segment. Unlike panopticapi, a group of classes without
+any segment has quality NaN, and areas of the ground truth are counted in the PNG; where the JSON
+differs is recorded.
 
 Shapes: H x W pixels of an image.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +21,8 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
 
 VOID = 0
 
@@ -33,7 +37,7 @@ class TruthSegment(NamedTuple):
     """A segment of the ground truth."""
 
     category_id: int  # of the data set
-    area: float  # as the JSON says
+    area: float  # as the JSON says; NaN: it does not
     iscrowd: bool
 
 
@@ -44,6 +48,7 @@ class ImageRecord(NamedTuple):
     matches: tuple[tuple[int, float], ...]  # category and IoU, by rising ids of the two segments
     false_positives: tuple[int, ...]
     false_negatives: tuple[int, ...]
+    wrong_areas: tuple[tuple[int, float, int], ...] = ()  # segment, area in the JSON, in the PNG
 
 
 class ClassCounts(NamedTuple):
@@ -98,7 +103,7 @@ def compare(
 
     Raises:
         KeyError: ``pred`` and ``pred_ids`` have different segments.
-        ValueError: the sizes differ, or an area in the JSON makes a union empty.
+        ValueError: the sizes differ.
     """
     if truth_ids.shape != pred_ids.shape:
         raise ValueError(
@@ -106,9 +111,9 @@ def compare(
             f"{truth_ids.shape} pixels (height, width)."
         )
     overlaps = count_overlaps(truth_ids, pred_ids)
-    pred_areas = _areas(overlaps, side=1)
+    truth_areas, pred_areas = _areas(overlaps, side=0), _areas(overlaps, side=1)
     _check_prediction(pred_areas.keys(), pred, image_id)
-    ious = _ious(overlaps, truth, pred, pred_areas, image_id)
+    ious = _ious(overlaps, truth, pred, truth_areas, pred_areas)
     if boundary and ious:
         ious = _limit_by_boundaries(ious, truth_ids, truth, pred_ids)
     matched = {pair: iou for pair, iou in ious.items() if iou > 0.5}
@@ -128,7 +133,30 @@ def compare(
             for i, segment in truth.items()
             if i not in truth_matched and not segment.iscrowd
         ),
+        wrong_areas=_wrong_areas(truth, truth_areas),
     )
+
+
+def _wrong_areas(
+    truth: Mapping[int, TruthSegment], areas: Mapping[int, int]
+) -> tuple[tuple[int, float, int], ...]:
+    """Segments whose area in the JSON is not the one in the PNG; 0 where they are missing."""
+    stated = {i: segment.area for i, segment in truth.items()}
+    stated |= {i: 0 for i in areas if i not in truth and i != VOID}
+    differ = ((i, area, areas.get(i, 0)) for i, area in stated.items() if area == area)
+    return tuple(row for row in differ if row[1] != row[2])
+
+
+def warn_of_areas(records: Iterable[ImageRecord], truth_json: object) -> None:
+    """Log the segments whose area in the JSON is not the one in the PNG."""
+    wrong = [(record.image_id, *row) for record in records for row in record.wrong_areas]
+    if wrong:
+        logger.warning(
+            "'%s' and its PNGs differ in the area of %d segments, so they may be of different "
+            "versions. PQ counts the PNGs' pixels. The first: image %r, segment %d has %g pixels "
+            "in the JSON and %d in the PNG. tools/check_dataset.py lists all.",
+            *(truth_json, len(wrong), *wrong[0]),
+        )
 
 
 def count_overlaps(truth_ids: NDArray[np.uint32], pred_ids: NDArray[np.uint32]) -> Overlaps:
@@ -184,8 +212,8 @@ def _ious(
     overlaps: Overlaps,
     truth: Mapping[int, TruthSegment],
     pred: Mapping[int, int],
+    truth_areas: Mapping[int, int],
     pred_areas: Mapping[int, int],
-    image_id: Any,
 ) -> dict[tuple[int, int], float]:
     """The IoU of all pairs of segments of one category that overlap."""
     ious = {}
@@ -194,12 +222,7 @@ def _ious(
         if segment is None or segment.iscrowd or segment.category_id != pred.get(pred_id):
             continue
         in_void = overlaps.get((VOID, pred_id), 0)
-        union = pred_areas[pred_id] + segment.area - intersection - in_void
-        if union == 0:
-            raise ValueError(
-                f"Image {image_id!r}: the area {segment.area} of segment {truth_id} in the JSON of "
-                "the ground truth contradicts its PNG. Correct it (tools/check_dataset.py)."
-            )
+        union = pred_areas[pred_id] + truth_areas[truth_id] - intersection - in_void
         ious[truth_id, pred_id] = intersection / union
     return ious
 

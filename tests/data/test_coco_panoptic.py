@@ -1,4 +1,6 @@
+import copy
 import json
+import math
 import re
 
 import numpy as np
@@ -13,6 +15,7 @@ from psf.data import (
     register_listed,
     register_panoptic,
 )
+from psf.evaluation.ground_truth import read_annotations
 
 CATEGORIES = [
     {"id": 90, "name": "sky", "isthing": 0, "color": [1, 2, 3]},
@@ -43,7 +46,7 @@ class Files:
                 },
                 {"image_id": 11, "file_name": "y.png", "segments_info": []},
             ],
-            "categories": CATEGORIES,
+            "categories": copy.deepcopy(CATEGORIES),
         }
         for folder in ("images", "panoptic"):
             (root / folder).mkdir()
@@ -212,74 +215,101 @@ def test_truncated_json(files):
         load_coco_panoptic(json_file, *roots)
 
 
-def spoil_image(data):
-    del data["images"][0]["height"]
-
-
-def spoil_annotation(data):
-    del data["annotations"][0]["file_name"]
-
-
-def spoil_image_id(data):
-    data["annotations"][0]["image_id"] = 99
-
-
-def spoil_category_id(data):
-    data["annotations"][0]["segments_info"][1]["category_id"] = 6
-
-
-def spoil_segment(data):
-    del data["annotations"][0]["segments_info"][0]["category_id"]
-
-
-def spoil_categories(data):
-    del data["categories"]
-
-
-def spoil_category(data):
-    data["categories"] = [{"id": 1, "name": "cat"}]
-
-
-def repeat_category(data):
-    data["categories"] = [*CATEGORIES, CATEGORIES[0]]
-
-
-def repeat_segment_id(data):
-    data["annotations"][0]["segments_info"][1]["id"] = 1
-
-
-def use_void_id(data):
-    data["annotations"][0]["segments_info"][1]["id"] = 0
+FIRST = ("annotations", 0)
+SEGMENT = (*FIRST, "segments_info", 1)  # of image 10, with id 300
+OF_SEGMENT = "annotation of image 10, segment "
+CATEGORY = ("categories", 1)  # the cat, with id 5
+DELETE = object()
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("path", "value", "message"),
     [
-        (spoil_image, "An image of '{json}' lacks ['height']"),
-        (spoil_annotation, "An annotation of '{json}' lacks ['file_name']"),
-        (spoil_image_id, "'{json}' annotates image_id 99, which is not"),
-        (
-            spoil_category_id,
-            "Segment 300 of the annotation of image_id 10 in '{json}' has category_id 6, which is "
-            "not among the data set's categories [2, 5, 7, 90]",
-        ),
-        (
-            spoil_segment,
-            "A segment of the annotation of image_id 10 in '{json}' lacks ['category_id']",
-        ),
-        (spoil_categories, "'{json}' lacks ['categories']"),
-        (spoil_category, "A category lacks ['isthing']"),
-        (repeat_category, "Category ids must be unique, got [2, 5, 7, 90, 90]"),
-        (repeat_segment_id, "Segment id 1 of the annotation of image_id 10 in '{json}'"),
-        (use_void_id, "Segment id 0 of the annotation of image_id 10 in '{json}'"),
+        (("images",), DELETE, "JSON: lacks images"),
+        (("categories",), None, "JSON: categories is None instead of a list"),
+        (("annotations",), None, "JSON: annotations is None instead of a list"),
+        (("images", 0), [], "image number 0: is [] instead of an object"),
+        (("images", 0, "height"), DELETE, "image 11: lacks height"),
+        (("images", 0, "height"), 3.0, "image 11: height is 3.0 instead of a positive integer"),
+        (("images", 0, "width"), 0, "image 11: width is 0 instead"),
+        (("images", 0, "file_name"), None, "image 11: file_name is None instead of a text"),
+        (("images", 0, "id"), 11.0, "image 11.0: id is 11.0 instead of an integer or a text"),
+        (("images", 0, "id"), 10, "image 10: two images have this id"),
+        ((*FIRST, "image_id"), 99, "annotation of image 99: is not among the images"),
+        ((*FIRST, "image_id"), 11, "annotation of image 11: two annotations have this id"),
+        ((*FIRST, "file_name"), DELETE, "annotation of image 10: lacks file_name"),
+        ((*FIRST, "segments_info"), None, "segments_info is None instead of a list"),
+        (FIRST, None, "annotation of image number 0: is None instead of an object"),
+        (SEGMENT, None, f"{OF_SEGMENT}number 1: is None instead of an object"),
+        ((*SEGMENT, "category_id"), DELETE, f"{OF_SEGMENT}300: lacks category_id"),
+        ((*SEGMENT, "category_id"), 6, f"{OF_SEGMENT}300: category_id 6 is not among the categ"),
+        ((*SEGMENT, "category_id"), [2], f"{OF_SEGMENT}300: category_id is [2] instead"),
+        ((*SEGMENT, "id"), 1, f"{OF_SEGMENT}1: two segments have this id"),
+        ((*SEGMENT, "id"), 0, f"{OF_SEGMENT}0: id is 0 instead of an integer in 1..16777215"),
+        ((*SEGMENT, "id"), 300.0, f"{OF_SEGMENT}300.0: id is 300.0 instead of an integer"),
+        ((*SEGMENT, "iscrowd"), "0", f"{OF_SEGMENT}300: iscrowd is '0' instead of 0 or 1"),
+        ((*SEGMENT, "iscrowd"), None, "iscrowd is None instead of 0 or 1"),
+        ((*SEGMENT, "iscrowd"), 0.0, "iscrowd is 0.0 instead of 0 or 1"),
+        ((*SEGMENT, "area"), -6, "area is -6 instead of a number of at least 0"),
+        ((*SEGMENT, "area"), "6", "area is '6' instead"),
+        ((*SEGMENT, "area"), math.nan, "area is nan instead"),
+        ((*SEGMENT, "area"), 10**30, "area is 1000"),
+        ((*SEGMENT, "bbox"), [0, 0, math.inf, 1], "bbox is [0, 0, inf, 1] instead of [x, y, wid"),
+        ((*SEGMENT, "bbox"), [0, 0, None, 1], "bbox is [0, 0, None, 1] instead"),
+        ((*CATEGORY, "isthing"), DELETE, "category 5: lacks isthing"),
+        ((*CATEGORY, "isthing"), 2, "category 5: isthing is 2 instead of 0 or 1"),
+        ((*CATEGORY, "isthing"), "1", "category 5: isthing is '1' instead of 0 or 1"),
+        ((*CATEGORY, "id"), 5.0, "category 5.0: id is 5.0 instead of an integer"),
+        ((*CATEGORY, "id"), 90, "category 90: two categories have this id"),
+        ((*CATEGORY, "name"), " Dog", "category 2: another category has the name 'dog'"),
+        ((*CATEGORY, "name"), "", "category 5: name is '' instead of a text"),
+        ((*CATEGORY, "color"), [1, 2, 300], "category 5: color is [1, 2, 300] instead of three"),
+        (("categories",), [], "categories: there are none"),
     ],
-    ids=lambda x: getattr(x, "__name__", ""),
 )
-def test_contradictions_are_named(files, spoil, message):
-    spoil(files.json)
-    expected = re.escape(message.format(json=files.root / "panoptic.json"))
-    with pytest.raises(ValueError, match=expected):
-        files.load()
+@pytest.mark.parametrize("read", ["training", "evaluation"])
+def test_values_that_are_not_usable(files, path, value, message, read):
+    """Training and evaluation refuse them with one message, which names file, object and key."""
+    *parents, key = path
+    parent = files.json
+    for part in parents:
+        parent = parent[part]
+    if value is DELETE:
+        del parent[key]
+    else:
+        parent[key] = value
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        files.load() if read == "training" else read_annotations(files.paths[0])
+    assert str(error.value).startswith(f"'{files.root / 'panoptic.json'}': ")
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"a":' * 100_000])
+def test_json_that_is_no_object(files, content):
+    json_file, *roots = files.paths
+    (files.root / "panoptic.json").write_text(content)
+    with pytest.raises(ValueError, match=r"panoptic\.json'.* (of an object|not valid JSON)"):
+        load_coco_panoptic(json_file, *roots)
+
+
+def test_a_byte_order_mark(files):
+    expected, (json_file, *roots) = files.load(), files.paths
+    content = json.dumps(files.json)
+    for encoding in ("utf-8-sig", "utf-16"):
+        (files.root / "panoptic.json").write_text(content, encoding=encoding)
+        assert load_coco_panoptic(json_file, *roots) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "tiger"}, "category 5: is 'cat', but 'tiger' is expected under this id"),
+        ({"isthing": 0}, "category 5: isthing is 1, but 0 is expected"),
+    ],
+)
+def test_registered_categories_that_the_json_contradicts(files, change, message):
+    categories = [{**c, **(change if c["id"] == 5 else {})} for c in CATEGORIES]
+    with pytest.raises(ValueError, match=message):
+        load_coco_panoptic(*files.paths, categories=categories)
 
 
 # --------------------------------------------------------------------------- numbering and config

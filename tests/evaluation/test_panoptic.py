@@ -207,7 +207,7 @@ def test_missing_annotations(make_dataset):
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"panoptic\.json.*DETECTRON2_DATASETS"):
         PanopticEvaluator(name)
-    path.write_text(json.dumps({"images": [], "categories": []}))
+    path.write_text(json.dumps({"images": [], "categories": CATEGORIES}))
     evaluator = PanopticEvaluator(name)
     evaluator.reset()
     with pytest.raises(ValueError, match="no annotations"):
@@ -319,19 +319,36 @@ def test_an_image_of_another_data_set(make_dataset):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ('"area"', '"size"', r"lacks 'area', which PQ needs; tools/check_dataset"),
-        ('"categories"', '"classes"', "lacks 'categories'"),
-        ("{", "", "is not valid JSON"),
-    ],
+    ("factor", "first"), [(None, None), (0.1, "0.8 pixels"), (4, "32 pixels"), (0, "0 pixels")]
 )
-def test_annotations_that_are_not_usable(make_dataset, old, new, message):
+def test_areas_are_those_of_the_png(make_dataset, caplog, factor, first):
+    """Whatever the JSON says, a perfect prediction has 100; where it differs is said."""
     name = make_dataset([HALVES])
     path = Path(MetadataCatalog.get(name).panoptic_json)
-    path.write_text(path.read_text().replace(old, new))
-    with pytest.raises(ValueError, match=rf"panoptic\.json' {message}"):
-        PanopticEvaluator(name).process(DatasetCatalog.get(name), [panoptic_output(HALVES)])
+    content = json.loads(path.read_text())
+    for segment in content["annotations"][0]["segments_info"]:
+        area = segment.pop("area")
+        if factor is not None:
+            segment["area"] = area * factor
+    path.write_text(json.dumps(content))
+    evaluator = PanopticEvaluator(name)
+    evaluator.process(DatasetCatalog.get(name), [panoptic_output(HALVES)])
+    assert evaluator.evaluate()["panoptic_seg"]["PQ"] == 100
+    warnings = [m for m in caplog.messages if "differ in the area of 2 segments" in m]
+    assert len(warnings) == (factor is not None)
+    assert all(f"segment 1 has {first} in the JSON and 8" in w for w in warnings)
+
+
+def test_segments_that_only_the_png_has(make_dataset, caplog):
+    name = make_dataset([HALVES])
+    path = Path(MetadataCatalog.get(name).panoptic_json)
+    content = json.loads(path.read_text())
+    content["annotations"][0]["segments_info"].pop()
+    path.write_text(json.dumps(content))
+    evaluator = PanopticEvaluator(name)
+    evaluator.process(DatasetCatalog.get(name), [panoptic_output(HALVES)])
+    evaluator.evaluate()
+    assert "segment 300 has 0 pixels in the JSON and 8 in the PNG" in caplog.text
 
 
 def test_categories_by_the_data_sets_ids(make_dataset):

@@ -1,0 +1,267 @@
+"""Reads JSON files in the COCO panoptic format (cocodataset.org/#format-data).
+
+Types and ranges of their values are checked here, for training, evaluation and tools alike.
+"""
+
+import json
+import os
+import reprlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from detectron2.utils.file_io import PathManager
+
+from psf.panoptic_png import MAX_ID
+
+
+class Problem(NamedTuple):
+    """A value that cannot be used."""
+
+    where: str  # an image, a segment, a category
+    what: str
+
+
+class PanopticJson(NamedTuple):
+    """The checked content of a file."""
+
+    categories: list[dict[str, Any]]
+    images: dict[Any, dict[str, Any]]  # by id
+    annotations: list[dict[str, Any]] | None  # None: a test set without annotations
+
+
+def _is_int(value: Any) -> bool:
+    return type(value) is int  # a bool is an int as well
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e15  # false for NaN
+
+
+def _is_box(value: Any) -> bool:
+    is_four = type(value) is list and len(value) == 4 and all(map(_is_number, value))
+    return is_four and min(value[2:]) >= 0
+
+
+def _is_color(value: Any) -> bool:
+    is_three = isinstance(value, list | tuple) and len(value) == 3
+    return value is None or (is_three and all(_is_int(v) and 0 <= v <= 255 for v in value))
+
+
+# For each key of an object: whether a value fits, and what would.
+Keys = Mapping[str, tuple[Callable[[Any], bool], str]]
+TEXT = (lambda v: type(v) is str and bool(v.strip()), "a text")
+LIST = (lambda v: type(v) is list, "a list")
+SIDE = (lambda v: _is_int(v) and 0 < v < 1 << 31, "a positive integer")
+FLAG = (lambda v: type(v) in (int, bool) and v in (0, 1), "0 or 1")
+CLASS_ID = (lambda v: _is_int(v) and 0 <= v < 1 << 31, "an integer of at least 0")
+SIZE = (lambda v: _is_number(v) and v >= 0, "a number of at least 0")
+IMAGE_ID = (lambda v: type(v) in (int, str), "an integer or a text")
+_SEGMENT_ID = (lambda v: _is_int(v) and 0 < v <= MAX_ID, f"an integer in 1..{MAX_ID} (0 is void)")
+_BOX = (_is_box, "[x, y, width, height]")
+
+_CATEGORY: Keys = {"id": CLASS_ID, "name": TEXT, "isthing": FLAG}
+_CATEGORY_OPTIONS: Keys = {"color": (_is_color, "three integers in 0..255")}
+IMAGE: Keys = {"id": IMAGE_ID, "file_name": TEXT, "height": SIDE, "width": SIDE}
+_ANNOTATION: Keys = {"image_id": IMAGE_ID, "file_name": TEXT, "segments_info": LIST}
+_SEGMENT: Keys = {"id": _SEGMENT_ID, "category_id": CLASS_ID}
+_SEGMENT_OPTIONS: Keys = {"iscrowd": FLAG, "area": SIZE, "bbox": _BOX}
+
+
+def find_misfit(value: Any, required: Keys, optional: Keys | None = None) -> str | None:
+    """What is wrong with an object and the values of its keys; None: nothing."""
+    if not isinstance(value, Mapping):
+        return f"is {reprlib.repr(value)} instead of an object"
+    missing = [key for key in required if key not in value]
+    if missing:
+        return f"lacks {', '.join(missing)}"
+    for keys in (required, optional or {}):
+        for key, (fits, expected) in keys.items():
+            if key in value and not fits(value[key]):
+                return f"{key} is {reprlib.repr(value[key])} instead of {expected}"
+    return None
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """
+    Read a JSON file in UTF-8, -16 or -32, with or without byte-order mark.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not valid JSON.
+    """
+    if not PathManager.isfile(os.fspath(path)):
+        raise FileNotFoundError(f"There is no file '{path}'.")
+    with PathManager.open(os.fspath(path), "rb") as file:
+        try:
+            return json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"'{path}' is not valid JSON ({error}). Copy it again.") from error
+
+
+def read_panoptic_json(
+    path: str | os.PathLike[str], categories: Sequence[Mapping[str, Any]] | None = None
+) -> PanopticJson:
+    """
+    Read a JSON in the COCO panoptic format.
+
+    Args:
+        path: the file.
+        categories: replace the file's, which must not contradict them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not valid JSON, or a value is missing, of another type or out of range.
+    """
+    data = read_json(path)
+    require_none(find_problems(data, categories), path)
+    images = {image["id"]: image for image in data["images"]}
+    chosen = [dict(c) for c in categories or data["categories"]]
+    return PanopticJson(chosen, images, data.get("annotations"))
+
+
+def read_categories(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read the categories of a file only; raises as :func:`read_panoptic_json`."""
+    data = read_json(path)
+    require_keys(data, {"categories": LIST}, path)
+    require_none(find_category_problems(data["categories"]), path)
+    categories: list[dict[str, Any]] = data["categories"]
+    return categories
+
+
+def read_predictions(
+    path: str | os.PathLike[str], categories: Sequence[Mapping[str, Any]]
+) -> dict[Any, dict[str, Any]]:
+    """
+    Read predictions in the format of COCO's server (cocodataset.org/#format-results).
+
+    Args:
+        path: the file. Its categories, if it has them, must not contradict the ground truth's.
+        categories: of the ground truth.
+
+    Returns:
+        The annotations by image id.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_panoptic_json`.
+    """
+    data = read_json(path)
+    require_keys(data, {"annotations": LIST}, path)
+    require_none(_contradictions(data.get("categories"), categories), path)
+    ids = {category["id"] for category in categories}
+    require_none(_annotation_problems(data["annotations"], ids, None), path)
+    return {annotation["image_id"]: annotation for annotation in data["annotations"]}
+
+
+def require_keys(data: Any, keys: Keys, path: object) -> None:
+    """Raise ValueError unless the content of a file has these keys."""
+    misfit = find_misfit(data, keys)
+    require_none((Problem("JSON", what) for what in [misfit] if what), path)
+
+
+def require_none(problems: Iterator[Problem], path: object) -> None:
+    """Raise ValueError with the first problem of a file, if there is one."""
+    for where, what in problems:
+        raise ValueError(
+            f"'{path}': {where}: {what}. Correct the file (tools/check_dataset.py lists all "
+            "defects of a data set)."
+        )
+
+
+def find_problems(
+    data: Any, categories: Sequence[Mapping[str, Any]] | None = None
+) -> Iterator[Problem]:
+    """
+    Find the values of a file that cannot be used.
+
+    Args:
+        data: its content.
+        categories: replace the file's, which must not contradict them.
+    """
+    required = {"images": LIST} if categories else {"images": LIST, "categories": LIST}
+    misfit = find_misfit(data, required, {"annotations": LIST})
+    if misfit:
+        yield Problem("JSON", misfit)
+        return
+    yield from find_category_problems(categories or data["categories"])
+    if categories:
+        yield from _contradictions(data.get("categories"), categories)
+    image_ids: set[Any] = set()
+    for i, image in enumerate(data["images"]):
+        misfit = find_misfit(image, IMAGE) or _repetition(image["id"], image_ids, "images")
+        if misfit:
+            yield Problem(f"image {label(image, i)}", misfit)
+    known = {c["id"] for c in categories or data["categories"] if not find_misfit(c, _CATEGORY)}
+    yield from _annotation_problems(data.get("annotations", []), known, image_ids)
+
+
+def find_category_problems(categories: Sequence[Any]) -> Iterator[Problem]:
+    """Find the categories that are incomplete, or share an id or a name."""
+    if not categories:
+        yield Problem("categories", "there are none")
+    ids: set[Any] = set()
+    names: set[Any] = set()
+    for i, category in enumerate(categories):
+        misfit = find_misfit(category, _CATEGORY, _CATEGORY_OPTIONS)
+        misfit = misfit or _repetition(category["id"], ids, "categories")
+        if not misfit and _repetition(normal_name(category["name"]), names, ""):
+            misfit = f"another category has the name '{category['name']}', too (in any case)"
+        if misfit:
+            yield Problem(f"category {label(category, i)}", misfit)
+
+
+def normal_name(name: str) -> str:
+    """A class name as it is compared: case and outer blanks do not count."""
+    return name.strip().casefold()
+
+
+def _contradictions(theirs: Any, categories: Sequence[Mapping[str, Any]]) -> Iterator[Problem]:
+    """Categories of a file that are others under the same ids."""
+    known = {category["id"]: category for category in categories}
+    for category in theirs if isinstance(theirs, list) else []:
+        if find_misfit(category, _CATEGORY) or category["id"] not in known:
+            continue
+        ours = known[category["id"]]
+        if normal_name(category["name"]) != normal_name(ours["name"]):
+            what = f"is '{category['name']}', but '{ours['name']}' is expected under this id"
+            yield Problem(f"category {category['id']}", what)
+        elif category["isthing"] != ours["isthing"]:
+            what = f"isthing is {category['isthing']}, but {ours['isthing']} is expected"
+            yield Problem(f"category {category['id']}", what)
+
+
+def _annotation_problems(
+    annotations: Sequence[Any], category_ids: Collection[int], image_ids: Collection[Any] | None
+) -> Iterator[Problem]:
+    """Wrong values of annotations; ``image_ids`` None: any image may be annotated."""
+    annotated: set[Any] = set()
+    for i, annotation in enumerate(annotations):
+        where = f"annotation of image {label(annotation, i, 'image_id')}"
+        misfit = find_misfit(annotation, _ANNOTATION)
+        if not misfit and image_ids is not None and annotation["image_id"] not in image_ids:
+            misfit = "is not among the images"
+        misfit = misfit or _repetition(annotation["image_id"], annotated, "annotations")
+        if misfit:
+            yield Problem(where, misfit)
+            continue
+        seen: set[Any] = set()
+        for j, segment in enumerate(annotation["segments_info"]):
+            misfit = find_misfit(segment, _SEGMENT, _SEGMENT_OPTIONS)
+            if not misfit and segment["category_id"] not in category_ids:
+                misfit = f"category_id {segment['category_id']} is not among the categories"
+            misfit = misfit or _repetition(segment["id"], seen, "segments")
+            if misfit:
+                yield Problem(f"{where}, segment {label(segment, j)}", misfit)
+
+
+def _repetition(value: Any, seen: set[Any], kind: str) -> str | None:
+    """Note an id; the problem if it was noted before."""
+    if value in seen:
+        return f"two {kind} have this id"
+    seen.add(value)
+    return None
+
+
+def label(value: Any, number: int, key: str = "id") -> str:
+    """The id of an object, or its position where it has none."""
+    has_id = isinstance(value, Mapping) and type(value.get(key)) in (int, str, float)
+    return reprlib.repr(value[key]) if has_id else f"number {number}"
