@@ -30,7 +30,7 @@ from detectron2.utils.logger import setup_logger
 from numpy.typing import NDArray
 from PIL import Image
 
-from psf.config import load_config
+from psf.config import load_config, user_path
 from psf.evaluation.pictures import draw_panoptic
 from psf.images import read_image
 from psf.predictor import Predictor
@@ -65,12 +65,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         epilog=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config-file", type=expand, required=True, metavar="YAML")
+    parser.add_argument("--config-file", type=user_path, required=True, metavar="YAML")
     parser.add_argument(
         "--input", required=True, nargs="+", metavar="PATH", help="image files, folders or globs"
     )
     parser.add_argument(
-        "--output", type=expand, metavar="PATH", help="a file for one image, or a folder"
+        "--output", type=user_path, metavar="PATH", help="a file for one image, or a folder"
     )
     parser.add_argument(
         "--fast",
@@ -81,11 +81,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs; must come last"
     )
     return parser.parse_args(argv)
-
-
-def expand(path: str) -> Path:
-    """A path of the command line, where ``~`` is the user's folder also behind a ``=``."""
-    return Path(path).expanduser()
 
 
 def setup(config_file: str | Path, opts: list[str]) -> CfgNode:
@@ -114,7 +109,7 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
-        path = Path(pattern).expanduser()
+        path = user_path(pattern)
         if path.is_file():
             matches = [path]
         elif path.is_dir():

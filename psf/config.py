@@ -34,7 +34,26 @@ def load_config(path: str | Path = "", opts: Sequence[Any] = ()) -> CN:
             cfg.merge_from_file(str(file))
     with _explain(cfg, "KEY VALUE pairs"):
         cfg.merge_from_list(list(opts))
+    _expand_home(cfg)
     return cfg
+
+
+def user_path(path: str | Path) -> Path:
+    """A path that a user wrote; ``~`` is the home folder, also where no shell has expanded it."""
+    return Path(path).expanduser()
+
+
+def _expand_home(cfg: CN) -> None:
+    """Expand ``~`` in the paths of a config, which no shell sees."""
+    for node, key in ((cfg, "OUTPUT_DIR"), (cfg.MODEL, "WEIGHTS")):
+        if node[key].startswith("~"):
+            node[key] = str(user_path(node[key]))
+    cfg.DATASETS.REGISTER = [
+        [str(user_path(part)) if str(part).startswith("~") else part for part in entry]
+        if isinstance(entry, list | tuple)
+        else entry
+        for entry in cfg.DATASETS.REGISTER
+    ]
 
 
 def find_config(path: str | Path) -> Path:
@@ -44,7 +63,7 @@ def find_config(path: str | Path) -> Path:
     Raises:
         FileNotFoundError: it is neither.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.is_file():
         return path
     installed = Path(__file__).parent / "configs"
