@@ -87,7 +87,7 @@ def own_model(backbone: str, device: str, test_keys: dict[str, Any]) -> nn.Modul
 
     cfg = get_cfg()  # older checkouts have no psf.load_config
     add_psf_config(cfg)
-    cfg.merge_from_file(str(CONFIG))
+    cfg.merge_from_file(str(CONFIG), allow_unsafe=False)
     cfg.merge_from_list(["MODEL.WEIGHTS", "", "MODEL.DEVICE", device, *BACKBONES[backbone]])
     for key, value in test_keys.items():
         cfg.MODEL.PSF.TEST[key] = value

@@ -213,7 +213,7 @@ def own_step(way: str, args: argparse.Namespace) -> Any:
 
     cfg = get_cfg()  # older checkouts have no psf.load_config
     add_psf_config(cfg)
-    cfg.merge_from_file(CONFIG)
+    cfg.merge_from_file(CONFIG, allow_unsafe=False)
     cfg.merge_from_list([*WAYS.get(way, []), "MODEL.WEIGHTS", "", "MODEL.DEVICE", args.device])
     model = build_model(cfg).train()
     if way == "compile":

@@ -7,9 +7,11 @@ is skipped silently.
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -199,6 +201,20 @@ OLD_NAMES = {
 # First bytes of the old and the present file format of torch.save.
 _PICKLE, _ZIP = b"\x80", b"PK\x03\x04"
 
+# What unpickling raises on damaged files, besides UnpicklingError.
+DAMAGED = (
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 
 def read(path: str) -> dict[str, Any]:
     """
@@ -224,7 +240,7 @@ def read(path: str) -> dict[str, Any]:
             "could run code. If you trust its source, load it with "
             "torch.load(path, weights_only=False) and save its state dict with torch.save."
         ) from error
-    except (EOFError, IndexError, OSError, RuntimeError) as error:
+    except DAMAGED as error:
         raise ValueError(
             f"'{path}' is not a complete PyTorch checkpoint: it is truncated or damaged, or a zip "
             "file of another kind. Copy or download it again."
@@ -232,6 +248,83 @@ def read(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' holds a {type(content).__name__}, not a dict of weights")
     return content
+
+
+def read_pickle(path: str) -> dict[str, Any]:
+    """
+    Read a pickle of NumPy arrays and strings, as Detectron2's model zoo has, without running code.
+
+    Raises:
+        ValueError: the file holds something else, or is damaged.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = _ArrayUnpickler(file, encoding="latin1").load()
+    except _NotAllowed as error:
+        raise ValueError(
+            f"'{path}' is not a pickle of arrays and strings: {error}. Reading it could run code. "
+            "If you trust its source, save its weights with torch.save."
+        ) from error
+    except (pickle.UnpicklingError, *DAMAGED) as error:
+        raise ValueError(f"'{path}' is truncated or damaged. Copy or download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"'{path}' holds a {type(content).__name__}, not a dict of weights")
+    return content
+
+
+def arrays(content: Any, path: str) -> dict[str, Any]:
+    """
+    Check the weights of a pickle.
+
+    Raises:
+        ValueError: they are not a dict of arrays by name.
+    """
+    named = isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(value, np.ndarray) for name, value in content.items()
+    )
+    if not named:
+        raise ValueError(f"'{path}' holds no dict of arrays by name, but other things")
+    return dict(content)
+
+
+class _NotAllowed(pickle.UnpicklingError):
+    """The file holds something that is not an array, text or number."""
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Refuses everything but what NumPy arrays of numbers and dicts are made of."""
+
+    def find_class(self, module: str, name: str) -> Callable[..., Any]:
+        """Called by pickle for each object that is not a plain value."""
+        allowed = _PICKLED.get(f"{module.replace('numpy._core', 'numpy.core')}.{name}")
+        if allowed is None:
+            raise _NotAllowed(f"it holds {module}.{name}")
+        return allowed
+
+
+def _number_type(code: str, *options: bool) -> "np.dtype[Any]":
+    if not re.fullmatch(r"[<>=|]?[biuf][0-9]+", code):
+        raise _NotAllowed(f"it holds an array of type '{code}'")
+    return np.dtype(code, *options)
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """How Python 3 pickles bytes in the protocols of Python 2."""
+    if encoding != "latin1":
+        raise _NotAllowed(f"it holds text in '{encoding}'")
+    return text.encode(encoding)
+
+
+_PICKLED: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": OrderedDict,
+    "_codecs.encode": _encode,
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": _number_type,
+    # The functions that NumPy names in pickles, by their names in NumPy 1.
+    "numpy.core.multiarray._reconstruct": np.empty(0).__reduce__()[0],  # type: ignore[dict-item]
+    "numpy.core.multiarray.scalar": np.float32(0).__reduce__()[0],  # type: ignore[dict-item]
+    "numpy.core.numeric._frombuffer": np.empty(0).__reduce_ex__(5)[0],  # type: ignore[dict-item]
+}
 
 
 def _describe(begin: bytes) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
+from detectron2.utils.file_io import PathManager
 
 
 def load_config(path: str | Path = "", opts: Sequence[Any] = ()) -> CN:
@@ -31,10 +33,13 @@ def load_config(path: str | Path = "", opts: Sequence[Any] = ()) -> CN:
     if path:
         file = find_config(path)
         with _explain(cfg, f"'{file}'"):
-            cfg.merge_from_file(str(file))
+            _check_yaml(str(file))
+            cfg.merge_from_file(str(file), allow_unsafe=False)
     with _explain(cfg, "KEY VALUE pairs"):
         cfg.merge_from_list(list(opts))
-    _expand_home(cfg)
+    cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)
+    cfg.MODEL.WEIGHTS = os.path.expanduser(cfg.MODEL.WEIGHTS)
+    cfg.DATASETS.REGISTER = [_expand(entry) for entry in cfg.DATASETS.REGISTER]
     return cfg
 
 
@@ -43,17 +48,33 @@ def user_path(path: str | Path) -> Path:
     return Path(path).expanduser()
 
 
-def _expand_home(cfg: CN) -> None:
-    """Expand ``~`` in the paths of a config, which no shell sees."""
-    for node, key in ((cfg, "OUTPUT_DIR"), (cfg.MODEL, "WEIGHTS")):
-        if node[key].startswith("~"):
-            node[key] = str(user_path(node[key]))
-    cfg.DATASETS.REGISTER = [
-        [str(user_path(part)) if str(part).startswith("~") else part for part in entry]
-        if isinstance(entry, list | tuple)
-        else entry
-        for entry in cfg.DATASETS.REGISTER
-    ]
+def _expand(entry: Any) -> Any:
+    """The paths of a data set; what is no list of texts is refused where it is registered."""
+    if not isinstance(entry, list | tuple):
+        return entry
+    return [os.path.expanduser(part) if isinstance(part, str) else part for part in entry]
+
+
+def _check_yaml(path: str, above: tuple[str, ...] = ()) -> None:
+    """
+    Check a file and those that it names as ``_BASE_``.
+
+    Raises:
+        ValueError: a file holds no keys, or is its own base.
+        yaml.YAMLError: bad syntax, or a tag such as ``!!python/...``, which could run code.
+    """
+    if path in above:
+        raise ValueError(f"'{path}' is its own _BASE_")
+    with PathManager.open(path, "r") as file:
+        content = yaml.safe_load(file)
+    bases = content.get("_BASE_", []) if isinstance(content, dict) else None
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ValueError(f"'{path}' holds no keys, or its _BASE_ is not the path of a file")
+    for base in map(os.path.expanduser, bases):
+        # As fvcore: a path is relative to the file that names it.
+        is_url = base.startswith(("https://", "http://"))
+        _check_yaml(base if is_url else os.path.join(os.path.dirname(path), base), (*above, path))
 
 
 def find_config(path: str | Path) -> Path:
@@ -81,13 +102,18 @@ def _explain(cfg: CN, source: str) -> Iterator[None]:
     """Turn what yacs and YAML raise into one line that names the source of the error."""
     try:
         yield
-    except (AssertionError, KeyError, ValueError, yaml.YAMLError) as error:
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         message = " ".join(str(error).strip("'\"").split())
         hint = ""
         if message.startswith("Non-existent"):
             close = difflib.get_close_matches(message.rpartition(": ")[2], _keys(cfg), n=1)
             hint = f". Did you mean {close[0]}?" if close else ""
         raise ValueError(f"Config error in {source}: {message}{hint}") from error
+    except yaml.YAMLError as error:
+        message = " ".join(str(error).split())
+        if isinstance(error, yaml.constructor.ConstructorError):
+            message += ". Tags could run code: write the value itself"
+        raise ValueError(f"Config error in {source}: {message}") from error
 
 
 def _keys(node: CN, prefix: str = "") -> list[str]:

@@ -4,6 +4,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.error import URLError
 
@@ -14,6 +15,9 @@ from torch import Tensor
 from psf import checkpoint
 
 logger = logging.getLogger(__name__)
+
+# The file in OUTPUT_DIR that holds the name of the last checkpoint.
+LAST_CHECKPOINT = "last_checkpoint"
 
 # The key in a converted file for the name of its original format.
 CONVERTED_FROM = "converted_from"
@@ -68,10 +72,44 @@ class Checkpointer(DetectionCheckpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write the name of the file for ``--resume``, atomically."""
-        path = os.path.join(self.save_dir, "last_checkpoint")
+        path = os.path.join(self.save_dir, LAST_CHECKPOINT)
         with open(f"{path}.partial", "w", encoding="utf-8") as file:
             file.write(last_filename_basename)
         os.replace(f"{path}.partial", path)
+
+    def get_checkpoint_file(self) -> str:
+        """
+        The file named by ``last_checkpoint``, for ``--resume``.
+
+        Raises:
+            ValueError: what is written there is not the name of a file in this folder.
+        """
+        tag = Path(self.save_dir, LAST_CHECKPOINT)
+        name = tag.read_text(encoding="utf-8", errors="replace").strip()
+        file = tag.with_name(name) if name and Path(name).name == name else None
+        if file is None or file.suffix != ".pth" or not file.is_file():
+            raise ValueError(
+                f"'{tag}' names '{name[:100]}', which is not a .pth file in its folder. Write the "
+                "name of the checkpoint to continue from into it."
+            )
+        return str(file)
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        """As Detectron2's, without running code that a file contains."""
+        if filename.endswith(".pkl"):
+            content = checkpoint.read_pickle(filename)
+            if "model" in content and "__author__" in content:  # Detectron2's model zoo
+                return {**content, "model": checkpoint.arrays(content["model"], filename)}
+            weights = checkpoint.arrays(content.get("blobs", content), filename)  # Caffe2's
+            weights = {k: v for k, v in weights.items() if not k.endswith("_momentum")}
+            return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+        if filename.endswith(".pyth"):
+            content = checkpoint.read(filename)
+            weights = checkpoint.find_state_dict(content.get("model_state", {}))
+            weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
+            return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
+        loaded: dict[str, Any] = super()._load_file(filename)
+        return loaded
 
     def _torch_load(self, f: str) -> dict[str, Any]:
         content = checkpoint.read(f)

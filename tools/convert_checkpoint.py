@@ -43,9 +43,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def load(path: Path) -> dict[str, Tensor]:
     """Load the weights in a file."""
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file  # comes with timm
+        from safetensors import SafetensorError  # comes with timm
+        from safetensors.torch import load_file
 
-        return checkpoint.find_state_dict(load_file(path))
+        try:
+            return checkpoint.find_state_dict(load_file(path))
+        except SafetensorError as error:
+            raise ValueError(f"'{path}' is no complete safetensors file: {error}") from error
     return checkpoint.find_state_dict(checkpoint.read(str(path)))
 
 
