@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_CONFIG := configs/shapes/panoptic_segformer_shapes.yaml
 DEMO_OUTPUT := output/shapes
 
-.PHONY: help setup demo test lint types unit clean
+.PHONY: help setup demo test lint types unit fuzz clean
 
 help:  ## Show the targets.
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -27,6 +27,9 @@ types: setup  ## Static types of the package.
 unit: setup  ## Tests with the extension, then operator and model without it.
 	$(BIN)/python -m pytest
 	PSF_DISABLE_EXTENSION=1 $(BIN)/python -m pytest tests/layers tests/modeling
+
+fuzz: setup  ## Feed damaged files to all readers for a minute.
+	$(BIN)/python tools/fuzz_files.py --seconds 60
 
 clean:  ## Remove what setup and the build made (not data sets, not output/).
 	rm -rf $(VENV) build *.egg-info psf/_C.so .pytest_cache .mypy_cache .ruff_cache

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psf.threads  # isort: skip  before torch is loaded
 
@@ -23,7 +23,7 @@ from psf.config import user_path
 from psf.data import load_coco_panoptic, panoptic_metadata
 from psf.data.annotations import read_categories
 from psf.data.check import check_dataset
-from psf.evaluation.ground_truth import load_ground_truth
+from psf.evaluation.ground_truth import PanopticSegmentation, load_ground_truth
 from psf.evaluation.pictures import SheetRow, cell_size, draw_panoptic, resize_picture, write_sheet
 from psf.images import read_image
 
@@ -96,12 +96,9 @@ def draw(args: argparse.Namespace, image_file: Callable[[str], str] | None) -> N
         )
         metadata = Metadata(name="checked", **panoptic_metadata(read_categories(args.json)))
         chosen = records[:: max(1, len(records) // args.samples)][: args.samples]
-        pictures = [read_image(record["file_name"], "RGB") for record in chosen]
-        cell = cell_size(pictures)
-        rows = [
-            draw_row(record, picture, metadata, cell / max(picture.shape[:2]))
-            for record, picture in zip(chosen, pictures, strict=True)
-        ]
+        readable = [read for record in chosen if (read := read_annotated(record)) is not None]
+        cell = cell_size([picture for _, picture, _ in readable])
+        rows = [draw_row(*read, metadata, cell) for read in readable]
         write_sheet(rows, ("image", "annotation"), cell, args.sheet)
     except (OSError, ValueError) as error:
         print(printable(f"No sheet: {error}"))
@@ -109,10 +106,32 @@ def draw(args: argparse.Namespace, image_file: Callable[[str], str] | None) -> N
     print(args.sheet)
 
 
+class Annotated(NamedTuple):
+    """A record of the data set, and what its files hold."""
+
+    record: dict[str, Any]
+    picture: NDArray[np.uint8]  # (H, W, 3)
+    truth: PanopticSegmentation
+
+
+def read_annotated(record: dict[str, Any]) -> Annotated | None:
+    """Read an image and its PNG; None, after a line, if one of them is damaged."""
+    try:
+        return Annotated(record, read_image(record["file_name"], "RGB"), load_ground_truth(record))
+    except (OSError, ValueError) as error:
+        print(printable(f"Not on the sheet: {error}"))
+        return None
+
+
 def draw_row(
-    record: dict[str, Any], picture: NDArray[np.uint8], metadata: Metadata, scale: float
+    record: dict[str, Any],
+    picture: NDArray[np.uint8],
+    truth: PanopticSegmentation,
+    metadata: Metadata,
+    cell: int,
 ) -> SheetRow:
-    drawn = draw_panoptic(picture, *load_ground_truth(record), metadata, scale=scale)
+    scale = cell / max(picture.shape[:2])
+    drawn = draw_panoptic(picture, *truth, metadata, scale=scale)
     caption = f"{Path(record['file_name']).name}: {len(record['segments_info'])} segments"
     return SheetRow(caption, [resize_picture(picture, scale), drawn])
 

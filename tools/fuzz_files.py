@@ -9,8 +9,12 @@ one line that names the file. Anything else is a fault: it is printed, and the e
 """
 
 import argparse
+import functools
 import io
 import json
+import logging
+import os
+import pickle
 import random
 import sys
 import tempfile
@@ -18,20 +22,27 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
 
+# Before they are loaded. Few pixels, since decoding many takes seconds.
+os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
+os.environ.setdefault("PSF_MAX_IMAGE_PIXELS", str(2**20))
+
 import numpy as np
+import torch
 from PIL import Image
+from torch import nn
 
 from psf.data import load_coco_panoptic
 from psf.data.check import check_dataset
 from psf.evaluation.ground_truth import load_ground_truth, read_annotations
 from psf.images import read_image, read_values
 from psf.panoptic_png import read_panoptic_ids, write_panoptic_ids
+from psf.weights import Checkpointer
 
 SIZE = (24, 32)  # height and width of the images
 # Values that a key of a JSON is given instead of its own.
@@ -66,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the damage (%(default)s)")
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")
+    logging.disable()
     counts: Counter[str] = Counter()
     faults = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -94,6 +106,8 @@ def make_targets(folder: Path) -> dict[str, Callable[[random.Random], str]]:
         "image": lambda rng: fuzz_image(rng, folder, list(images.values())),
         "panoptic PNG": lambda rng: fuzz_png(rng, folder, pngs),
         "annotations": DataSet(folder / "data").fuzz,
+        "checkpoint": lambda rng: fuzz_checkpoint(rng, folder, make_checkpoints()),
+        "last_checkpoint": lambda rng: fuzz_last_checkpoint(rng, folder),
     }
 
 
@@ -188,6 +202,43 @@ def fuzz_png(rng: random.Random, folder: Path, contents: Sequence[bytes]) -> str
     path = folder / "panoptic.png"
     path.write_bytes(damage(rng, rng.choice(contents)))
     return expect(lambda: read_panoptic_ids(str(path)), path)
+
+
+@functools.cache
+def make_checkpoints() -> dict[str, bytes]:
+    """Weights of a layer, as this project and as Detectron2's model zoo store them."""
+    weights = nn.Linear(4, 4).state_dict()
+    buffer = io.BytesIO()
+    torch.save({"model": weights, "iteration": 3}, buffer)
+    arrays = {name: value.numpy() for name, value in weights.items()}
+    content = {"model": arrays, "__author__": "fuzz", "matching_heuristics": True}
+    return {".pth": buffer.getvalue(), ".pkl": pickle.dumps(content, protocol=2)}
+
+
+def fuzz_checkpoint(rng: random.Random, folder: Path, contents: Mapping[str, bytes]) -> str:
+    suffix = rng.choice(list(contents))
+    path = folder / f"weights{suffix}"
+    path.write_bytes(damage(rng, contents[suffix]))
+    return expect(lambda: Checkpointer(nn.Linear(4, 4)).load(str(path)), path)
+
+
+def fuzz_last_checkpoint(rng: random.Random, folder: Path) -> str:
+    """Names of the file to continue from; only that of a .pth file in the folder is taken."""
+    run = folder / "run"
+    run.mkdir(exist_ok=True)
+    for path in (folder / "outside.pth", run / "model.pth", run / "model.pkl"):
+        path.touch()
+    outside = ("../outside.pth", str(folder / "outside.pth"), ".", "..", "~")
+    texts = [value for value in WRONG_VALUES if isinstance(value, str)]
+    name = rng.choice(["model.pth", "model.pkl", *outside, *texts]).encode("utf-8", "surrogatepass")
+    tag = run / "last_checkpoint"
+    tag.write_bytes(name if rng.random() < 0.5 or not name else damage(rng, name))
+    found: list[str] = []
+    checkpointer = Checkpointer(nn.Linear(1, 1), str(run))
+    ended = expect(lambda: found.append(checkpointer.get_checkpoint_file()), tag)
+    if found and Path(found[0]).resolve() != (run / "model.pth").resolve():
+        raise Fault(f"last_checkpoint leads to '{found[0]}'")
+    return ended
 
 
 class DataSet:

@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs")
     args = parser.parse_args(argv)
+    if min(args.samples, args.repeats) < 1:
+        parser.error("--samples and --repeats must be at least 1")
     try:
         cfg = load_config(args.config_file, args.opts)
         results = map_images(cfg, args.samples, args.repeats, args.seed)

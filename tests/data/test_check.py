@@ -366,6 +366,18 @@ def test_the_tool_draws(files, capsys):
     assert "no defects" in capsys.readouterr().out
 
 
+def test_one_damaged_image_does_not_lose_the_sheet(files, capsys):
+    cut(files)
+    json_file, images, pngs = (str(path) for path in files.paths)
+    sheet = files.root / "sheet.png"
+    options = ["--json", json_file, "--images", images, "--pngs", pngs, "--sheet", str(sheet)]
+    assert tool.main(options) == 1
+    out = capsys.readouterr().out
+    assert "Not on the sheet: " in out
+    assert out.endswith(f"{sheet}\n")
+    assert Image.open(sheet).size[0] > 700
+
+
 @pytest.mark.parametrize("options", [[], ["--name", "nowhere"]])
 def test_the_tool_says_what_it_needs(options, capsys):
     with pytest.raises(SystemExit):
