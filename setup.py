@@ -2,9 +2,9 @@
 
     pip install --no-build-isolation -e .
 
-The library uses LibTorch's stable ABI and no Python: one build serves torch 2.10 and later, and every
-Python. ``PSF_SKIP_EXTENSION=1`` leaves it out on purpose: everything works, the operator then runs as
-plain PyTorch. Without it, a build that fails stops the installation.
+The library uses LibTorch's stable ABI and no Python: one build serves torch 2.10 and later, and
+every Python. ``PSF_SKIP_EXTENSION=1`` leaves it out on purpose: everything works, the operator then
+runs as plain PyTorch. Without it, a build that fails stops the installation.
 
 CUDA kernels are built where torch sees a GPU and nvcc is installed; ``FORCE_CUDA=1`` builds them on
 a machine without a GPU, for the architectures in ``TORCH_CUDA_ARCH_LIST``.
@@ -25,6 +25,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 CSRC = Path("psf/layers/csrc")
 TARGET_TORCH = "0x020a000000000000"  # 2.10, the oldest whose stable ABI suffices
@@ -159,6 +160,16 @@ def torch_folder() -> Path:
     return Path(torch.__path__[0])
 
 
+class BuildPackage(build_py):
+    """Adds configs/ as psf/configs/, where psf.config.load_config looks for them."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib, "psf", "configs")
+            shutil.copytree("configs", target, dirs_exist_ok=True)
+
+
 class Wheel(bdist_wheel):
     """A wheel for every Python, since the library has nothing of one in it."""
 
@@ -170,13 +181,13 @@ def build_arguments() -> dict:
     reason = reason_not_to_build()
     if reason is not None:
         print(f"psf: building without the operator's kernels, since {reason}")  # noqa: T201
-        return {}
+        return {"cmdclass": {"build_py": BuildPackage}}
     sources = [*CSRC.glob("*.cpp"), *CSRC.glob("*.cu")]
     sources.sort(key=lambda path: "_avx" not in path.stem)  # these take the longest
     extension = Extension(name="psf._C", sources=[str(path) for path in sources])
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildLibrary, "bdist_wheel": Wheel},
+        "cmdclass": {"build_py": BuildPackage, "build_ext": BuildLibrary, "bdist_wheel": Wheel},
     }
 
 
@@ -187,6 +198,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["psf", "psf.*"]),
+    package_data={"psf": ["py.typed"]},
     install_requires=[
         "torch>=2.6",
         "torchvision",

@@ -8,7 +8,7 @@ the thread that is waited for. Measured in docs/training_performance.md, "Thread
 import os
 
 # Covers the gaps between the operators of a model.
-SPIN_COUNT = 1000
+SPIN_COUNT = 3000
 
 # A setting of the user's own stays.
 if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:

@@ -70,7 +70,7 @@ def test_every_truncation_and_damaged_byte_is_refused(tmp_path):
     damaged = [content[:n] for n in range(len(content))]
     # But for the checksum at the very end, which covers no pixel.
     damaged += [
-        content[:i] + bytes([content[i] ^ 0x5A]) + content[i + 1 :] for i in range(len(content) - 4)
+        content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :] for i in range(len(content) - 4)
     ]
     path = tmp_path / "a.png"
     message = r"a\.png' (is not a readable image|has \d+ x \d+ pixels by its header)"

@@ -59,8 +59,7 @@ def register_panoptic(  # noqa: PLR0913  one argument per part of a data set
         panoptic_json: the JSON of the annotations.
         categories: as in the JSON (id, name, isthing, optionally color); None: read from it now.
         instances_json: the things in COCO's instance format; only needed to evaluate AP.
-        sem_seg_root: folder of the label PNGs that the annotations name (``sem_seg_file_name``);
-            None: mIoU is measured against the panoptic PNGs.
+        sem_seg_root: folder of the JSON's ``sem_seg_file_name``; None: mIoU by the panoptic PNGs.
         things_first: how classes are numbered (see the module).
         image_file: from the JSON's name of an image to its path below ``image_root``.
         prepare: called before the annotations are loaded, to create the files.

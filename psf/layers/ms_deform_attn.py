@@ -252,8 +252,11 @@ def _no_kernel_reason(device: str) -> str:
 def _autocast(value: Tensor) -> Tensor:
     """In the autocast type, if autocast is on for its device; float64 stays."""
     device = value.device.type
-    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if enabled and value.dtype != torch.float64:
+    if value.dtype == torch.float64 or device == "meta":
+        return value
+    # Compilers of torch 2.10 cannot trace the first, and have no devices without autocast.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    if available and torch.is_autocast_enabled(device):
         value = value.to(torch.get_autocast_dtype(device))
     return value
 
@@ -275,9 +278,10 @@ def _call(op: Any, value: Tensor, spatial_shapes: SpatialShapes, *rest: Tensor) 
     sizes = _flatten(spatial_shapes)
     if torch.compiler.is_compiling():
         return op(value, sizes, *rest)  # the fake kernel checks the inputs
-    if forward_ad._current_level >= 0 and any(map(_has_tangent, (value, *rest))):
-        # PyTorch would leave the tangent out without a word.
-        raise RuntimeError("ms_deform_attn: forward-mode derivatives are not implemented")
+    if forward_ad._current_level >= 0:
+        for tensor in (value, *rest):
+            if forward_ad.unpack_dual(tensor).tangent is not None:  # which PyTorch would ignore
+                raise RuntimeError("ms_deform_attn: forward-mode derivatives are not implemented")
     try:
         return op(value, sizes, *rest)
     except RuntimeError as error:
@@ -285,10 +289,6 @@ def _call(op: Any, value: Tensor, spatial_shapes: SpatialShapes, *rest: Tensor) 
     # Checked here only now, since it takes as long as the operator on small inputs.
     _check_inputs(value, sizes, *rest)
     raise refusal
-
-
-def _has_tangent(tensor: Tensor) -> bool:
-    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _check_inputs(value: Tensor, sizes: Sequence[int], *rest: Tensor) -> None:

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from psf.modeling.encoder import Shape
 
-# Attention logits (heads x queries x positions) that exist at a time: 32 MiB in float32.
-CHUNK_SIZE = 1 << 23
+# Attention logits (heads x queries x positions) that exist at a time: 16 MiB in float32.
+CHUNK_SIZE = 1 << 22
 
 # From so many logits on, training computes them again in the backward pass: 1 MiB in float32.
 MOST_STORED = 1 << 18
