@@ -31,9 +31,9 @@ def read_panoptic_ids(path: str) -> NDArray[np.uint32]:
         ValueError: the file is not a readable PNG with 8 bits per channel, or is too large.
     """
     content = read_bytes(path)
-    if content[12:16] != b"IHDR" or not content.startswith(_SIGNATURE) or len(content) < 33:
+    if not content.startswith(_SIGNATURE) or content[12:16] != b"IHDR" or not _is_whole(content):
         raise ValueError(
-            f"'{path}' is not a readable image: it is no PNG, or a damaged one. Copy it again; "
+            f"'{path}' is not a readable image: it is no PNG, or a truncated one. Copy it again; "
             "other formats, such as JPEG, do not keep segment ids exactly."
         )
     width, height, bits = struct.unpack(">IIB", content[16:25])
@@ -49,6 +49,17 @@ def read_panoptic_ids(path: str) -> NDArray[np.uint32]:
     ids = cv2.cvtColor(rgb, cv2.COLOR_RGB2RGBA).view(np.dtype("<u4"))[:, :, 0]
     ids &= np.uint32(MAX_ID)  # alpha is 255
     return ids
+
+
+def _is_whole(content: bytes) -> bool:
+    """Whether all chunks of a PNG are there; OpenCV allocates the size that they declare."""
+    start = len(_SIGNATURE)
+    while start + 12 <= len(content):
+        (length,) = struct.unpack_from(">I", content, start)
+        start += 12 + length  # with length, type and checksum
+        if content[start - 8 - length : start - 4 - length] == b"IEND":
+            return start <= len(content)
+    return False
 
 
 def unknown_ids(path: str, unknown: Iterable[int], known: Iterable[int]) -> str:

@@ -1,6 +1,8 @@
 """Panoptic PNGs of every kind are read as Pillow reads them, and damaged ones are refused."""
 
 import io
+import resource
+import struct
 
 import cv2
 import numpy as np
@@ -95,6 +97,19 @@ def test_16_bits_per_channel_are_refused(tmp_path):
     Image.fromarray(np.full((2, 3), 26001, dtype=np.uint16)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"a\.png' has 16 bits per channel.*Convert label maps"):
         read_panoptic_ids(str(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("kind", [b"IDAT", b"PLTE", b"tEXt", b"acTL"])
+def test_a_chunk_that_declares_gigabytes_takes_no_memory(tmp_path, kind):
+    """OpenCV allocates the length before it reads."""
+    path = tmp_path / "a.png"
+    Image.new("RGB", (3, 2)).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:33] + struct.pack(">I", 2**31 - 1) + kind + whole[41:])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"a\.png' is not a readable image"):
+        read_panoptic_ids(str(path))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "bmp", "tif", "gif", "webp"])

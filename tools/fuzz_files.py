@@ -16,6 +16,7 @@ import logging
 import os
 import pickle
 import random
+import resource
 import sys
 import tempfile
 import time
@@ -45,6 +46,9 @@ from psf.panoptic_png import read_panoptic_ids, write_panoptic_ids
 from psf.weights import Checkpointer
 
 SIZE = (24, 32)  # height and width of the images
+MOST_SECONDS, MOST_MEMORY = 30, 500_000_000  # of one file
+# So that a fault ends this process, and not others for want of memory.
+ADDRESS_SPACE = 8 << 30
 # Values that a key of a JSON is given instead of its own.
 WRONG_VALUES = (
     *(None, True, False, 0, 1, -1, 3, 255, 1 << 24, 1 << 31, 1 << 63, 10**30),
@@ -78,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     logging.disable()
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     counts: Counter[str] = Counter()
     faults = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, target in targets.items():
                 rng = random.Random(f"{args.seed} {name} {round_number}")
                 try:
-                    counts[f"{name}: {target(rng)}"] += 1
+                    counts[f"{name}: {watch(lambda: target(rng))}"] += 1  # noqa: B023
                 except Fault as fault:
                     faults += 1
                     print(f"seed {args.seed}, {name}, round {round_number}: {fault}\n")
@@ -96,6 +101,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{count:8d} {name}")
     print(f"{counts.total() + faults} damaged files, {faults} faults")
     return 1 if faults else 0
+
+
+def watch(call: Callable[[], str]) -> str:
+    """Call something that must end soon and with little memory."""
+    start, before = time.monotonic(), peak_memory()
+    ended = call()
+    seconds, taken = time.monotonic() - start, peak_memory() - before
+    if seconds > MOST_SECONDS or taken > MOST_MEMORY:
+        raise Fault(f"{ended} after {seconds:.0f} s, with {taken / 1e6:.0f} MB more at its peak")
+    return ended
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def make_targets(folder: Path) -> dict[str, Callable[[random.Random], str]]:
@@ -116,10 +136,12 @@ def expect(read: Callable[[], Any], path: Path) -> str:
     try:
         read()
     except (OSError, ValueError) as error:
-        if "\n" in str(error).strip() or path.name not in str(error):
+        if len(str(error).splitlines()) != 1 or path.name not in str(error):
             raise Fault(
                 f"an error of {path.name} does not name it in one line: {error!r}"
             ) from error
+        if isinstance(error.__cause__, MemoryError):
+            raise Fault(f"asks for more than {ADDRESS_SPACE} bytes: {error}") from error
         return "refused"
     except BaseException as error:  # what is looked for: any other error of any kind
         if isinstance(error, KeyboardInterrupt | SystemExit):
