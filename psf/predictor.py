@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from psf.data import build_augmentations
 from psf.images import require_channel_order
 from psf.inference import fast_preset, optimize_for_inference
+from psf.modeling.build import model_dataset
 from psf.weights import Checkpointer
 
 
@@ -28,7 +29,7 @@ class Predictor(DefaultPredictor):
     def __init__(self, cfg: CfgNode, *, fast: bool = False, batch_size: int = 1) -> None:
         """
         Args:
-            cfg: with ``MODEL.WEIGHTS``, and in ``DATASETS.TEST`` the data set with the classes.
+            cfg: with ``MODEL.WEIGHTS``, and the data sets with the classes.
             fast: use bfloat16, two mask-decoder layers and compilation, whatever ``cfg`` says.
             batch_size: number of images of a list that are predicted together.
 
@@ -45,7 +46,7 @@ class Predictor(DefaultPredictor):
         Checkpointer(model).load(cfg.MODEL.WEIGHTS)
         self.model = optimize_for_inference(model)
         self.batch_size = batch_size
-        self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
+        self.metadata = MetadataCatalog.get(model_dataset(cfg))
         (self.aug,) = build_augmentations(cfg, is_train=False)
         self.input_format = cfg.INPUT.FORMAT
 

@@ -32,9 +32,10 @@ from psf.evaluation import build_evaluators
 from psf.evaluation.charts import write_curves
 from psf.evaluation.ground_truth import PanopticSegmentation, load_ground_truth
 from psf.evaluation.pictures import Sample, write_contact_sheet
+from psf.evaluation.renumbering import Renumbering
 from psf.finetuning import ClassCheckpointer
 from psf.layers.host_memory import keep_freed_memory
-from psf.modeling.build import TRANSFORMER_LAYERS
+from psf.modeling.build import TRANSFORMER_LAYERS, model_dataset
 from psf.solver import (
     build_optimizer,
     check_reference_world_size,
@@ -291,6 +292,7 @@ class Trainer(DefaultTrainer):
             output_dir=str(Path(cfg.OUTPUT_DIR) / "inference" / dataset_name),
             boundary_pq=test.BOUNDARY_PQ,
             save_predictions=test.SAVE_PREDICTIONS,
+            model_dataset=model_dataset(cfg),
         )
 
 
@@ -335,6 +337,7 @@ def _predict_samples(
 ) -> list[Sample]:
     """Predict images that are evenly spaced over a data set; the model keeps its mode."""
     chosen = dicts[:: max(1, len(dicts) // num_images)][:num_images]
+    renumbering = Renumbering.between(model_dataset(cfg), cfg.DATASETS.TEST[0])
     mapper = PanopticDatasetMapper(cfg, False)
     was_training = model.training
     model.eval()
@@ -342,7 +345,9 @@ def _predict_samples(
         Sample(
             dataset_dict=record,
             ground_truth=load_ground_truth(record),
-            prediction=PanopticSegmentation(*model([mapper(record)])[0]["panoptic_seg"]),
+            prediction=PanopticSegmentation(
+                *renumbering(model([mapper(record)])[0])["panoptic_seg"]
+            ),
         )
         for record in chosen
     ]

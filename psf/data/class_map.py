@@ -4,7 +4,14 @@ The model numbers classes 0..K-1 (things) and K..K+T-1 (stuff). Detectron2's met
 number them in any order (ADE20K and Cityscapes interleave things and stuff).
 """
 
+import logging
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+from .annotations import normal_name
+
+logger = logging.getLogger(__name__)
 
 
 class ClassMap(NamedTuple):
@@ -68,3 +75,101 @@ class ClassNames(NamedTuple):
             return None
         ids = (class_map.thing_ids, class_map.stuff_ids)
         return cls(*([n[i] for i in kind] for n, kind in zip(names, ids, strict=True)))
+
+
+def model_classes(metadata: Any, reference: Any) -> ClassMap:
+    """
+    The contiguous ids of a data set, in the order of the classes of the model's data set.
+
+    Classes are matched by name, things and stuff on their own. Where classes of one kind share a
+    name, the data set's ids decide.
+
+    Args:
+        metadata: of the data set.
+        reference: of the data set that numbers the model's classes.
+
+    Raises:
+        ValueError: the two have different classes, or differ and have no names.
+    """
+    own, wanted = ClassMap.from_metadata(metadata), ClassMap.from_metadata(reference)
+    theirs, ours = _distinct_names(metadata), _distinct_names(reference)
+    if theirs is None or ours is None:
+        if own != wanted:
+            raise ValueError(
+                f"The classes of '{metadata.name}' and '{reference.name}' differ, and cannot be "
+                "matched without names. Set thing_classes and stuff_classes in their metadata."
+            )
+        return own
+    of = {"theirs_of": f"data set '{metadata.name}'", "ours_of": f"'{reference.name}'"}
+    positions = align_names(theirs, ours, **of)
+    return ClassMap(
+        *(tuple(ids[i] for i in order) for ids, order in zip(own, positions, strict=True))
+    )
+
+
+def _distinct_names(metadata: Any) -> ClassNames | None:
+    """The class names of a data set; names that repeat have the data set's id added."""
+    names = ClassNames.from_metadata(metadata)
+    if names is None:
+        return None
+    class_map = ClassMap.from_metadata(metadata)
+    distinct = []
+    for kind, contiguous_ids, key in zip(names, class_map, ("thing", "stuff"), strict=True):
+        dataset_ids = metadata.get(f"{key}_dataset_id_to_contiguous_id")
+        ids = {contiguous: dataset_id for dataset_id, contiguous in dataset_ids.items()}
+        count = Counter(map(normal_name, kind))
+        distinct.append(
+            [
+                name if count[normal_name(name)] == 1 else f"{name} (id {ids[i]})"
+                for name, i in zip(kind, contiguous_ids, strict=True)
+            ]
+        )
+    return ClassNames(*distinct)
+
+
+def align_names(
+    theirs: ClassNames, ours: ClassNames, *, theirs_of: str, ours_of: str
+) -> tuple[list[int], list[int]]:
+    """
+    Find the same classes in another order, and log a line if it is another one.
+
+    Args:
+        theirs: to search.
+        ours: to find.
+        theirs_of: for the messages, such as "data set 'x'".
+        ours_of: likewise.
+
+    Returns:
+        The positions in ``theirs`` of our things and of our stuff.
+
+    Raises:
+        ValueError: not all classes of one are classes of the other.
+    """
+    problems, orders = [], []
+    for kind, found, wanted in zip(("thing", "stuff"), theirs, ours, strict=True):
+        names, wanted_names = ([normal_name(n) for n in part] for part in (found, wanted))
+        problems += _differences(kind, names, wanted_names)
+        orders.append([names.index(n) for n in wanted_names if n in names])
+    if problems:
+        raise ValueError(
+            f"The classes of {theirs_of} are not those of {ours_of}: {'; '.join(problems)}. Use "
+            "data sets and weights with the same classes, in any order."
+        )
+    if any(order != sorted(order) for order in orders):
+        logger.info(
+            "The classes of %s stand in another order than those of %s; matched by name.",
+            *(theirs_of, ours_of),
+        )
+    return orders[0], orders[1]
+
+
+def _differences(kind: str, theirs: Sequence[str], ours: Sequence[str]) -> list[str]:
+    missing = [name for name in ours if name not in theirs]
+    more = [name for name in theirs if name not in ours]
+    repeated = [n for n, count in Counter(theirs).items() if count > 1 and theirs != ours]
+    parts = (("missing", missing), ("only there", more), ("repeated", repeated))
+    return [f"{kind} classes {what}: {_shorten(names)}" for what, names in parts if names]
+
+
+def _shorten(names: Sequence[str], most: int = 10) -> str:
+    return ", ".join(names[:most]) + (" ..." if len(names) > most else "")

@@ -64,6 +64,11 @@ def register_panoptic(  # noqa: PLR0913  one argument per part of a data set
         image_file: from the JSON's name of an image to its path below ``image_root``.
         prepare: called before the annotations are loaded, to create the files.
     """
+    if not name or set(name) & set("/\\\0") or name in (".", ".."):
+        raise ValueError(
+            f"'{name}' cannot be the name of a data set: its results are written to a folder of "
+            "that name. Use letters, digits, '_' and '-'."
+        )
     if name in DatasetCatalog.list():
         raise ValueError(
             f"A data set '{name}' is registered already. Choose another name or remove it first "
@@ -84,7 +89,8 @@ def register_panoptic(  # noqa: PLR0913  one argument per part of a data set
     def load() -> list[dict[str, Any]]:
         if prepare is not None:
             prepare()
-        return load_coco_panoptic(**files, categories=categories, things_first=things_first)
+        records = load_coco_panoptic(**files, categories=categories, things_first=things_first)
+        return [{**record, "dataset_name": name} for record in records]
 
     DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(

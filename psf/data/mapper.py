@@ -3,7 +3,7 @@
 Shapes: H x W the image file, h x w the augmented image, G ground-truth segments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -22,7 +22,7 @@ from psf.images import read_image
 from psf.panoptic_png import read_panoptic_ids, unknown_ids
 
 from .augmentation import build_augmentations, distort_colors
-from .class_map import ClassMap
+from .class_map import ClassMap, model_classes
 from .coco_panoptic import register_listed
 from .index_masks import IndexMasks, TargetInstances, tight_boxes
 from .resampling import augment, transform_index_map
@@ -60,6 +60,7 @@ class PanopticDatasetMapper:
         image_format: str,
         class_map: ClassMap | None,
         color_augmentation: bool = False,
+        class_maps: Mapping[str, ClassMap] | None = None,
     ) -> None:
         """
         Args:
@@ -67,19 +68,24 @@ class PanopticDatasetMapper:
             image_format: "RGB" or "BGR", the channels of the result.
             class_map: the model's classes; None for inference, which makes no ``instances``.
             color_augmentation: distort the colours as SSD, after the geometry.
+            class_maps: the model's classes by ``dataset_name`` of a record; None: ``class_map``
+                holds for all.
         """
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
         self.class_map = class_map
         self.color_augmentation = color_augmentation
+        self.class_maps = class_maps
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         register_listed(cfg.DATASETS.REGISTER)
+        class_maps = _class_maps(cfg.DATASETS.TRAIN) if is_train else {}
         return {
             "augmentations": build_augmentations(cfg, is_train),
             "image_format": cfg.INPUT.FORMAT,
-            "class_map": _common_class_map(cfg.DATASETS.TRAIN) if is_train else None,
+            "class_map": class_maps[cfg.DATASETS.TRAIN[0]] if is_train else None,
+            "class_maps": class_maps if len(set(class_maps.values())) > 1 else None,
             "color_augmentation": is_train and cfg.INPUT.COLOR_AUG_SSD,
         }
 
@@ -104,7 +110,7 @@ class PanopticDatasetMapper:
         _split_channels(pixels, planes[:3])
         result["image"] = memory[:3]
         if self.class_map is not None:
-            targets = _read_targets(result, image.shape[:2], self.class_map)
+            targets = _read_targets(result, image.shape[:2], self._class_map_of(result))
             index_map = transform_index_map(targets.index_map, transforms)
             if index_map.dtype == np.uint8:
                 planes[3] = index_map
@@ -114,19 +120,29 @@ class PanopticDatasetMapper:
             result["instances"] = _to_instances(indices, targets.classes)
         return result
 
+    def _class_map_of(self, record: dict[str, Any]) -> ClassMap:
+        if self.class_maps is None:
+            assert self.class_map is not None
+            return self.class_map
+        name = record.get("dataset_name", "")
+        if name not in self.class_maps:
+            raise ValueError(
+                f"'{record['file_name']}': the data sets of DATASETS.TRAIN number their classes "
+                "differently, and this record does not say which one it is of ('dataset_name'). "
+                "Register them with psf.data.register_panoptic or DATASETS.REGISTER."
+            )
+        return self.class_maps[name]
 
-def _common_class_map(names: Sequence[str]) -> ClassMap:
-    """The classes of the data sets, which must be equal."""
+
+def _class_maps(names: Sequence[str]) -> dict[str, ClassMap]:
+    """The classes of the data sets, which must have the same, in the order of the first's."""
     if not names:
         raise ValueError("DATASETS.TRAIN is empty. Name at least one registered data set.")
-    first, *others = [ClassMap.from_metadata(MetadataCatalog.get(name)) for name in names]
-    for name, other in zip(names[1:], others, strict=True):
-        if other != first:
-            raise ValueError(
-                f"DATASETS.TRAIN: the classes of '{names[0]}' and '{name}' differ. Train on data "
-                "sets with the same classes only."
-            )
-    return first
+    first, *others = [MetadataCatalog.get(name) for name in names]
+    return {
+        first.name: ClassMap.from_metadata(first),
+        **{other.name: model_classes(other, first) for other in others},
+    }
 
 
 def _read_targets(

@@ -4,6 +4,7 @@ from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
 from .instance import InstanceEvaluator
 from .panoptic import PanopticEvaluator
+from .renumbering import Renumbering, RenumberingEvaluator
 from .semantic import SemanticEvaluator
 
 
@@ -16,6 +17,7 @@ def build_evaluators(
     output_dir: str | None,
     boundary_pq: bool = False,
     save_predictions: bool = False,
+    model_dataset: str | None = None,
 ) -> DatasetEvaluator:
     """
     Build an evaluator for each output that is on.
@@ -28,9 +30,11 @@ def build_evaluators(
         output_dir: folder for tables and predictions; None: not written.
         boundary_pq: with ``panoptic``, also measure Boundary PQ.
         save_predictions: with ``panoptic``, write the predictions in the format of COCO's server.
+        model_dataset: the data set that numbers the model's classes; None: this one.
 
     Raises:
-        ValueError: no output is on, or the data set lacks what an evaluator needs.
+        ValueError: no output is on, or the data set lacks what an evaluator needs, or has other
+            classes than the model.
     """
     evaluators: list[DatasetEvaluator] = []
     if panoptic:
@@ -48,4 +52,8 @@ def build_evaluators(
             f"Nothing to evaluate on '{dataset_name}': switch on at least one of "
             "MODEL.PSF.TEST.PANOPTIC_ON, INSTANCE_ON and SEMANTIC_ON."
         )
-    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+    evaluator = evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+    renumbering = Renumbering.between(model_dataset or dataset_name, dataset_name)
+    if renumbering.model == renumbering.data:
+        return evaluator
+    return RenumberingEvaluator(evaluator, renumbering)

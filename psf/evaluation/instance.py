@@ -7,6 +7,9 @@ from detectron2.data import Metadata, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Instances
 
+from psf.data.annotations import normal_name
+from psf.data.class_map import ClassNames
+
 from .outputs import require_output
 
 
@@ -27,7 +30,7 @@ class InstanceEvaluator(COCOEvaluator):
             output_dir: folder for the predictions; None: not written.
 
         Raises:
-            ValueError: there is no instances JSON, or it lacks some thing classes.
+            ValueError: there is no instances JSON, or its thing classes are others.
         """
         metadata = MetadataCatalog.get(dataset_name)
         if metadata.get("json_file") is None:
@@ -46,6 +49,15 @@ class InstanceEvaluator(COCOEvaluator):
                 f"'{metadata.json_file}' lacks the thing categories with ids {missing} of "
                 f"'{dataset_name}'. Panoptic and instances JSON must be of the same data set."
             )
+        names = ClassNames.from_metadata(metadata)
+        by_contiguous_id = sorted(things, key=things.__getitem__)
+        for dataset_id, name in zip(by_contiguous_id, names.things if names else (), strict=False):
+            other = categories[rank[dataset_id]]["name"]
+            if normal_name(other) != normal_name(name):
+                raise ValueError(
+                    f"'{metadata.json_file}': category {dataset_id} is '{other}', but '{name}' in "
+                    f"'{dataset_name}'. Panoptic and instances JSON must be of the same data set."
+                )
         self._rank = {contiguous: rank[dataset_id] for dataset_id, contiguous in things.items()}
         self._metadata = Metadata(
             name=dataset_name,

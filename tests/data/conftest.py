@@ -37,6 +37,7 @@ def cfg(tmp_path):
             panoptic_json=str(tmp_path / "panoptic.json"),
             categories=CATEGORIES if name == "test_mapper" else CATEGORIES[1:],
         )
+        MetadataCatalog.get(name).categories = CATEGORIES
     cfg = get_cfg()
     add_psf_config(cfg)
     cfg.DATASETS.TRAIN = ("test_mapper",)

@@ -1,8 +1,10 @@
 from types import SimpleNamespace
 
 import pytest
+from detectron2.data import Metadata
 
-from psf.data.class_map import ClassMap
+from psf.data import panoptic_metadata
+from psf.data.class_map import ClassMap, ClassNames, align_names, model_classes
 
 # Cityscapes-like: things and stuff interleave in the contiguous ids.
 INTERLEAVED = SimpleNamespace(
@@ -57,3 +59,57 @@ def test_things_and_stuff_may_share_contiguous_ids():
 def test_an_unregistered_data_set_is_named():
     with pytest.raises(ValueError, match="'nowhere' has no 'thing_dataset_id_to_contiguous_id'"):
         ClassMap.from_metadata(SimpleNamespace(name="nowhere"))
+
+
+def data_set(name, *classes, things_first=True):
+    """Metadata of classes (id, name, isthing)."""
+    categories = [dict(zip(("id", "name", "isthing"), c, strict=True)) for c in classes]
+    return Metadata(name=name, **panoptic_metadata(categories, things_first=things_first))
+
+
+REFERENCE = data_set("reference", (1, "cat", 1), (2, "dog", 1), (3, "sky", 0), (4, "sea", 0))
+
+
+@pytest.mark.parametrize("things_first", [True, False])
+def test_the_same_classes_in_another_order(things_first, caplog):
+    """Matched by name, whatever the ids, the case and the numbering."""
+    caplog.set_level("INFO", logger="psf")
+    classes = ((7, "sea", 0), (1, "Dog", 1), (3, "sky ", 0), (2, "cat", 1))
+    other = data_set("other", *classes, things_first=things_first)
+    expected = ClassMap((1, 0), (3, 2)) if things_first else ClassMap((3, 1), (2, 0))
+    assert model_classes(other, REFERENCE) == expected
+    assert "'other' stand in another order than those of 'reference'" in caplog.text
+    assert model_classes(REFERENCE, REFERENCE) == ClassMap((0, 1), (2, 3))
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ([(1, "cat", 1), (2, "cow", 1), (3, "sky", 0), (4, "sea", 0)],
+         "thing classes missing: dog; thing classes only there: cow"),
+        ([(1, "cat", 1), (2, "dog", 1), (3, "sky", 0)], "stuff classes missing: sea"),
+        ([(1, "cat", 1), (2, "dog", 0), (3, "sky", 0), (4, "sea", 0)],
+         "thing classes missing: dog; stuff classes only there: dog"),
+    ],
+)  # fmt: skip
+def test_other_classes_are_refused(classes, message):
+    with pytest.raises(ValueError, match=f"data set 'other' are not those of 'ref.*{message}"):
+        model_classes(data_set("other", *classes), REFERENCE)
+
+
+def named(things, names):
+    maps = {"thing_dataset_id_to_contiguous_id": things, "stuff_dataset_id_to_contiguous_id": {}}
+    return Metadata(name="m", **maps, **(names and {"thing_classes": names, "stuff_classes": []}))
+
+
+def test_ids_decide_where_classes_share_a_name_and_positions_where_there_are_none():
+    twins = [named(ids, ["ring", "ring"]) for ids in ({1: 0, 2: 1}, {2: 0, 1: 1})]
+    assert model_classes(twins[1], twins[0]).thing_ids == (1, 0)
+    nameless = [named(ids, {}) for ids in ({1: 0}, {1: 0}, {1: 0, 2: 1})]
+    assert model_classes(nameless[1], nameless[0]).thing_ids == (0,)
+    with pytest.raises(ValueError, match="cannot be matched without names"):
+        model_classes(nameless[2], nameless[0])
+    with pytest.raises(ValueError, match="repeated: a"):
+        align_names(
+            ClassNames(["a", "b", "a"], []), ClassNames(["b", "a"], []), theirs_of="x", ours_of="y"
+        )

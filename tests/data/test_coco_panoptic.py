@@ -167,7 +167,7 @@ def test_registration(files, name, categories):
     assert (metadata.ignore_label, metadata.label_divisor) == (255, 1000)
     assert (metadata.panoptic_json, metadata.panoptic_root) == (panoptic_json, panoptic_root)
     assert not calls
-    assert DatasetCatalog.get(name) == files.load()
+    assert DatasetCatalog.get(name) == [{**r, "dataset_name": name} for r in files.load()]
     assert calls == [1]
 
 

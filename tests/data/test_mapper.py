@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.structures import BitMasks
@@ -17,6 +18,7 @@ from psf.data import (
     PanopticDatasetMapper,
     build_augmentations,
     load_coco_panoptic,
+    panoptic_metadata,
 )
 from psf.data.index_masks import TargetInstances
 from psf.panoptic_png import read_panoptic_ids
@@ -238,12 +240,28 @@ def test_channel_order(cfg, tmp_path, image_format):
 
 def test_data_sets_of_different_classes_cannot_be_mixed(cfg):
     cfg.DATASETS.TRAIN = ("test_mapper", "test_mapper_other")
-    message = "DATASETS.TRAIN: the classes of 'test_mapper' and 'test_mapper_other' differ"
+    message = "classes of data set 'test_mapper_other' are not those of 'test_mapper': stuff .*sky"
     with pytest.raises(ValueError, match=message):
         PanopticDatasetMapper(cfg, is_train=True)
     cfg.DATASETS.TRAIN = ()
     with pytest.raises(ValueError, match=r"DATASETS\.TRAIN is empty"):
         PanopticDatasetMapper(cfg, is_train=True)
+
+
+def test_data_sets_with_their_classes_in_another_order(cfg, tmp_path):
+    """A grass is the same class of the model in both; a record must say where it is from."""
+    other = MetadataCatalog.get("test_mapper_other")
+    other.__dict__.update(panoptic_metadata(other.categories[::-1]))
+    cfg.DATASETS.TRAIN = ("test_mapper", "test_mapper_other")
+    mapper = PanopticDatasetMapper(cfg, is_train=True)
+    mapper.augmentations = T.AugmentationList([])
+    record = write(tmp_path, np.full((3, 5), 7))
+    for name, contiguous_id in (("test_mapper", 3), ("test_mapper_other", 2)):
+        infos = [{"id": 7, "category_id": contiguous_id, "isthing": False, "iscrowd": 0}]
+        result = mapper({**record, "segments_info": infos, "dataset_name": name})
+        assert result["instances"].gt_classes.tolist() == [3]
+    with pytest.raises(ValueError, match="does not say which one it is of"):
+        mapper({**record, "segments_info": infos})
 
 
 # ------------------------------------------------------------------------------------ bad input

@@ -1,6 +1,7 @@
 """Instance AP with thing ids that are neither contiguous nor in the data set's order."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +66,15 @@ def test_instances_json_without_a_thing_class(make_dataset):
     name = make_dataset([LAYOUT], instances=True)
     MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id[99] = 4
     with pytest.raises(ValueError, match=r"instances\.json' lacks .* \[99\]"):
+        InstanceEvaluator(name)
+
+
+def test_instances_json_of_other_names(make_dataset):
+    """Ids that mean other classes, as after a renumbering of one of the files."""
+    name = make_dataset([LAYOUT], instances=True)
+    path = Path(MetadataCatalog.get(name).json_file)
+    path.write_text(path.read_text().replace('"cat"', '"cow"'))
+    with pytest.raises(ValueError, match=r"instances\.json': category 3 is 'cow', but 'cat' in"):
         InstanceEvaluator(name)
 
 

@@ -14,11 +14,13 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOPanopticEvaluator, DatasetEvaluators
+from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from panopticapi.evaluation import pq_compute
 from PIL import Image
 from tiny_panoptic import ANT, CAT, CATEGORIES, GRASS, SKY, Layout, panoptic_output
 
+from psf.data import panoptic_metadata
 from psf.evaluation import InstanceEvaluator, PanopticEvaluator, build_evaluators
 
 # Two rows of grass over two rows of cat.
@@ -226,6 +228,37 @@ def test_build_evaluators(make_dataset, tmp_path):
     assert isinstance(build(panoptic=True, instances=True, sem_seg=True), DatasetEvaluators)
     with pytest.raises(ValueError, match="Nothing to evaluate"):
         build()
+
+
+def test_a_data_set_that_numbers_the_models_classes_differently(make_dataset, tmp_path):
+    """All outputs are renumbered by the names of the classes."""
+    name, model_dataset = make_dataset([HALVES], instances=True), f"{tmp_path}_model"
+    MetadataCatalog.get(model_dataset).set(**panoptic_metadata(CATEGORIES[::-1]))
+    _ant, cat, _sky, grass = range(4)
+    ids = torch.tensor(HALVES[0])
+    cats = Instances((4, 4), pred_masks=(ids == 300)[None], scores=torch.ones(1))
+    cats.pred_boxes, cats.pred_classes = Boxes(torch.tensor([[0, 2, 4, 4]])), torch.tensor([cat])
+    infos = [(1, grass, False), (300, cat, True)]
+    keys = ("id", "category_id", "isthing")
+    output = {
+        "panoptic_seg": (ids, [dict(zip(keys, info, strict=True)) for info in infos]),
+        "instances": cats,
+        "sem_seg": torch.stack([ids < 0, ids == 300, ids < 0, ids == 1]).float(),
+    }
+    switches = dict.fromkeys(("panoptic", "instances", "sem_seg"), True)
+    evaluator = build_evaluators(
+        name, **switches, output_dir=str(tmp_path), model_dataset=model_dataset
+    )
+    evaluator.reset()
+    evaluator.process(DatasetCatalog.get(name), [output])
+    results = evaluator.evaluate()
+    assert results["panoptic_seg"]["PQ"] == results["sem_seg"]["mIoU"] == 100
+    assert results["segm"]["AP-cat"] == pytest.approx(100)
+    assert output["instances"].pred_classes.tolist() == [cat]
+    del MetadataCatalog.get(model_dataset).thing_classes
+    with pytest.raises(ValueError, match="cannot be matched without names"):
+        build_evaluators(name, **switches, output_dir=None, model_dataset=model_dataset)
+    MetadataCatalog.remove(model_dataset)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 7])
