@@ -34,12 +34,10 @@ class Predictor(DefaultPredictor):
             batch_size: number of images of a list that are predicted together.
 
         Raises:
-            ValueError: ``batch_size``, ``DATASETS.TEST`` or ``INPUT.FORMAT`` cannot be used.
+            ValueError: ``batch_size`` or a key of the config cannot be used.
         """
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
-        if not cfg.DATASETS.TEST:
-            raise ValueError("DATASETS.TEST is empty. Name the data set with the model's classes.")
         require_channel_order(cfg.INPUT.FORMAT)
         self.cfg = fast_preset(cfg) if fast else cfg.clone()
         model = build_model(self.cfg).eval()

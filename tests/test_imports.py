@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent / "psf"
 SHELL = {
     "config": set(),
     "data": {"images", "panoptic_png"},
-    "evaluation": {"images", "panoptic_png"},
+    "evaluation": {"data", "images", "panoptic_png"},
     "finetuning": {"data", "weights"},
     "inference": {"modeling.panoptic_segformer"},
     "modeling.backbone": set(),
@@ -19,7 +19,7 @@ SHELL = {
     "modeling.panoptic_segformer": {"data", "modeling.build"},
     "images": set(),
     "panoptic_png": {"images"},
-    "predictor": {"data", "images", "inference", "weights"},
+    "predictor": {"data", "images", "inference", "modeling.build", "weights"},
     "solver": set(),
     "trainer": {"data", "evaluation", "finetuning", "modeling.build", "solver"},
     "weights": set(),

@@ -236,7 +236,7 @@ class TestPredictor:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["DATASETS.TEST", ()], r"DATASETS\.TEST is empty"),
+            (["DATASETS.TRAIN", (), "DATASETS.TEST", ()], r"DATASETS\.TEST are empty"),
             (["INPUT.FORMAT", "L"], r"INPUT\.FORMAT must be 'RGB' or 'BGR', not 'L'"),
             (["INPUT.MAX_SIZE_TEST", 0], r"INPUT\.MAX_SIZE_TEST is 0, but must be positive"),
         ],
