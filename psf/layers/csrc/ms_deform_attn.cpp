@@ -2,7 +2,7 @@
 // its own file; autograd, autocast and the fake kernels are Python (ms_deform_attn.py).
 //
 // All of it is written against LibTorch's stable ABI, so that one binary serves every torch since 2.10.
-#include "old_glibc.h"
+#include "old_libraries.h"
 
 #include <torch/csrc/stable/library.h>
 

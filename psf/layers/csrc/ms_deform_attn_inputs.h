@@ -4,7 +4,7 @@
 #pragma once
 
 #include "ms_deform_attn.h"
-#include "old_glibc.h"
+#include "old_libraries.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
