@@ -112,6 +112,54 @@ def test_damaged_predictions(saved, tmp_path, spoil, message):
         )
 
 
+def write_json(key, value):
+    def spoil(root):
+        content = json.loads((root / "panoptic.json").read_text())
+        content[key] = value
+        (root / "panoptic.json").write_text(json.dumps(content))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: (root / "panoptic.json").write_text(""), "not valid JSON"),
+        (lambda root: (root / "panoptic.json").write_text("null"), "JSON: is None instead of an"),
+        (write_json("annotations", None), "annotations is None instead of a list"),
+        (write_json("annotations", {}), "annotations is {} instead of a list"),
+        (write_json("categories", []), "categories: there are none"),
+        (write_json("images", []), "annotation of image 100: is not among the images"),
+        (lambda root: (root / "panoptic" / "0.png").unlink(), r"0\.png' does not exist"),
+        (lambda root: (root / "panoptic" / "0.png").write_bytes(b"x"), r"0\.png' is not a"),
+        (lambda root: (root / "images" / "0.jpg").write_bytes(b"x"), r"0\.jpg"),
+        (lambda root: (root / "images" / "0.jpg").unlink(), r"0\.jpg"),
+    ],
+)
+def test_a_broken_ground_truth_is_said_in_one_line(saved, tmp_path, spoil, message):
+    name, predictions, _ = saved
+    spoil(Path(MetadataCatalog.get(name).panoptic_json).parent)
+    options = ["--name", name, "--predictions", str(predictions), "--output", str(tmp_path / "s")]
+    with pytest.raises(SystemExit, match=message) as error:
+        evaluate_predictions.main(options)
+    assert str(error.value).count("\n") == 0
+    assert (tmp_path / "s" / "pq.txt").is_file() == ("jpg" in message)
+
+
+def test_a_test_set_and_a_data_set_of_another_kind(saved, tmp_path, capsys):
+    name, predictions, _ = saved
+    path = Path(MetadataCatalog.get(name).panoptic_json)
+    content = json.loads(path.read_text())
+    del content["annotations"]
+    path.write_text(json.dumps(content))
+    options = ["--predictions", str(predictions), "--output", str(tmp_path / "s")]
+    with pytest.raises(SystemExit, match="has no annotations, as the test sets"):
+        evaluate_predictions.main(["--name", name, *options])
+    with pytest.raises(SystemExit):
+        evaluate_predictions.main(["--name", "coco_2017_val", *options])
+    assert "'coco_2017_val' is no panoptic data set" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not COCO_SAMPLE.is_dir(), reason="needs ../shared/data/coco_sample")
 def test_visualize_data(tmp_path):
     """Registered on the command line, without Python."""

@@ -9,10 +9,10 @@ Both write panoptic.json, panoptic/ and instances.json into the output folder.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 
 from psf.config import user_path
+from psf.data.annotations import read_json
 from psf.data.prepare.convert import convert_instances, convert_labelme
 
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         if args.command == "instances":
-            stuff = json.loads(args.stuff_categories.read_text(encoding="utf-8"))
+            stuff = read_json(args.stuff_categories)
             convert_instances(args.json, args.labels, stuff, args.output)
         else:
             names = [name.strip() for name in args.stuff.split(",") if name.strip()]

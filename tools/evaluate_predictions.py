@@ -9,7 +9,6 @@ Predictions have the format of COCO's server: a JSON file, and PNGs in a folder 
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from tabulate import tabulate
 
 from psf.config import user_path
 from psf.data import panoptic_metadata
+from psf.data.annotations import read_panoptic_json, read_predictions
 from psf.evaluation.charts import write_quality_bars
 from psf.evaluation.ground_truth import PanopticSegmentation
 from psf.evaluation.offline import Scores, score_predictions
@@ -39,13 +39,19 @@ from psf.panoptic_png import read_panoptic_ids
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     try:
-        scores = score_predictions(
-            args.json, args.pngs, args.predictions, args.prediction_pngs, boundary=args.boundary
-        )
+        write_scores(args)
     except KeyError as error:
         raise SystemExit(error.args[0]) from error  # str() would quote it
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
+    print(f"\n{args.output}")
+
+
+def write_scores(args: argparse.Namespace) -> None:
+    """Print and write the tables, then draw the pictures."""
+    scores = score_predictions(
+        args.json, args.pngs, args.predictions, args.prediction_pngs, boundary=args.boundary
+    )
     table = quality_table(scores.rows)
     confused = confusion_table(scores, args.confusions)
     print(f"{table}\n\n{confused}")
@@ -58,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_quality_bars(scores.rows, args.output / "pq.png", title=title)
     if args.images is not None:
         draw_worst(args, scores)
-    print(f"\n{args.output}")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -87,6 +92,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if args.name not in DatasetCatalog.list():
             parser.error(f"--name: there is no data set '{args.name}'")
         metadata = MetadataCatalog.get(args.name)
+        if None in (metadata.get("panoptic_json"), metadata.get("panoptic_root")):
+            parser.error(f"--name: '{args.name}' is no panoptic data set")
         args.json, args.pngs, args.images = (
             Path(metadata.get(key)) for key in ("panoptic_json", "panoptic_root", "image_root")
         )
@@ -110,9 +117,8 @@ def confusion_table(scores: Scores, most: int) -> str:
 
 def draw_worst(args: argparse.Namespace, scores: Scores) -> None:
     """Draw image, ground truth and prediction of the images with the lowest PQ."""
-    truth = json.loads(args.json.read_text(encoding="utf-8"))
-    predicted = json.loads(args.predictions.read_text(encoding="utf-8"))
-    metadata = Metadata(name="scored", **panoptic_metadata(truth["categories"]))
+    truth = read_panoptic_json(args.json)
+    metadata = Metadata(name="scored", **panoptic_metadata(truth.categories))
     known = {
         **metadata.thing_dataset_id_to_contiguous_id,
         **metadata.stuff_dataset_id_to_contiguous_id,
@@ -132,8 +138,8 @@ def draw_worst(args: argparse.Namespace, scores: Scores) -> None:
         ]
         return PanopticSegmentation(ids, infos)
 
-    of_truth = {a["image_id"]: a for a in truth["annotations"]}
-    of_prediction = {a["image_id"]: a for a in predicted["annotations"]}
+    of_truth = {a["image_id"]: a for a in truth.annotations or []}
+    of_prediction = read_predictions(args.predictions, truth.categories)
     worst = [s for s in scores.images if s.pq == s.pq][: args.worst]
     names = [
         s.file_name if args.image_file is None else args.image_file(s.file_name) for s in worst

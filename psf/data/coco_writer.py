@@ -3,6 +3,7 @@
 Shapes: H x W pixels of an image.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -15,11 +16,16 @@ import pycocotools.mask
 import tqdm  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
+from psf.output_paths import below
 from psf.panoptic_png import write_panoptic_ids
 
+from .annotations import read_json
 from .index_masks import tight_boxes
 
 logger = logging.getLogger(__name__)
+
+# Raise with every change of what conversions write: older files are then replaced.
+_VERSION = 1
 
 
 class Segment(NamedTuple):
@@ -49,6 +55,7 @@ class Split(NamedTuple):
     panoptic_json: Path
     instances_json: Path
     categories: Sequence[Mapping[str, Any]]
+    sem_seg_root: Path | None = None  # of the label PNGs that images name
 
 
 class Entries(NamedTuple):
@@ -57,6 +64,19 @@ class Entries(NamedTuple):
     image: dict[str, Any]
     annotation: dict[str, Any]
     instances: list[dict[str, Any]]  # the things, in COCO's instance format
+    covered: int = 0  # segments without a pixel, which are left out
+
+
+def fingerprint(*parts: Any) -> str:
+    """A text that changes with the content of files (Path) and with values that JSON can hold."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, Path):
+            content = part.read_bytes() if part.is_file() else b""  # converting reports it
+        else:
+            content = json.dumps(part, sort_keys=True).encode()
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
 
 
 def convert_split(
@@ -65,10 +85,11 @@ def convert_split(
     convert: Callable[[Path], PanopticImage],
     *,
     num_images: int,
+    inputs: Callable[[Path], Sequence[Any]],
     allow_partial: bool = False,
 ) -> None:
     """
-    Write a split, unless its JSON files exist with as many images.
+    Write a split, unless it is there and was made of the same inputs.
 
     Finished images are noted in a file beside the JSON, ``<JSON>.partial``, one line each, so that
     an interrupted run can go on. The JSON files are written at the end.
@@ -78,48 +99,107 @@ def convert_split(
         sources: a file of each image.
         convert: from the source to the image with its segments.
         num_images: the images that there should be.
+        inputs: the files (Path) and values that ``convert`` takes for a source. Images are
+            converted again if any of them changed.
         allow_partial: accept fewer.
 
     Raises:
-        ValueError: there are not as many images as there should be.
+        ValueError: there are not as many images as there should be, two images have the same
+            files, or the JSON files exist but were not written by this.
     """
     if len(sources) != num_images and not (allow_partial and sources):
         raise ValueError(
             f"{split.name}: found {len(sources)} images instead of {num_images}. Complete the "
             "download, or pass --allow-partial to go on with those that exist."
         )
-    if _is_complete(split, len(sources)):
+    categories = [dict(category) for category in split.categories]
+    marks = {str(source): fingerprint(categories, *inputs(source)) for source in sources}
+    conversion = fingerprint(_VERSION, marks)
+    if _is_complete(split, conversion):
         logger.info("%s: %d images exist.", split.name, len(sources))
         return
     notes = split.panoptic_json.with_name(f"{split.panoptic_json.name}.partial")
-    done = _read_notes(notes)
+    done = _read_notes(notes, split, marks)
     split.panoptic_root.mkdir(parents=True, exist_ok=True)
+    taken: dict[str, Path] = {}
     with open(notes, "a", encoding="utf-8") as file:
         for source in tqdm.tqdm(sources, desc=split.name, unit=" images", disable=None):
-            if str(source) not in done:
-                done[str(source)] = write_image(split, convert(source))
-                file.write(json.dumps([str(source), *done[str(source)]]) + "\n")
-    write_json_files(split, [done[str(source)] for source in sources])
+            key = str(source)
+            if key in done:
+                entries = done[key]
+                _take(taken, source, entries.annotation["file_name"], entries.image["file_name"])
+                continue
+            image = convert(source)
+            _take(taken, source, image.png, image.file_name)
+            done[key] = write_image(split, image)
+            file.write(json.dumps([key, marks[key], *done[key]]) + "\n")
+    written = [done[str(source)] for source in sources]
+    write_json_files(split, written, info={"conversion": conversion})
     notes.unlink()
-    logger.info("%s: %d images converted.", split.name, len(sources))
+    _report(split, written)
 
 
-def _is_complete(split: Split, num_images: int) -> bool:
-    if not (split.panoptic_json.is_file() and split.instances_json.is_file()):
+def _take(taken: dict[str, Path], source: Path, png: str, image: str) -> None:
+    """Note that a source has this PNG and image, which no other may have."""
+    for name in (f"PNG '{png}'", f"image '{image}'"):
+        if name in taken:
+            raise ValueError(f"'{taken[name]}' and '{source}' both have the {name}. Rename one.")
+        taken[name] = source
+
+
+def _report(split: Split, entries: Sequence[Entries]) -> None:
+    logger.info("%s: %d images converted.", split.name, len(entries))
+    covered = [e for e in entries if e.covered]
+    if covered:
+        logger.warning(
+            "%s: %d segments are covered by others completely and left out, in %d images; the "
+            "first is '%s'.",
+            *(split.name, sum(e.covered for e in covered), len(covered)),
+            covered[0].image["file_name"],
+        )
+
+
+_NOTHING: Any = {"info": {"conversion": None}}  # no file
+
+
+def _is_complete(split: Split, conversion: str) -> bool:
+    """Whether the files of a conversion exist; ValueError if others are in their place."""
+    found: list[tuple[Any, Any]] = []
+    for path in (split.panoptic_json, split.instances_json):
+        content = read_json(path) if path.is_file() else _NOTHING
+        info = content.get("info") if isinstance(content, dict) else None
+        if not isinstance(info, dict) or "conversion" not in info:
+            raise ValueError(
+                f"'{path}' exists, but was not written by this version of the conversion. Move it "
+                "away, or choose another output folder."
+            )
+        found.append((info["conversion"], content))
+    if any(mark != conversion for mark, _ in found):
         return False
-    content = json.loads(split.panoptic_json.read_text(encoding="utf-8"))
-    return len(content["annotations"]) == num_images
+    return all(_has_files(split, annotation) for annotation in found[0][1]["annotations"])
 
 
-def _read_notes(path: Path) -> dict[str, Entries]:
+def _has_files(split: Split, annotation: Mapping[str, Any]) -> bool:
+    """Whether the PNG and the label PNG of an image exist."""
+    paths = [split.panoptic_root / annotation["file_name"]]
+    if split.sem_seg_root is not None and "sem_seg_file_name" in annotation:
+        paths.append(split.sem_seg_root / annotation["sem_seg_file_name"])
+    return all(path.is_file() for path in paths)
+
+
+def _read_notes(path: Path, split: Split, marks: Mapping[str, str]) -> dict[str, Entries]:
+    """The finished images whose inputs have not changed since; the notes then hold only them."""
     if not path.is_file():
         return {}
     done = {}
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for line in lines[:-1]:  # what follows the last line break was cut off
-        source, *entries = json.loads(line)
-        done[source] = Entries(*entries)
-    path.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
+    lines = []
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # the last was cut off
+        source, mark, *fields = json.loads(line)
+        finished = Entries(*fields)
+        if marks.get(source) == mark and _has_files(split, finished.annotation):
+            done[source] = finished
+            lines.append(f"{line}\n")
+    path.write_text("".join(lines), encoding="utf-8")
     return done
 
 
@@ -130,7 +210,7 @@ def write_image(split: Split, image: PanopticImage) -> Entries:
         for i, segment in enumerate(image.segments)
     ]
     ids = np.array([0, *(s.id for s in segments)], dtype=np.int64)
-    png = split.panoptic_root / image.png
+    png = below(split.panoptic_root, image.png)
     png.parent.mkdir(parents=True, exist_ok=True)
     write_panoptic_ids(str(png), ids[image.index_map])
 
@@ -159,7 +239,7 @@ def write_image(split: Split, image: PanopticImage) -> Entries:
     if image.sem_seg_file_name is not None:
         annotation["sem_seg_file_name"] = image.sem_seg_file_name
     entry = {"id": image.image_id, "file_name": image.file_name, **size}
-    return Entries(entry, annotation, instances)
+    return Entries(entry, annotation, instances, len(segments) - len(infos))
 
 
 def _encode(mask: NDArray[np.bool_]) -> dict[str, Any]:

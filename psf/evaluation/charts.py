@@ -88,7 +88,7 @@ def _draw_bars(axes: Axes, rows: Sequence[ClassQuality], mean: float, color: str
     positions = range(len(rows))
     axes.barh(positions, [row.pq for row in rows], color=color, alpha=0.75, height=0.8)
     names = [row.name if len(row.name) <= 28 else f"{row.name[:27]}…" for row in rows]
-    axes.set_yticks(positions, names, fontsize=7)
+    axes.set_yticks(positions, names, fontsize=7, parse_math=False)
     for y, row in zip(positions, rows, strict=True):
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}  # over the line of the mean
         x = min(row.pq, 92) + 0.9

@@ -71,6 +71,7 @@ class PanopticAnnotations(NamedTuple):
 
     categories: list[dict[str, Any]]
     images: dict[Any, AnnotatedImage] | None  # by image id; None: a test set without annotations
+    file_names: dict[Any, str]  # of all images, by image id
 
 
 def read_annotations(path: str) -> PanopticAnnotations:
@@ -81,9 +82,12 @@ def read_annotations(path: str) -> PanopticAnnotations:
         FileNotFoundError, ValueError: as :func:`psf.data.annotations.read_panoptic_json`.
     """
     data = read_panoptic_json(path)
+    names = {image_id: image["file_name"] for image_id, image in data.images.items()}
     if data.annotations is None:
-        return PanopticAnnotations(data.categories, None)
-    return PanopticAnnotations(data.categories, {a["image_id"]: pack(a) for a in data.annotations})
+        annotated = None
+    else:
+        annotated = {a["image_id"]: pack(a) for a in data.annotations}
+    return PanopticAnnotations(data.categories, annotated, names)
 
 
 def pack(annotation: dict[str, Any]) -> AnnotatedImage:

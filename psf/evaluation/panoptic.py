@@ -7,7 +7,7 @@ import itertools
 import json
 import logging
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 from tabulate import tabulate
 
+from psf.output_paths import below, refuse_inputs
 from psf.panoptic_png import read_panoptic_ids, write_panoptic_ids
 
 from .charts import write_quality_bars
@@ -77,7 +78,8 @@ class PanopticEvaluator(DatasetEvaluator):
                 measured.
 
         Raises:
-            ValueError: the data set is not panoptic, or predictions are saved without output_dir.
+            ValueError: the data set is not panoptic, or predictions are saved without output_dir
+                or over the ground truth.
             FileNotFoundError: its annotations do not exist.
         """
         if save_predictions and output_dir is None:
@@ -105,6 +107,11 @@ class PanopticEvaluator(DatasetEvaluator):
                 (False, "stuff_dataset_id_to_contiguous_id"),
             )
         }
+        self._predictions_root = Path(output_dir or "", PREDICTIONS)
+        if save_predictions:
+            inputs = [Path(self._metadata.panoptic_root), Path(self._metadata.panoptic_json)]
+            outputs = [self._predictions_root, self._predictions_root.with_suffix(".json")]
+            refuse_inputs(outputs, inputs)
         self.reset()
 
     def reset(self) -> None:
@@ -153,30 +160,31 @@ class PanopticEvaluator(DatasetEvaluator):
     ) -> _Predicted:
         image_id = record["image_id"]
         quality = boundary_quality = annotation = None
-        png = f"{Path(record['file_name']).stem}.png"
         if images is not None:
             if image_id not in images:
                 raise KeyError(
                     f"'{self._metadata.panoptic_json}' has no annotation of image {image_id!r} "
                     f"('{record['file_name']}'). Evaluate a data set with its own loader."
                 )
-            png, truth = images[image_id].file_name, images[image_id].segments
-            truth_ids = read_panoptic_ids(os.path.join(self._metadata.panoptic_root, png))
+            truth = images[image_id].segments
+            png = os.path.join(self._metadata.panoptic_root, images[image_id].file_name)
+            truth_ids = read_panoptic_ids(png)
             quality = compare(truth_ids, truth, ids, pred, image_id=image_id)
             if self._boundary:
                 boundary_quality = compare(
                     truth_ids, truth, ids, pred, image_id=image_id, boundary=True
                 )
         if self._save:
-            annotation = self._save_prediction(image_id, png, ids, pred)
+            annotation = self._save_prediction(image_id, ids, pred)
         return _Predicted(image_id, quality, boundary_quality, annotation)
 
     def _save_prediction(
-        self, image_id: Any, png: str, ids: NDArray[np.uint32], pred: dict[int, int]
+        self, image_id: Any, ids: NDArray[np.uint32], pred: dict[int, int]
     ) -> dict[str, Any]:
-        path = os.path.join(str(self._output_dir), PREDICTIONS, png)
-        PathManager.mkdirs(os.path.dirname(path))
-        write_panoptic_ids(path, ids)
+        png = self._png_names[image_id]
+        path = below(self._predictions_root, png)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_panoptic_ids(str(path), ids)
         infos = [{"id": i, "category_id": category_id} for i, category_id in pred.items()]
         return {"image_id": image_id, "file_name": png, "segments_info": infos}
 
@@ -192,6 +200,8 @@ class PanopticEvaluator(DatasetEvaluator):
                     "to write predictions without measuring them."
                 )
             self._known = {category["id"] for category in annotations.categories}
+            if self._save:
+                self._png_names = prediction_names(annotations, path)
             self._annotations = annotations
         return self._annotations
 
@@ -282,6 +292,35 @@ class PanopticEvaluator(DatasetEvaluator):
         with PathManager.open(path, "w", encoding="utf-8") as file:
             file.write(json.dumps({"annotations": annotations, "categories": categories}))
         logger.info("Wrote the predictions for %d images to '%s'.", len(annotations), path)
+
+
+def prediction_names(annotations: PanopticAnnotations, panoptic_json: str) -> dict[Any, str]:
+    """
+    The name of the predicted PNG of each image, as its PNG or, in a test set, as its image.
+
+    Raises:
+        ValueError: two images have the same, or one would lie outside of the output folder.
+    """
+    names: dict[Any, str] = {}
+    if annotations.images is not None:
+        names = {i: image.file_name for i, image in annotations.images.items()}
+    else:
+        files = {i: Path(name) for i, name in annotations.file_names.items()}
+        files = {i: Path(p.name) if p.is_absolute() else p for i, p in files.items()}
+        stems = Counter(path.with_suffix("") for path in files.values())
+        for i, path in files.items():  # a.jpg and a.png: a.jpg.png and a.png.png
+            is_single = stems[path.with_suffix("")] == 1
+            names[i] = str(path.with_suffix(".png") if is_single else f"{path}.png")
+    owners: dict[str, Any] = {}
+    for image_id, name in names.items():
+        other = owners.setdefault(os.path.normpath(name), image_id)
+        if other != image_id:
+            raise ValueError(
+                f"'{panoptic_json}': the predictions for images {other!r} and {image_id!r} would "
+                f"both be '{name}'. Give the images different names, or set "
+                "MODEL.PSF.TEST.SAVE_PREDICTIONS False."
+            )
+    return names
 
 
 def quality_table(rows: Sequence[ClassQuality]) -> str:

@@ -3,15 +3,15 @@
 Shapes: H x W pixels of an image.
 """
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
-import torch
 from detectron2.data import Metadata
+from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -28,6 +28,9 @@ _CELL_RANGE = (384, 640)
 _GAP = 8  # between pictures
 _CAPTION = 24  # height of a line of text
 _DPI = 100
+
+_ALPHA = 0.7  # of segments over the image, as Detectron2
+_SMALL_AREA = 1000  # pixels of a segment's box; a name would hide the segment
 
 
 class Sample(NamedTuple):
@@ -54,9 +57,10 @@ def draw_panoptic(
     scale: float = 1.0,
 ) -> NDArray[np.uint8]:
     """
-    Draw segments and their names over an image with Detectron2's Visualizer.
+    Draw segments and their names over an image.
 
-    The colours are repeatable, and NumPy's random state is restored.
+    Masks are painted pixel by pixel, with their holes and smallest parts. Detectron2's Visualizer,
+    which draws polygons, only writes the names.
 
     Args:
         image_rgb: (H, W, 3).
@@ -76,11 +80,54 @@ def draw_panoptic(
         )
     ids = panoptic_seg.cpu().numpy().astype(np.int32)
     image, ids = resize_picture(image_rgb, scale), resize_picture(ids, scale)
-    visualizer = Visualizer(image, metadata, font_size_scale=0.8)  # 8 points: many labels fit
-    infos = [dict(info) for info in segments_info]  # Detectron2 writes into them
-    with _repeatable_colors():
-        drawn = visualizer.draw_panoptic_seg(torch.from_numpy(ids), infos)
-    return drawn.get_image()
+    areas = dict(zip(*np.unique(ids, return_counts=True), strict=True))
+    present = sorted((i for i in segments_info if i["id"] in areas), key=lambda i: -areas[i["id"]])
+    present.sort(key=lambda info: bool(info["isthing"]))  # stable: stuff first, large ones first
+    generator = np.random.default_rng(0)
+    painted = image.astype(np.float32)
+    texts = []
+    for info in present:
+        mask = (ids == info["id"]).astype(np.uint8)
+        color = _segment_color(info, metadata, generator)
+        inside = cv2.erode(mask, np.ones((3, 3), dtype=np.uint8), borderValue=0)
+        painted[mask == 1] += _ALPHA * (color - painted[mask == 1])
+        painted[mask > inside] = color
+        texts.append((_segment_name(info, metadata), _text_position(mask), color))
+    # 8 points: many labels fit.
+    visualizer = Visualizer(painted.round().astype(np.uint8), metadata, font_size_scale=0.8)
+    for name, position, color in texts:
+        visualizer.draw_text(name.replace("$", r"\$"), position, color=tuple(color / 510 + 0.5))
+    return visualizer.output.get_image()
+
+
+def _segment_color(
+    info: Mapping[str, Any], metadata: Metadata, generator: np.random.Generator
+) -> NDArray[np.float32]:
+    """The colour of a class, (3,) in 0..255; for things with some variation."""
+    kind, category_id = ("thing" if info["isthing"] else "stuff"), info["category_id"]
+    colors = metadata.get(f"{kind}_colors", colormap(rgb=True))
+    color = np.array(colors[category_id % len(colors)], dtype=np.float32)
+    variation = generator.uniform(-64, 64, 3) if info["isthing"] else 0
+    return np.clip(color + variation, 0, 255).astype(np.float32)
+
+
+def _segment_name(info: Mapping[str, Any], metadata: Metadata) -> str:
+    kind = "thing" if info["isthing"] else "stuff"
+    name = str(metadata.get(f"{kind}_classes")[info["category_id"]])
+    score = f" {100 * info['score']:.0f}%" if info["isthing"] and "score" in info else ""
+    return f"{name}{score}{'|crowd' if info.get('iscrowd') else ''}"
+
+
+def _text_position(mask: NDArray[np.uint8]) -> tuple[int, int]:
+    """The pixel (x, y) of a mask (H, W) that is farthest from its border; below small masks."""
+    rows, columns = mask.nonzero()
+    rows, columns = np.unique(rows), np.unique(columns)
+    if (rows[-1] - rows[0]) * (columns[-1] - columns[0]) < _SMALL_AREA:
+        return int(columns[0]), int(rows[-1]) + 1
+    padded = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
+    depth = cv2.distanceTransform(padded, cv2.DIST_L2, 3)[1:-1, 1:-1]
+    y, x = np.unravel_index(depth.argmax(), depth.shape)
+    return int(x), int(y)
 
 
 def resize_picture(array: NDArray[Any], scale: float) -> NDArray[Any]:
@@ -91,17 +138,6 @@ def resize_picture(array: NDArray[Any], scale: float) -> NDArray[Any]:
     smooth = array.ndim == 3 and scale < 1
     resample = Image.Resampling.BOX if smooth else Image.Resampling.NEAREST
     return np.array(Image.fromarray(array).resize(size[::-1], resample))
-
-
-@contextlib.contextmanager
-def _repeatable_colors() -> Iterator[None]:
-    """Detectron2 draws the colours of instances from NumPy's global generator."""
-    state = np.random.get_state()
-    np.random.seed(0)
-    try:
-        yield
-    finally:
-        np.random.set_state(state)
 
 
 def write_contact_sheet(
@@ -170,4 +206,4 @@ def write_sheet(
 def _write(figure: Figure, text: str, x: float, y: float, **style: Any) -> None:
     """Write text at pixel (x, y) from the top left corner."""
     width, height = figure.get_size_inches() * figure.dpi
-    figure.text(x / width, 1 - y / height, text, va="center", **style)
+    figure.text(x / width, 1 - y / height, text, va="center", parse_math=False, **style)

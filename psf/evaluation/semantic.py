@@ -34,7 +34,7 @@ class SemanticEvaluator(SemSegEvaluator):
             output_dir: folder for Detectron2's results; None: not written.
 
         Raises:
-            ValueError: things and stuff share contiguous ids.
+            ValueError: things and stuff share contiguous ids, or the ignored label is a class.
         """
         # The parent's constructor requires a label file in every record; set its attributes here.
         metadata = MetadataCatalog.get(dataset_name)
@@ -45,10 +45,18 @@ class SemanticEvaluator(SemSegEvaluator):
         self._cpu_device = torch.device("cpu")
         self._class_names = metadata.stuff_classes
         self._num_classes = len(metadata.stuff_classes)
-        self._ignore_label = metadata.ignore_label
+        self._ignore_label = self._num_classes  # as the parent counts it, whatever files say
+        self._ignored_in_files = metadata.ignore_label
         self._compute_boundary_iou = False
         self._contiguous_id_to_dataset_id = _dataset_ids(dataset_name)
         self._records = {r["file_name"]: r for r in DatasetCatalog.get(dataset_name)}
+        has_label_files = any("sem_seg_file_name" in r for r in self._records.values())
+        if has_label_files and 0 <= self._ignored_in_files < self._num_classes:
+            raise ValueError(
+                f"mIoU of '{dataset_name}': its label {self._ignored_in_files} is a class and "
+                "means 'ignore' as well. Set ignore_label in its metadata to a value that is no "
+                "class, or leave sem_seg_root out: labels are then those of the panoptic PNGs."
+            )
         self.input_file_to_gt_file = {name: name for name in self._records}
         self.sem_seg_loading_fn = self._load_labels
 
@@ -66,7 +74,16 @@ class SemanticEvaluator(SemSegEvaluator):
     def _load_labels(self, file_name: str, dtype: DTypeLike) -> NDArray[Any]:
         record = self._records[file_name]
         if "sem_seg_file_name" in record:
-            return _read_labels(record["sem_seg_file_name"]).astype(dtype)
+            labels = _read_labels(record["sem_seg_file_name"]).astype(dtype)
+            is_ignored = labels == self._ignored_in_files
+            wrong = labels[~is_ignored & ((labels < 0) | (labels >= self._num_classes))]
+            if wrong.size:
+                raise ValueError(
+                    f"'{record['sem_seg_file_name']}' has the label {int(wrong[0])}, but labels "
+                    f"are in 0..{self._num_classes - 1}, or {self._ignored_in_files} to be ignored."
+                )
+            labels[is_ignored] = self._ignore_label
+            return labels
         return semantic_labels(record, self._ignore_label).astype(dtype)
 
 

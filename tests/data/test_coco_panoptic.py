@@ -337,6 +337,15 @@ def test_a_name_that_is_taken(files, name):
         register_panoptic(name, panoptic_json=panoptic_json, **common)
 
 
+@pytest.mark.parametrize("bad", ["", "..", "../x", "a/b", "a\\b", "/x"])
+def test_a_name_that_is_no_folder(files, bad):
+    """Results are written to a folder of that name."""
+    panoptic_json, image_root, panoptic_root = files.paths
+    with pytest.raises(ValueError, match="cannot be the name of a data set"):
+        register_listed([[bad, image_root, panoptic_root, panoptic_json]])
+    assert bad not in DatasetCatalog.list()
+
+
 @pytest.mark.parametrize("instances", [[], ["instances.json"]])
 def test_registration_from_a_config(files, name, instances):
     panoptic_json, image_root, panoptic_root = files.paths

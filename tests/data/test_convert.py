@@ -1,6 +1,7 @@
 """Instances with label maps, and LabelMe's files: converted, checked, loaded."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -140,7 +141,7 @@ def test_labelme(labelme, tmp_path, capsys):
     ("stuff", "spoil", "message"),
     [
         ("grass", None, r"stuff labels \['grass'\]. Known: \['cat', 'dog', 'sky'\]"),
-        ("", '"polygon"', r"a\.json': a shape 'sky' of type 'line'"),
+        ("", '"polygon"', r"a\.json': shape number \d, 'sky': a shape of type 'line'"),
     ],
 )
 def test_labelme_files_that_do_not_fit(labelme, tmp_path, stuff, spoil, message):
@@ -151,6 +152,152 @@ def test_labelme_files_that_do_not_fit(labelme, tmp_path, stuff, spoil, message)
         tool.main(
             ["labelme", "--input", str(labelme), "--stuff", stuff, "--output", str(tmp_path / "o")]
         )
+
+
+def run_instances(root, spoil=lambda data: None):
+    """Spoil the JSON of the fixture and convert it with the tool."""
+    data = json.loads((root / "instances.json").read_text(encoding="utf-8-sig"))
+    spoil(data)
+    (root / "instances.json").write_text(json.dumps(data), encoding="utf-8-sig")
+    (root / "stuff.json").write_text(json.dumps(STUFF), encoding="utf-8-sig")
+    names = ("instances.json", "labels", "stuff.json")
+    options = zip(("--json", "--labels", "--stuff-categories"), names, strict=True)
+    paths = [part for option, name in options for part in (option, str(root / name))]
+    tool.main(["instances", *paths, "--output", str(root / "out")])
+    return json.loads((root / "out" / "panoptic.json").read_text())["annotations"]
+
+
+def spoil_mask(value, key="segmentation"):
+    return lambda data: data["annotations"][1].update({key: value})
+
+
+RUNS = {"size": [10, 20], "counts": [200]}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_mask([]), "image 7, annotation 2 has no polygon"),
+        (spoil_mask([[]]), "annotation 2: its shape needs at least 3 points"),
+        (spoil_mask([[1, 1, 5, 1, 5]]), "annotation 2: its shape needs at least 3 points"),
+        (spoil_mask([[1, 1, 5, 1, 1e9, 1e9]]), "near the image of 20 x 10 pixels"),
+        (spoil_mask([[1, 1, 5, 1, 5, math.nan]]), "annotation 2: its shape needs"),
+        (spoil_mask([[1, 1, 5, 1, 5, None]]), "annotation 2: its shape needs"),
+        (spoil_mask(None), "annotation 2: segmentation is None instead of polygons"),
+        (
+            spoil_mask({**RUNS, "size": [20, 10]}),
+            r"annotation 2: its run lengths are of \[20, 10\]",
+        ),
+        (spoil_mask({**RUNS, "counts": [199]}), "run lengths are not those of 200 pixels"),
+        (spoil_mask({**RUNS, "counts": [300, -100]}), "run lengths are not those of"),
+        (spoil_mask({**RUNS, "counts": "P" * 9999}), "run lengths are not those of"),
+        (spoil_mask({"counts": [200]}), "annotation 2: segmentation lacks size"),
+        (spoil_mask("0", "iscrowd"), "annotation 2: iscrowd is '0' instead of 0 or 1"),
+        (spoil_mask(9, "image_id"), "annotation 2: image_id 9 is not among the images"),
+        (spoil_mask(9, "category_id"), "category_id 9 is not among the categories"),
+        (lambda d: d["categories"][0].update(name="Sky"), "another category has the name 'sky'"),
+        (lambda d: d["images"].append({**d["images"][0], "id": 8}), "image 8: another image has"),
+        (lambda d: d["images"][0].update(file_name="../a.jpg"), "outside of the output folder"),
+        (lambda d: d.update(annotations=None), "annotations is None instead of a list"),
+    ],
+)
+def test_instances_that_are_damaged(instances, spoil, message):
+    (instances / "a.png").write_bytes((instances / "labels" / "a.png").read_bytes())
+    before = (instances / "a.png").read_bytes()
+    with pytest.raises(SystemExit, match=message):
+        run_instances(instances, spoil)
+    assert (instances / "a.png").read_bytes() == before
+
+
+def test_all_kinds_of_run_lengths(instances):
+    """Lists and texts, also of long runs and of many, as pycocotools reads them."""
+    generator = np.random.default_rng(0)
+    mask = np.asfortranarray(generator.random((10, 20)) < 0.3, dtype=np.uint8)
+    mask[:, 5:12] = 1
+    rle = pycocotools.mask.encode(mask)
+    first = {"size": rle["size"], "counts": rle["counts"].decode()}
+    flat = mask.ravel(order="F")
+    starts = np.flatnonzero(np.diff(flat, prepend=0, append=1 - flat[-1]))
+    second = {"size": rle["size"], "counts": np.diff(starts, prepend=0).tolist()}
+    for runs in (first, second):
+
+        def only(data, runs=runs):
+            data["annotations"][:] = [{**data["annotations"][0], "segmentation": runs}]
+
+        (annotation,) = run_instances(instances, only)
+        assert annotation["segments_info"][-1]["area"] == mask.sum()
+
+
+def test_inputs_are_not_overwritten(instances, labelme):
+    (instances / "stuff.json").write_text(json.dumps(STUFF))
+    before = (instances / "instances.json").read_bytes()
+    with pytest.raises(ValueError, match=r"instances\.json' would overwrite the input"):
+        convert_instances(instances / "instances.json", instances / "labels", STUFF, instances)
+    assert (instances / "instances.json").read_bytes() == before
+    (instances / "labels").rename(instances / "panoptic")
+    (instances / "instances.json").rename(instances / "input.json")
+    with pytest.raises(ValueError, match=r"panoptic' would overwrite the input"):
+        convert_instances(instances / "input.json", instances / "panoptic", STUFF, instances)
+    (labelme / "a.json").rename(labelme / "panoptic.json")
+    with pytest.raises(ValueError, match=r"panoptic\.json' would overwrite the input"):
+        convert_labelme(labelme, [], labelme)
+    (instances / "panoptic.json").write_text("{}")
+    (instances / "panoptic").rename(instances / "labels")
+    with pytest.raises(ValueError, match=r"panoptic\.json' exists, but was not written by this"):
+        convert_instances(instances / "input.json", instances / "labels", STUFF, instances)
+
+
+def test_a_conversion_that_is_repeated(instances):
+    """Changed annotations, label maps and categories are converted again."""
+    first = run_instances(instances)
+    assert run_instances(instances) == first
+    changed = run_instances(instances, spoil_mask([square(2, 2, 4)]))
+    assert changed != first
+    Image.new("L", (20, 10), 101).save(instances / "labels" / "a.png")
+    assert run_instances(instances) != changed
+    (instances / "out" / "panoptic" / "a.png").unlink()
+    run_instances(instances)
+    assert (instances / "out" / "panoptic" / "a.png").is_file()
+
+
+def test_things_go_over_stuff_and_what_is_covered_is_said(tmp_path, caplog):
+    box = {"shape_type": "rectangle", "points": [[2, 2], [5, 5]]}
+    shapes = [
+        {**box, "label": "cat"},
+        {**box, "label": "dog"},
+        {"label": "sky", "shape_type": "rectangle", "points": [[0, 0], [19, 9]]},
+        {"label": "cat", "points": [[-9, -9], [-8, -9], [-8, -8]]},
+    ]
+    content = {"imageHeight": 10, "imageWidth": 20, "imagePath": "a.jpg", "shapes": shapes}
+    (tmp_path / "a.json").write_text(json.dumps(content), encoding="utf-8-sig")
+    (tmp_path / "labels.json").write_text('{"cat": 1}')
+    convert_labelme(tmp_path, ["sky"], tmp_path / "out")
+    (annotation,) = json.loads((tmp_path / "out" / "panoptic.json").read_text())["annotations"]
+    assert sorted(s["area"] for s in annotation["segments_info"]) == [16, 200 - 16]
+    assert "a.json': shape number 4, 'cat' has no pixel in the image" in caplog.text
+    assert "segments are covered by others completely and left out, in 1 images" in caplog.text
+    assert "labels.json' is no file of LabelMe" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("points", [], "with 0 points has no area"),
+        ("points", [[0, 0], [1e9, 0], [1, 1]], "near the image of 20 x 10 pixels"),
+        ("points", [[0, 0], [1], [1, 1]], "points of two numbers"),
+        ("points", None, "shape number 1: points is None instead of a list"),
+        ("label", 3, "shape number 1: label is 3 instead of a text"),
+        ("group_id", [1], r"shape number 1: group_id is \[1\] instead of"),
+        ("imageHeight", "10", "JSON: imageHeight is '10' instead of a positive integer"),
+        ("imagePath", None, "JSON: imagePath is None instead of a text"),
+    ],
+)
+def test_labelme_files_that_are_damaged(labelme, tmp_path, key, value, message):
+    content = json.loads((labelme / "a.json").read_text())
+    (content if key.startswith("image") else content["shapes"][0])[key] = value
+    (labelme / "a.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match=rf"a\.json': .*{message}"):
+        tool.main(["labelme", "--input", str(labelme), "--output", str(tmp_path / "o")])
 
 
 def test_no_labelme_files(tmp_path):

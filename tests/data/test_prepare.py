@@ -1,6 +1,7 @@
 """From the official downloads in miniature to training and evaluation."""
 
 import json
+import os
 import sys
 import tarfile
 import zipfile
@@ -219,6 +220,21 @@ def test_an_interrupted_run_goes_on(tmp_path, prepare, monkeypatch):
     assert len(content["annotations"]) == 3
     prepare("cityscapes", "--allow-partial")
     assert len(written) == 7, "what is complete is left alone"
+    (labels,) = (truth / "train").glob("*/aachen_000001_*TrainIds.png")
+    for lost in (labels, truth / "cityscapes_panoptic_train" / written[0]):
+        lost.unlink()
+        prepare("cityscapes", "--allow-partial")
+        assert lost.is_file()
+    for archive in tmp_path.rglob("*.zip"):
+        archive.unlink()  # it would be unpacked again
+    (source,) = (truth / "train").glob("*/aachen_000001_*instanceIds.png")
+    Image.fromarray(np.full_like(np.asarray(Image.open(source)), 23)).save(source)
+    prepare("cityscapes", "--allow-partial")
+    content = json.loads((truth / "cityscapes_panoptic_train.json").read_text())
+    assert [23] in [[s["category_id"] for s in a["segments_info"]] for a in content["annotations"]]
+    (truth / "cityscapes_panoptic_train.json").write_text('{"annotations": []}')
+    with pytest.raises(SystemExit, match="was not written by this version of the conversion"):
+        prepare("cityscapes", "--allow-partial")
 
 
 @pytest.mark.parametrize("name", ["evil.zip", "evil.tar"])
@@ -244,7 +260,7 @@ def test_a_damaged_archive_is_named(tmp_path, name):
         unpack(tmp_path / name, tmp_path)
 
 
-def test_unpacking_goes_on_where_it_was_interrupted(tmp_path):
+def test_unpacking_goes_on_where_it_was_interrupted(tmp_path, caplog):
     for name in ("whole.txt", "half.txt", "absent.txt"):
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / name).write_text("content")
@@ -255,6 +271,10 @@ def test_unpacking_goes_on_where_it_was_interrupted(tmp_path):
     unpack(tmp_path / "in.zip", tmp_path, members="in/")
     found = {path.name: path.read_text() for path in (tmp_path / "in").iterdir()}
     assert found == {"whole.txt": "mine..!", "half.txt": "content", "absent.txt": "content"}
+    assert "1 files differ" in caplog.text  # a file that is newer than the archive is kept
+    os.utime(tmp_path / "in" / "whole.txt", (0, 0))
+    unpack(tmp_path / "in.zip", tmp_path, members="in/")
+    assert (tmp_path / "in" / "whole.txt").read_text() == "content"
 
 
 def test_a_missing_png_of_coco_is_named(tmp_path, prepare):

@@ -329,6 +329,56 @@ def test_a_test_set_is_predicted_but_not_measured(make_dataset, tmp_path):
         PanopticEvaluator(name, save_predictions=True)
 
 
+@pytest.mark.parametrize("kind", ["parent", "absolute", "link", "folder"])
+def test_predictions_stay_below_the_output_folder(make_dataset, tmp_path, kind):
+    """Whatever the JSON names its PNGs, and where links lead; the ground truth stays as it is."""
+    name, output = make_dataset([HALVES]), tmp_path / "out"
+    metadata = MetadataCatalog.get(name)
+    path, png = Path(metadata.panoptic_json), Path(metadata.panoptic_root, "0.png")
+    content, before = json.loads(path.read_text()), png.read_bytes()
+    names = {"parent": "../panoptic/0.png", "absolute": str(png)}
+    content["annotations"][0]["file_name"] = names.get(kind, "0.png")
+    path.write_text(json.dumps(content))
+    if kind == "link":
+        (output / "predictions").mkdir(parents=True)
+        (output / "predictions" / "0.png").symlink_to(png)
+    if kind == "folder":
+        output.mkdir()
+        (output / "predictions").symlink_to(png.parent)
+    message = "overwrite the input" if kind == "folder" else "outside of the output folder"
+    with pytest.raises(ValueError, match=message):
+        PanopticEvaluator(name, str(output), save_predictions=True).process(
+            DatasetCatalog.get(name), [panoptic_output(NOTHING)]
+        )
+    assert png.read_bytes() == before
+
+
+@pytest.mark.parametrize("annotated", [True, False])
+def test_images_of_one_name_do_not_overwrite_each_other(make_dataset, tmp_path, annotated):
+    """In folders, with other suffixes; two images with one PNG are refused."""
+    name = make_dataset([HALVES, NOTHING, HALVES])
+    path = Path(MetadataCatalog.get(name).panoptic_json)
+    content = json.loads(path.read_text())
+    for image, file_name in zip(content["images"], ("a/x.jpg", "b/x.jpg", "b/x.png"), strict=True):
+        image["file_name"] = file_name
+    if annotated:
+        content["annotations"][1]["file_name"] = "./0.png"
+    else:
+        del content["annotations"]
+    path.write_text(json.dumps(content))
+    evaluator = PanopticEvaluator(name, str(tmp_path / "out"), save_predictions=True)
+    outputs = [panoptic_output(layout) for layout in (HALVES, NOTHING, HALVES)]
+    if annotated:
+        with pytest.raises(ValueError, match=r"images 100 and 101 would both be '\./0\.png'"):
+            evaluator.process(DatasetCatalog.get(name), outputs)
+        return
+    evaluator.process(DatasetCatalog.get(name), outputs)
+    evaluator.evaluate()
+    saved = json.loads((tmp_path / "out" / "predictions.json").read_text())["annotations"]
+    assert [a["file_name"] for a in saved] == ["a/x.png", "b/x.jpg.png", "b/x.png.png"]
+    assert all((tmp_path / "out" / "predictions" / a["file_name"]).is_file() for a in saved)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

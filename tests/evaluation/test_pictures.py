@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from PIL import Image
 from tiny_panoptic import ANT, CAT, GRASS, SKY, Layout
 
@@ -87,6 +87,32 @@ def test_drawing_is_repeatable_and_changes_no_argument(scene):
     assert (image == 128).all()
     assert truth.segments_info == before.segments_info
     assert (np.random.get_state()[1] == random_state).all()
+
+
+@pytest.mark.parametrize("kind", [(CAT, True), (SKY, False)])
+def test_masks_are_painted_themselves(scene, kind):
+    """A ring keeps its hole, and single pixels and two columns are seen."""
+    ids = np.zeros((200, 200), dtype=np.int32)
+    ids[40:160, 40:160] = 1
+    ids[60:140, 60:140] = 0
+    ids[180, 10] = ids[190, 10:12] = 1
+    infos = [{"id": 1, "category_id": kind[0], "isthing": kind[1]}]
+    drawn = draw_panoptic(gray(200, 200), torch.from_numpy(ids), infos, scene[0])
+    assert (drawn[80:120, 80:120] == 128).all(), "the hole"
+    changed = (drawn != 128).any(-1)
+    assert changed[ids == 1].all()
+    text = changed & (ids == 0)
+    assert text.sum() < 2000, "only the name is outside"
+    narrow = draw_panoptic(gray(9, 2), torch.ones(9, 2, dtype=torch.int32), infos, scene[0])
+    assert (narrow != 128).any()
+
+
+def test_names_that_look_like_formulas(scene):
+    metadata = Metadata(name="x", thing_classes=["$5_$", "note $5_$", "$\\frac$"] * 2)
+    metadata.stuff_classes = metadata.thing_classes
+    infos = [{"id": i, "category_id": i, "isthing": i > 1} for i in range(1, 4)]
+    ids = torch.tensor([[1, 2, 3]] * 3, dtype=torch.int32).repeat_interleave(30, 1)
+    assert draw_panoptic(gray(3, 90), ids, infos, metadata).shape == (3, 90, 3)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 400), (400, 20)])

@@ -6,6 +6,7 @@ visible pixels, as panopticapi requires, and stuff that is covered completely is
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,12 +46,19 @@ def prepare(root: Path, *, allow_partial: bool) -> None:
                 panoptic_json=data / f"ade20k_panoptic_{split}.json",
                 instances_json=data / f"ade20k_instance_{split}.json",
                 categories=categories.ADE20K,
+                sem_seg_root=data / "annotations_detectron2",
             ),
             sorted((data / "images" / folder).glob("*.jpg")),
             partial(_convert, data, folder),
             num_images=num_images,
+            inputs=partial(_inputs, data, folder),
             allow_partial=allow_partial,
         )
+
+
+def _inputs(data: Path, folder: str, image: Path) -> list[Any]:
+    kinds = ("annotations", "annotations_instance")
+    return [image.name, *(data / kind / folder / f"{image.stem}.png" for kind in kinds)]
 
 
 def _convert(data: Path, folder: str, image: Path) -> PanopticImage:

@@ -40,10 +40,12 @@ def prepare(root: Path, *, allow_partial: bool) -> None:
                 panoptic_json=truth / f"cityscapes_panoptic_{split}.json",
                 instances_json=truth / f"cityscapes_instances_{split}.json",
                 categories=categories.CITYSCAPES,
+                sem_seg_root=truth,
             ),
             sorted((truth / split).glob(f"*/*{_ENDING}")),
             _convert,
             num_images=num_images,
+            inputs=lambda source: [source],
             allow_partial=allow_partial,
         )
 

@@ -3,7 +3,7 @@
 Shapes: H x W pixels of an image.
 """
 
-import json
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,14 +15,46 @@ import pycocotools.mask
 from numpy.typing import NDArray
 
 from psf.images import read_values
+from psf.output_paths import refuse_inputs
 
+from ..annotations import (
+    CLASS_ID,
+    FLAG,
+    IMAGE,
+    IMAGE_ID,
+    LIST,
+    SIDE,
+    TEXT,
+    Keys,
+    Problem,
+    find_category_problems,
+    find_misfit,
+    label,
+    read_json,
+    require_keys,
+    require_none,
+)
 from ..coco_writer import PanopticImage, Segment, Split, convert_split
+
+logger = logging.getLogger(__name__)
+
+_INSTANCES: Keys = {"images": LIST, "annotations": LIST, "categories": LIST}
+_MASK = (lambda v: isinstance(v, list | dict), "polygons or run lengths")
+_INSTANCE: Keys = {"image_id": IMAGE_ID, "category_id": CLASS_ID, "segmentation": _MASK}
+_RUNS: Keys = {"size": LIST, "counts": (lambda v: isinstance(v, list | str), "run lengths")}
+_LABELME: Keys = {"shapes": LIST, "imageHeight": SIDE, "imageWidth": SIDE, "imagePath": TEXT}
+_SHAPE: Keys = {"label": TEXT, "points": LIST}
+_SHAPE_OPTIONS: Keys = {
+    "group_id": (lambda v: v is None or type(v) in (int, str), "an integer, a text or null"),
+    "flags": (lambda v: v is None or isinstance(v, dict), "an object or null"),
+    "shape_type": TEXT,
+}
 
 
 def convert_instances(
     instances_json: Path,
     label_root: Path,
-    stuff_categories: Sequence[Mapping[str, Any]],
+    stuff_categories: Any,
     output: Path,
 ) -> None:
     """
@@ -38,18 +70,15 @@ def convert_instances(
         output: folder for ``panoptic/``, ``panoptic.json`` and ``instances.json``.
 
     Raises:
-        ValueError: a thing and a stuff category share an id, or a map has another size.
+        ValueError: a thing and a stuff category share an id, or a map has another size, or a
+            value of the JSON cannot be used.
         FileNotFoundError: a label map is missing.
     """
-    data = json.loads(instances_json.read_text(encoding="utf-8"))
-    things = [{**c, "isthing": 1} for c in data["categories"]]
-    categories = [*things, *({**c, "isthing": 0} for c in stuff_categories)]
-    shared = {c["id"] for c in things} & {c["id"] for c in stuff_categories}
-    if shared:
-        raise ValueError(
-            f"The category ids {sorted(shared)} are those of things in '{instances_json}' and of "
-            "stuff as well. Renumber the stuff categories and the label maps."
-        )
+    data = read_json(instances_json)
+    require_keys(data, _INSTANCES, instances_json)
+    require_keys({"stuff categories": stuff_categories}, {"stuff categories": LIST}, "--stuff")
+    categories = _unite_categories(data["categories"], stuff_categories, instances_json)
+    require_none(_instance_problems(data), instances_json)
     annotations: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in data["images"]}
     for annotation in data["annotations"]:
         annotations[annotation["image_id"]].append(annotation)
@@ -58,9 +87,58 @@ def convert_instances(
 
     def convert(source: Path) -> PanopticImage:
         image = images[source]
-        return _unite(image, annotations[image["id"]], label_root, stuff_ids)
+        where = f"'{instances_json}': image {image['id']}"
+        return _unite(image, annotations[image["id"]], label_root, stuff_ids, where)
 
-    _write(output, categories, list(images), convert)
+    def inputs(source: Path) -> list[Any]:
+        image = images[source]
+        return [image, annotations[image["id"]], label_root / _png(image)]
+
+    _write(output, categories, list(images), convert, inputs, [instances_json, label_root])
+
+
+def _unite_categories(
+    things: Sequence[Any], stuff: Sequence[Any], instances_json: Path
+) -> list[dict[str, Any]]:
+    for category in (*things, *stuff):
+        misfit = find_misfit(category, {"id": CLASS_ID, "name": TEXT})
+        require_none((Problem("a category", what) for what in [misfit] if what), instances_json)
+    shared = {c["id"] for c in things} & {c["id"] for c in stuff}
+    if shared:
+        raise ValueError(
+            f"The category ids {sorted(shared)} are those of things in '{instances_json}' and of "
+            "stuff as well. Renumber the stuff categories and the label maps."
+        )
+    categories = [*({**c, "isthing": 1} for c in things), *({**c, "isthing": 0} for c in stuff)]
+    require_none(find_category_problems(categories), instances_json)
+    return categories
+
+
+def _instance_problems(data: Mapping[str, Any]) -> Any:
+    """What is wrong with images and annotations of an instances JSON."""
+    ids: set[Any] = set()
+    names: set[Any] = set()
+    for i, image in enumerate(data["images"]):
+        misfit = find_misfit(image, IMAGE)
+        if not misfit and (image["id"] in ids or Path(image["file_name"]) in names):
+            misfit = f"another image has its id or its file_name '{image['file_name']}'"
+        if misfit:
+            yield Problem(f"image {label(image, i)}", misfit)
+        ids.add(image["id"])
+        names.add(Path(image["file_name"]))
+    known = {category["id"] for category in data["categories"]}
+    for i, annotation in enumerate(data["annotations"]):
+        misfit = find_misfit(annotation, _INSTANCE, {"iscrowd": FLAG})
+        if not misfit and annotation["image_id"] not in ids:
+            misfit = f"image_id {annotation['image_id']!r} is not among the images"
+        elif not misfit and annotation["category_id"] not in known:
+            misfit = f"category_id {annotation['category_id']} is not among the categories"
+        if misfit:
+            yield Problem(f"annotation {label(annotation, i)}", misfit)
+
+
+def _png(image: Mapping[str, Any]) -> Path:
+    return Path(image["file_name"]).with_suffix(".png")
 
 
 def _unite(
@@ -68,10 +146,10 @@ def _unite(
     annotations: Sequence[Mapping[str, Any]],
     label_root: Path,
     stuff_ids: Sequence[int],
+    where: str,
 ) -> PanopticImage:
     size = (image["height"], image["width"])
-    name = Path(image["file_name"]).with_suffix(".png")
-    path = label_root / name
+    path = label_root / _png(image)
     if not path.is_file():
         raise FileNotFoundError(f"The label map '{path}' of '{image['file_name']}' does not exist.")
     labels = read_values(str(path))
@@ -82,32 +160,98 @@ def _unite(
         )
     index_map = np.zeros(size, dtype=np.int32)
     segments: list[Segment] = []
-    for label in sorted(set(np.unique(labels).tolist()) & set(stuff_ids)):
-        segments.append(Segment(label))
-        index_map[labels == label] = len(segments)
-    order = sorted(annotations, key=lambda a: (not a.get("iscrowd", 0), -a["area"]))
-    for annotation in order:
-        segments.append(Segment(annotation["category_id"], int(annotation.get("iscrowd", 0))))
-        index_map[_decode(annotation["segmentation"], *size)] = len(segments)
-    return PanopticImage(image["id"], image["file_name"], str(name), index_map, segments)
+    for value in sorted(set(np.unique(labels).tolist()) & set(stuff_ids)):
+        segments.append(Segment(value))
+        index_map[labels == value] = len(segments)
+    masks = []
+    for i, annotation in enumerate(annotations):
+        described = f"{where}, annotation {label(annotation, i)}"
+        mask = _decode(annotation["segmentation"], size, described)
+        crowd = int(annotation.get("iscrowd", 0))
+        if mask.any():
+            masks.append((Segment(annotation["category_id"], crowd), mask))
+        else:
+            logger.warning("%s has no pixel in the image and is left out.", described)
+    for segment, mask in sorted(masks, key=lambda m: (not m[0].iscrowd, -int(m[1].sum()))):
+        segments.append(segment)
+        index_map[mask] = len(segments)
+    return PanopticImage(image["id"], image["file_name"], str(_png(image)), index_map, segments)
 
 
-def _decode(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
+def _decode(segmentation: Any, size: tuple[int, int], where: str) -> NDArray[np.bool_]:
     """(H, W), from COCO's polygons or run lengths."""
-    rle = segmentation
-    if isinstance(segmentation, list):
-        rle = pycocotools.mask.merge(pycocotools.mask.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        rle = pycocotools.mask.frPyObjects(segmentation, height, width)
-    return np.asarray(pycocotools.mask.decode(rle), dtype=bool)
+    if isinstance(segmentation, dict):
+        return _decode_runs(segmentation, size, where)
+    if not segmentation:
+        raise ValueError(f"{where} has no polygon. Remove the annotation or draw it.")
+    mask = np.zeros(size, dtype=bool)
+    for polygon in segmentation:
+        points = polygon if isinstance(polygon, list) and len(polygon) % 2 == 0 else []
+        pairs = [list(pair) for pair in zip(points[::2], points[1::2], strict=True)]
+        flat = _points(pairs, size, where, least=3).ravel().tolist()
+        (rle,) = pycocotools.mask.frPyObjects([flat], *size)
+        mask |= np.asarray(pycocotools.mask.decode(rle), dtype=bool)
+    return mask
+
+
+def _decode_runs(rle: dict[str, Any], size: tuple[int, int], where: str) -> NDArray[np.bool_]:
+    misfit = find_misfit(rle, _RUNS)
+    if misfit:
+        raise ValueError(f"{where}: segmentation {misfit}.")
+    if rle["size"] != list(size):
+        raise ValueError(
+            f"{where}: its run lengths are of {rle['size']}, but its image is {list(size)} pixels "
+            "(height, width)."
+        )
+    counts = rle["counts"]
+    runs = _uncompress(counts) if isinstance(counts, str) else counts
+    if not all(type(n) is int and n >= 0 for n in runs) or sum(runs) != size[0] * size[1]:
+        raise ValueError(f"{where}: its run lengths are not those of {size[0] * size[1]} pixels.")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[::-1]).T
+
+
+def _uncompress(counts: str) -> list[int]:
+    """The run lengths of COCO's text: groups of 5 bits, from the third run on differences."""
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts:
+        group = ord(character) - 48
+        value |= (group & 31) << shift
+        shift += 5
+        if shift > 60:
+            return []  # no run is that long
+        if not group & 32:  # the last group of a run
+            if group & 16:
+                value -= 1 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs
+
+
+def _points(points: Any, size: tuple[int, int], where: str, *, least: int) -> NDArray[np.float64]:
+    """(P, 2) x and y; at least as many as needed, all near the image."""
+    far = max(size)
+    good = all(
+        isinstance(point, list | tuple)
+        and len(point) == 2
+        and all(type(v) in (int, float) and -far <= v <= 2 * far for v in point)
+        for point in points
+    )
+    if not good or len(points) < least:
+        raise ValueError(
+            f"{where}: its shape needs at least {least} points of two numbers, in or near the "
+            f"image of {size[1]} x {size[0]} pixels."
+        )
+    return np.array(points, dtype=np.float64)
 
 
 def convert_labelme(source: Path, stuff: Sequence[str], output: Path) -> None:
     """
-    Convert LabelMe's files, one JSON per image.
+    Convert LabelMe's files, one JSON per image. Other JSON files in the folder are left out.
 
     The shapes of a stuff label are one segment; each shape of a thing label is a segment, unless
-    several share a ``group_id``. Later shapes cover earlier ones. The flag ``crowd`` marks a crowd.
+    several share a ``group_id``. Things cover stuff, and of each kind later shapes cover earlier
+    ones. The flag ``crowd`` marks a crowd.
 
     Args:
         source: folder of the JSON files.
@@ -117,28 +261,49 @@ def convert_labelme(source: Path, stuff: Sequence[str], output: Path) -> None:
     Raises:
         ValueError: there is no file, a stuff label has no shape, or a shape has no area.
     """
-    files = sorted(source.glob("*.json"))
-    shapes = [s for f in files for s in json.loads(f.read_text(encoding="utf-8"))["shapes"]]
-    labels = sorted({shape["label"] for shape in shapes})
+    files: dict[Path, list[str]] = {}  # with the labels of their shapes
+    for path in sorted(source.glob("*.json")):
+        content = read_json(path)
+        if isinstance(content, dict) and "shapes" in content:
+            require_none(_labelme_problems(content), path)
+            files[path] = [shape["label"] for shape in content["shapes"]]
+        else:
+            logger.warning("'%s' is no file of LabelMe (it lacks 'shapes') and is left out.", path)
+    labels = sorted({name for names in files.values() for name in names})
     if not labels:
         raise ValueError(f"No shapes in any *.json of '{source}'. Is it a folder of LabelMe?")
     unknown = sorted(set(stuff) - set(labels))
     if unknown:
         raise ValueError(f"No shape in '{source}' has the stuff labels {unknown}. Known: {labels}.")
     categories = [
-        {"id": i, "name": label, "isthing": int(label not in stuff)}
-        for i, label in enumerate(labels, start=1)
+        {"id": i, "name": name, "isthing": int(name not in stuff)}
+        for i, name in enumerate(labels, start=1)
     ]
-    _write(output, categories, files, partial(_convert_labelme, categories))
+    require_none(find_category_problems(categories), source)
+    convert = partial(_convert_labelme, categories)
+    _write(output, categories, list(files), convert, lambda path: [path], list(files))
+
+
+def _labelme_problems(content: dict[str, Any]) -> Any:
+    misfit = find_misfit(content, _LABELME)
+    if misfit:
+        yield Problem("JSON", misfit)
+        return
+    for i, shape in enumerate(content["shapes"], start=1):
+        misfit = find_misfit(shape, _SHAPE, _SHAPE_OPTIONS)
+        if misfit:
+            yield Problem(f"shape number {i}", misfit)
 
 
 def _convert_labelme(categories: Sequence[Mapping[str, Any]], source: Path) -> PanopticImage:
-    content = json.loads(source.read_text(encoding="utf-8"))
+    content = read_json(source)
     index_map = np.zeros((content["imageHeight"], content["imageWidth"]), dtype=np.int32)
     known = {c["name"]: c for c in categories}
     segments: list[Segment] = []
     shared: dict[Any, int] = {}  # segment of the shapes that belong together
-    for number, shape in enumerate(content["shapes"]):
+    numbered = enumerate(content["shapes"], start=1)
+    stuff_first = sorted(numbered, key=lambda item: known[item[1]["label"]]["isthing"])  # stable
+    for number, shape in stuff_first:
         category = known[shape["label"]]
         group = shape.get("group_id")
         key = (
@@ -149,7 +314,9 @@ def _convert_labelme(categories: Sequence[Mapping[str, Any]], source: Path) -> P
             crowd = bool((shape.get("flags") or {}).get("crowd")) and category["isthing"]
             segments.append(Segment(category["id"], int(crowd)))
             shared[key] = len(segments)
-        _fill(index_map, shape, shared[key], source)
+        where = f"'{source}': shape number {number}, '{shape['label']}'"
+        if not _fill(index_map, shape, shared[key], where):
+            logger.warning("%s has no pixel in the image.", where)
     return PanopticImage(
         image_id=source.stem,
         file_name=Path(content["imagePath"].replace("\\", "/")).name,
@@ -159,29 +326,40 @@ def _convert_labelme(categories: Sequence[Mapping[str, Any]], source: Path) -> P
     )
 
 
-def _fill(index_map: NDArray[np.int32], shape: Mapping[str, Any], value: int, source: Path) -> None:
+def _fill(index_map: NDArray[np.int32], shape: Mapping[str, Any], value: int, where: str) -> bool:
+    """Draw a shape; whether it has a pixel."""
     kind = shape.get("shape_type", "polygon")
-    points = np.array(shape["points"], dtype=np.float64)
-    if kind == "polygon" and len(points) >= 3:
-        cv2.fillPoly(index_map, [np.round(points).astype(np.int32)], value)
-    elif kind == "rectangle" and len(points) == 2:
+    least = {"polygon": 3, "rectangle": 2, "circle": 2}.get(kind)
+    count = len(shape["points"])
+    if least is None or count < least or (kind != "polygon" and count != 2):
+        raise ValueError(
+            f"{where}: a shape of type '{kind}' with {count} points has no area. Polygons, "
+            "rectangles and circles are known."
+        )
+    points = _points(shape["points"], index_map.shape, where, least=least)
+    drawn = np.zeros(index_map.shape, dtype=np.uint8)
+    if kind == "polygon":
+        cv2.fillPoly(drawn, [np.round(points).astype(np.int32)], 1)
+    elif kind == "rectangle":
         low, high = np.round(points.min(0)).astype(int), np.round(points.max(0)).astype(int)
-        index_map[max(low[1], 0) : high[1] + 1, max(low[0], 0) : high[0] + 1] = value
-    elif kind == "circle" and len(points) == 2:
+        stop = np.maximum(high + 1, 0)
+        drawn[max(low[1], 0) : stop[1], max(low[0], 0) : stop[0]] = 1
+    else:
         centre = [int(v) for v in np.round(points[0])]
         radius = round(float(np.hypot(*(points[1] - points[0]))))
-        cv2.circle(index_map, centre, radius, value, thickness=-1)
-    else:
-        raise ValueError(
-            f"'{source}': a shape '{shape['label']}' of type '{kind}' with {len(points)} points "
-            "has no area. Polygons, rectangles and circles are known."
-        )
+        cv2.circle(drawn, centre, radius, 1, thickness=-1)
+    index_map[drawn == 1] = value
+    return bool(drawn.any())
 
 
 def _write(
-    output: Path, categories: Sequence[Mapping[str, Any]], sources: Sequence[Path], convert: Any
+    output: Path,
+    categories: Sequence[Mapping[str, Any]],
+    sources: Sequence[Path],
+    convert: Any,
+    inputs: Any,
+    read: Sequence[Path],
 ) -> None:
-    output.mkdir(parents=True, exist_ok=True)
     split = Split(
         name=output.name,
         panoptic_root=output / "panoptic",
@@ -189,4 +367,6 @@ def _write(
         instances_json=output / "instances.json",
         categories=categories,
     )
-    convert_split(split, sources, convert, num_images=len(sources))
+    refuse_inputs((split.panoptic_root, split.panoptic_json, split.instances_json), read)
+    output.mkdir(parents=True, exist_ok=True)
+    convert_split(split, sources, convert, num_images=len(sources), inputs=inputs)
