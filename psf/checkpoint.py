@@ -7,6 +7,7 @@ is skipped silently.
 
 import pickle
 import re
+import struct
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -213,6 +214,7 @@ DAMAGED = (
     RuntimeError,
     TypeError,
     ValueError,
+    struct.error,
 )
 
 
@@ -291,8 +293,12 @@ class _NotAllowed(pickle.UnpicklingError):
     """The file holds something that is not an array, text or number."""
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Refuses everything but what NumPy arrays of numbers and dicts are made of."""
+class _ArrayUnpickler(pickle._Unpickler):
+    """
+    Refuses everything but what NumPy arrays of numbers and dicts are made of.
+
+    Python's own unpickler, since that in C allocates 64 GB if four bytes of the file say so.
+    """
 
     def find_class(self, module: str, name: str) -> Callable[..., Any]:
         """Called by pickle for each object that is not a plain value."""

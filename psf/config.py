@@ -42,7 +42,20 @@ def load_config(path: str | Path = "", opts: Sequence[Any] = ()) -> CN:
     check_options(cfg)
     cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)
     cfg.MODEL.WEIGHTS = os.path.expanduser(cfg.MODEL.WEIGHTS)
+    cfg.DATASETS.REGISTER = [_expand(entry) for entry in cfg.DATASETS.REGISTER]
     return cfg
+
+
+def user_path(path: str | Path) -> Path:
+    """A path that a user wrote; ``~`` is the home folder, also where no shell has expanded it."""
+    return Path(path).expanduser()
+
+
+def _expand(entry: Any) -> Any:
+    """The paths of a data set; what is no list of texts is refused where it is registered."""
+    if not isinstance(entry, list | tuple):
+        return entry
+    return [os.path.expanduser(part) if isinstance(part, str) else part for part in entry]
 
 
 def _check_yaml(path: str, above: tuple[str, ...] = ()) -> None:
@@ -74,7 +87,7 @@ def find_config(path: str | Path) -> Path:
     Raises:
         FileNotFoundError: it is neither.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     if path.is_file():
         return path
     installed = Path(__file__).parent / "configs"

@@ -12,6 +12,7 @@ from detectron2.modeling import build_model
 from numpy.typing import NDArray
 
 from psf.data import build_augmentations
+from psf.images import require_channel_order
 from psf.inference import fast_preset, optimize_for_inference
 from psf.modeling.build import model_dataset
 from psf.weights import Checkpointer
@@ -31,7 +32,13 @@ class Predictor(DefaultPredictor):
             cfg: with ``MODEL.WEIGHTS``, and the data sets with the classes.
             fast: use bfloat16, two mask-decoder layers and compilation, whatever ``cfg`` says.
             batch_size: number of images of a list that are predicted together.
+
+        Raises:
+            ValueError: ``batch_size`` or a key of the config cannot be used.
         """
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
+        require_channel_order(cfg.INPUT.FORMAT)
         self.cfg = fast_preset(cfg) if fast else cfg.clone()
         model = build_model(self.cfg).eval()
         Checkpointer(model).load(cfg.MODEL.WEIGHTS)
@@ -53,13 +60,19 @@ class Predictor(DefaultPredictor):
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """
         Args:
-            images: one image (H, W, 3) BGR, or a list of images of any sizes.
+            images: one image (H, W, 3) BGR of bytes, or a list of images of any sizes.
 
         Returns:
             The model's outputs at the size of the image; a list for a list.
+
+        Raises:
+            ValueError: an image has another type or shape. All are checked before the first is
+                predicted.
         """
         if isinstance(images, np.ndarray):
             return self([images])[0]
+        for i, image in enumerate(images):
+            _check_image(image, i)
         outputs: list[dict[str, Any]] = []
         for start in range(0, len(images), self.batch_size):
             batch = images[start : start + self.batch_size]
@@ -74,3 +87,18 @@ class Predictor(DefaultPredictor):
         resized = self.aug.get_transform(image).apply_image(image)
         tensor = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))
         return {"image": tensor, "height": height, "width": width}
+
+
+def _check_image(image: Any, index: int) -> None:
+    """Refuse what would be predicted wrongly or not at all."""
+    if isinstance(image, np.ndarray):
+        found = f"{image.dtype} of shape {image.shape}"
+        if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size > 0:
+            return
+    else:
+        found = f"a {type(image).__name__}"
+    raise ValueError(
+        f"Predictor: image {index} is {found}, not a NumPy array (H, W, 3) of uint8 with at least "
+        "one pixel, in BGR. psf.data.read_image makes one of a file of any kind; multiply values "
+        "in 0..1 by 255, and repeat a single channel three times."
+    )

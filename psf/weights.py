@@ -99,7 +99,7 @@ class Checkpointer(DetectionCheckpointer):
         file = tag.with_name(name) if name and Path(name).name == name else None
         if file is None or file.suffix != ".pth" or not file.is_file():
             raise ValueError(
-                f"'{tag}' names '{name[:100]}', which is not a .pth file in its folder. Write the "
+                f"'{tag}' names {name[:100]!r}, which is not a .pth file in its folder. Write the "
                 "name of the checkpoint to continue from into it."
             )
         return str(file)

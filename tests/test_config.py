@@ -1,4 +1,5 @@
 import ast
+import json
 from pathlib import Path
 
 import numpy as np
@@ -151,3 +152,17 @@ def test_schedules_and_augmentations(name, num_images, epochs):
     mapper.augmentations(result)
     expected = [1024, 1024] if "lsj" in name else cfg.INPUT.CROP.SIZE
     assert list(result.image.shape[:2]) == expected
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    """No shell sees the values in a file, nor those behind a key."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    entry = ["own", "~/images", "~/pngs", "~/a.json"]
+    (tmp_path / "c.yaml").write_text(f"DATASETS:\n  REGISTER: {json.dumps([entry])}\n")
+    opts = ["OUTPUT_DIR", "~/out", "MODEL.WEIGHTS", "~/model.pth"]
+    cfg = load_config("~/c.yaml", opts)
+    assert str(tmp_path / "out") == cfg.OUTPUT_DIR
+    assert str(tmp_path / "model.pth") == cfg.MODEL.WEIGHTS
+    expected = [str(tmp_path / name) for name in ("images", "pngs", "a.json")]
+    assert [["own", *expected]] == cfg.DATASETS.REGISTER

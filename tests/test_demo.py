@@ -108,12 +108,57 @@ def test_pictures_are_written_and_bad_images_reported(demo, photos, capsys):
     assert "b.png" in err
 
 
+def test_one_bad_image_does_not_end_the_others(demo, photos, capsys):
+    """Damaged, foreign, gone, too large for its format, for the memory, or for the picture."""
+
+    class Fussy(FakePredictor):
+        def __call__(self, image_bgr):
+            if image_bgr.shape[0] == 7:
+                raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB")
+            if image_bgr.shape[0] == 8:
+                raise ValueError("an image that the\nmodel refuses")
+            return super().__call__(image_bgr)
+
+    for name, size in (("d.png", (9, 7)), ("e.png", (9, 8)), ("f.webp", (1, 1)), ("h.jpg", (2, 3))):
+        Image.new("RGB", size).save(photos / name)
+    Image.new("RGB", (16_384, 1)).save(photos / "g.png")
+    (photos / "b.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0")
+    jobs = demo.plan(demo.find_images([str(photos)]), photos.parent / "out")
+    jobs = [job._replace(target=job.target.with_suffix(".webp")) for job in jobs]
+    (photos / "h.jpg").unlink()
+    failed = demo.run(jobs, Fussy(), METADATA)
+    assert [path.name for path in failed] == ["b.png", "d.png", "e.png", "g.png", "h.jpg"]
+    written = sorted(p.name for p in (photos.parent / "out").iterdir())
+    assert written == ["a.webp", "c.webp", "f.webp"]
+    lines = capsys.readouterr().err.splitlines()
+    expected = [
+        r"b.png' is not a readable image: it has none of the formats",
+        r"d.png: not enough memory for this image",
+        r"e.png: an image that the model refuses",
+        r"g.png: the picture has 16384 x 1 pixels, but .webp at most 16383 on a side",
+        r"h.jpg' does not exist",
+    ]
+    assert len(lines) == len(expected)
+    for line, message in zip(lines, expected, strict=True):
+        assert message in line
+
+
+def test_the_home_folder(demo, photos, monkeypatch):
+    """The shell leaves ``~`` as it is behind ``=`` and in quotes."""
+    monkeypatch.setenv("HOME", str(photos))
+    monkeypatch.setenv("USERPROFILE", str(photos))
+    assert demo.find_images(["~/b.png", "~/*.JPG"]) == [photos / "b.png", photos / "c.JPG"]
+    line = ["--config-file=~/c.yaml", "--input", "a", "--output=~/out"]
+    args = demo.parse_args(line)
+    assert (args.config_file, args.output) == (photos / "c.yaml", photos / "out")
+
+
 def test_command_exits_with_an_error_after_the_other_images(demo, photos, monkeypatch):
     monkeypatch.setattr(demo, "Predictor", FakePredictor)
     monkeypatch.setattr(demo, "setup", lambda config_file, opts: None)
     out = photos.parent / "out"
     files = [str(photos / name) for name in ("notes.txt", "a.jpg")]
-    with pytest.raises(SystemExit, match=r"1 of 2 images could not be read: .*notes\.txt"):
+    with pytest.raises(SystemExit, match=r"1 of 2 images failed: .*notes\.txt"):
         demo.main(["--config-file", "x", "--input", *files, "--output", str(out)])
     assert (out / "a.jpg").is_file()
 

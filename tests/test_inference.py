@@ -196,6 +196,56 @@ class TestPredictor:
             assert alone.shape == photo.shape[:2]
             assert (alone != output["panoptic_seg"][0]).float().mean() < 1e-3
 
+    @pytest.mark.parametrize(
+        ("image", "found"),
+        [
+            (np.random.rand(8, 9, 3), r"float64 of shape \(8, 9, 3\)"),
+            (np.full((8, 9, 3), np.nan, np.float32), "float32"),
+            (np.zeros((8, 9), np.uint8), r"uint8 of shape \(8, 9\)"),
+            (np.zeros((8, 9, 1), np.uint8), r"uint8 of shape \(8, 9, 1\)"),
+            (np.zeros((8, 9, 4), np.uint8), r"uint8 of shape \(8, 9, 4\)"),
+            (np.zeros((2, 8, 9, 3), np.uint8), r"uint8 of shape \(2, 8, 9, 3\)"),
+            (np.zeros((0, 9, 3), np.uint8), r"uint8 of shape \(0, 9, 3\)"),
+            (np.zeros((8, 9, 3), np.uint16), "uint16"),
+            (np.zeros((8, 9, 3), bool), "bool"),
+            (torch.zeros(3, 8, 9), "a Tensor"),
+            ("photo.jpg", "a str"),
+            (None, "a NoneType"),
+        ],
+    )
+    def test_other_images_are_refused(self, predictor, photos, image, found):
+        """None is predicted if one is wrong."""
+        with pytest.raises(ValueError, match=rf"image 1 is {found}.*uint8.*read_image.*255"):
+            predictor([photos[0], image])
+        if isinstance(image, np.ndarray):
+            with pytest.raises(ValueError, match=rf"image 0 is {found}"):
+                predictor(image)
+
+    @pytest.mark.parametrize("size", [(20000, 2), (1, 4000), (4000, 1), (1, 1)])
+    def test_extreme_shapes(self, predictor, size):
+        """Resized, the shorter side would be 0."""
+        predictor.aug.augmentation.max_size = 100
+        panoptic_seg, _ = predictor(np.zeros((*size, 3), np.uint8))["panoptic_seg"]
+        assert panoptic_seg.shape == size
+
+    @pytest.mark.parametrize("batch_size", [0, -1, 1.5, None])
+    def test_batch_sizes_that_would_predict_nothing(self, tiny_cfg, batch_size):
+        with pytest.raises(ValueError, match=f"batch_size must be .* not {batch_size}"):
+            psf.Predictor(tiny_cfg, batch_size=batch_size)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["DATASETS.TRAIN", (), "DATASETS.TEST", ()], r"DATASETS\.TEST are empty"),
+            (["INPUT.FORMAT", "L"], r"INPUT\.FORMAT must be 'RGB' or 'BGR', not 'L'"),
+            (["INPUT.MAX_SIZE_TEST", 0], r"INPUT\.MAX_SIZE_TEST is 0, but must be positive"),
+        ],
+    )
+    def test_configs_that_cannot_work(self, tiny_cfg, options, message):
+        tiny_cfg.merge_from_list(options)
+        with pytest.raises(ValueError, match=message):
+            psf.Predictor(tiny_cfg)
+
     def test_it_is_detectron2s_predictor(self, predictor, photos, tiny_cfg):
         """BGR in, resized, RGB to the model, as ``DefaultPredictor`` does it."""
         from detectron2.engine import DefaultPredictor

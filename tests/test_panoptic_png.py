@@ -1,15 +1,15 @@
 """Panoptic PNGs of every kind are read as Pillow reads them, and damaged ones are refused."""
 
 import io
+import resource
 import struct
-import zlib
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from psf.panoptic_png import read_panoptic_ids, write_panoptic_ids
+from psf.panoptic_png import read_panoptic_ids, unknown_ids, write_panoptic_ids
 
 
 def ids_of(rgb: np.ndarray) -> np.ndarray:
@@ -75,20 +75,11 @@ def test_every_truncation_and_damaged_byte_is_refused(tmp_path):
         content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :] for i in range(len(content) - 4)
     ]
     path = tmp_path / "a.png"
+    message = r"a\.png' (is not a readable image|has \d+ x \d+ pixels by its header)"
     for data in damaged:
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"a\.png' is not a readable image"):
+        with pytest.raises(ValueError, match=message):
             read_panoptic_ids(str(path))
-
-
-def test_a_header_of_too_many_pixels_is_refused(tmp_path):
-    path = tmp_path / "a.png"
-    Image.new("RGB", (1, 1)).save(path)
-    content = path.read_bytes()
-    header = b"IHDR" + struct.pack(">II", 100_000, 100_000) + content[24:29]
-    path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
-    with pytest.raises(ValueError, match=r"a\.png' is not a readable image"):
-        read_panoptic_ids(str(path))
 
 
 def test_what_is_written_is_read_back(tmp_path):
@@ -99,3 +90,49 @@ def test_what_is_written_is_read_back(tmp_path):
     np.testing.assert_array_equal(ids_of(np.asarray(Image.open(path))), ids)
     with pytest.raises(ValueError, match=r"a\.png': ids -1\.\.5 do not fit"):
         write_panoptic_ids(path, np.array([[-1, 5]]))
+
+
+def test_16_bits_per_channel_are_refused(tmp_path):
+    """As Cityscapes' instance ids; OpenCV would cut them to 8 bits."""
+    Image.fromarray(np.full((2, 3), 26001, dtype=np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png' has 16 bits per channel.*Convert label maps"):
+        read_panoptic_ids(str(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("kind", [b"IDAT", b"PLTE", b"tEXt", b"acTL"])
+def test_a_chunk_that_declares_gigabytes_takes_no_memory(tmp_path, kind):
+    """OpenCV allocates the length before it reads."""
+    path = tmp_path / "a.png"
+    Image.new("RGB", (3, 2)).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:33] + struct.pack(">I", 2**31 - 1) + kind + whole[41:])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"a\.png' is not a readable image"):
+        read_panoptic_ids(str(path))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "bmp", "tif", "gif", "webp"])
+def test_other_formats_are_refused(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    Image.new("RGB", (3, 2)).save(path)
+    path.rename(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png' is not a readable image: it is no PNG"):
+        read_panoptic_ids(str(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize(
+    ("unknown", "cause"),
+    [
+        (
+            [(112 << 16) + (70000 & 0xFF00) + 1],
+            "With red and blue swapped it has: it was written as BGR",
+        ),
+        ([5 << 16], "written as BGR"),
+        ([5 * 65793, 7 * 65793], "gray: it is a map of one channel, not a panoptic PNG"),
+        ([7], "of different versions"),
+        ([5 << 16, 7], "of different versions"),
+    ],
+)
+def test_why_ids_are_unknown(unknown, cause):
+    assert cause in unknown_ids("a.png", unknown, [5, 70000])

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import resource
 from collections import OrderedDict
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from psf import checkpoint
 from psf.config import load_config
 from psf.weights import Checkpointer
 
@@ -164,3 +166,12 @@ def test_home_folders(tmp_path, monkeypatch):
     (tmp_path / "a.yaml").write_text("OUTPUT_DIR: ~/out\n", encoding="utf-8-sig")
     cfg = load_config(Path("~/a.yaml"), ["MODEL.WEIGHTS", "~/a.pth"])
     assert (f"{tmp_path}/out", f"{tmp_path}/a.pth") == (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS)
+
+
+def test_a_small_pickle_takes_little_memory(tmp_path):
+    """The number of a memo entry, of which the unpickler in C allocates a table twice as long."""
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(b"\x80\x02}r\xff\xff\xff\xff.")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert checkpoint.read_pickle(str(path)) == {}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB

@@ -7,21 +7,25 @@ Prints every defect with its file and id. The exit status is 1 if there are any.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import psf.threads  # isort: skip  before torch is loaded
 
+import numpy as np
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from numpy.typing import NDArray
 
 import psf.data
+from psf.config import user_path
 from psf.data import load_coco_panoptic, panoptic_metadata
+from psf.data.annotations import read_categories
 from psf.data.check import check_dataset
-from psf.data.images import read_image
-from psf.evaluation.ground_truth import load_ground_truth
+from psf.evaluation.ground_truth import PanopticSegmentation, load_ground_truth
 from psf.evaluation.pictures import SheetRow, cell_size, draw_panoptic, resize_picture, write_sheet
+from psf.images import read_image
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,14 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--name", help="a registered data set, instead of the three paths")
-    parser.add_argument("--json", type=Path, help="the annotations")
-    parser.add_argument("--images", type=Path, help="folder of the images")
-    parser.add_argument("--pngs", type=Path, help="folder of the panoptic PNGs")
+    parser.add_argument("--json", type=user_path, help="the annotations")
+    parser.add_argument("--images", type=user_path, help="folder of the images")
+    parser.add_argument("--pngs", type=user_path, help="folder of the panoptic PNGs")
     parser.add_argument(
-        "--processes", type=int, default=1, help="processes that read images (%(default)s)"
+        "--processes", type=positive, default=1, help="processes that read images (%(default)s)"
     )
-    parser.add_argument("--sheet", type=Path, help="PNG to write, with images and annotations")
-    parser.add_argument("--samples", type=int, default=6, help="images in the PNG (%(default)s)")
+    parser.add_argument("--sheet", type=user_path, help="PNG to write, with images and annotations")
+    parser.add_argument(
+        "--samples", type=positive, default=6, help="images in the PNG (%(default)s)"
+    )
     args = parser.parse_args(argv)
     image_file = None
     if args.name:
@@ -58,11 +64,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.json, args.images, args.pngs, image_file=image_file, num_processes=args.processes
     )
     for defect in defects:
-        print(defect)
+        print(printable(str(defect)))
     print(f"{len(defects)} defects" if defects else "no defects")
-    if args.sheet is not None and args.json.is_file():
+    if args.sheet is not None:
         draw(args, image_file)
     return 1 if defects else 0
+
+
+def printable(text: str) -> str:
+    """One line that any terminal shows; names in a JSON may hold anything."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return " ".join(text.split()).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def positive(text: str) -> int:
+    """A number of at least 1."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of at least 1")
+    return int(text)
 
 
 def known_names() -> str:
@@ -75,22 +94,46 @@ def draw(args: argparse.Namespace, image_file: Callable[[str], str] | None) -> N
         records = load_coco_panoptic(
             str(args.json), str(args.images), str(args.pngs), image_file=image_file
         )
+        metadata = Metadata(name="checked", **panoptic_metadata(read_categories(args.json)))
+        chosen = records[:: max(1, len(records) // args.samples)][: args.samples]
+        readable = [read for record in chosen if (read := read_annotated(record)) is not None]
+        cell = cell_size([picture for _, picture, _ in readable])
+        rows = [draw_row(*read, metadata, cell) for read in readable]
+        write_sheet(rows, ("image", "annotation"), cell, args.sheet)
     except (OSError, ValueError) as error:
-        print(f"No sheet: {error}")
+        print(printable(f"No sheet: {error}"))
         return
-    categories = json.loads(args.json.read_text(encoding="utf-8"))["categories"]
-    metadata = Metadata(name="checked", **panoptic_metadata(categories))
-    chosen = records[:: max(1, len(records) // args.samples)][: args.samples]
-    pictures = [read_image(record["file_name"], "RGB") for record in chosen]
-    cell = cell_size(pictures)
-    rows = []
-    for record, picture in zip(chosen, pictures, strict=True):
-        scale = cell / max(picture.shape[:2])
-        drawn = draw_panoptic(picture, *load_ground_truth(record), metadata, scale=scale)
-        caption = f"{Path(record['file_name']).name}: {len(record['segments_info'])} segments"
-        rows.append(SheetRow(caption, [resize_picture(picture, scale), drawn]))
-    write_sheet(rows, ("image", "annotation"), cell, args.sheet)
     print(args.sheet)
+
+
+class Annotated(NamedTuple):
+    """A record of the data set, and what its files hold."""
+
+    record: dict[str, Any]
+    picture: NDArray[np.uint8]  # (H, W, 3)
+    truth: PanopticSegmentation
+
+
+def read_annotated(record: dict[str, Any]) -> Annotated | None:
+    """Read an image and its PNG; None, after a line, if one of them is damaged."""
+    try:
+        return Annotated(record, read_image(record["file_name"], "RGB"), load_ground_truth(record))
+    except (OSError, ValueError) as error:
+        print(printable(f"Not on the sheet: {error}"))
+        return None
+
+
+def draw_row(
+    record: dict[str, Any],
+    picture: NDArray[np.uint8],
+    truth: PanopticSegmentation,
+    metadata: Metadata,
+    cell: int,
+) -> SheetRow:
+    scale = cell / max(picture.shape[:2])
+    drawn = draw_panoptic(picture, *truth, metadata, scale=scale)
+    caption = f"{Path(record['file_name']).name}: {len(record['segments_info'])} segments"
+    return SheetRow(caption, [resize_picture(picture, scale), drawn])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from psf import checkpoint
+from psf.config import user_path
 from psf.files import write_beside
 from psf.weights import CONVERTED_FROM
 
@@ -32,8 +33,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         epilog=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", type=Path, help="the file to convert")
-    parser.add_argument("target", type=Path, help="the file to write")
+    parser.add_argument("source", type=user_path, help="the file to convert")
+    parser.add_argument("target", type=user_path, help="the file to write")
     parser.add_argument(
         "--to-authors", action="store_true", help="from this project's names to the authors'"
     )

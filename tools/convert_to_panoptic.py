@@ -10,8 +10,8 @@ Both write panoptic.json, panoptic/ and instances.json into the output folder.
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
+from psf.config import user_path
 from psf.data.annotations import read_json
 from psf.data.prepare.convert import convert_instances, convert_labelme
 
@@ -22,18 +22,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     instances = commands.add_parser("instances", help="COCO instances with stuff label maps")
-    instances.add_argument("--json", type=Path, required=True, help="COCO instance annotations")
     instances.add_argument(
-        "--labels", type=Path, required=True, help="folder of PNGs whose values are category ids"
+        "--json", type=user_path, required=True, help="COCO instance annotations"
     )
     instances.add_argument(
-        "--stuff-categories", type=Path, required=True, help="JSON: a list of {id, name}"
+        "--labels",
+        type=user_path,
+        required=True,
+        help="folder of PNGs whose values are category ids",
+    )
+    instances.add_argument(
+        "--stuff-categories", type=user_path, required=True, help="JSON: a list of {id, name}"
     )
     labelme = commands.add_parser("labelme", help="a folder of LabelMe's JSON files")
-    labelme.add_argument("--input", type=Path, required=True, help="folder of the JSON files")
+    labelme.add_argument("--input", type=user_path, required=True, help="folder of the JSON files")
     labelme.add_argument("--stuff", default="", help="stuff labels, separated by commas")
     for command in (instances, labelme):
-        command.add_argument("--output", type=Path, required=True, help="folder to write")
+        command.add_argument("--output", type=user_path, required=True, help="folder to write")
     args = parser.parse_args(argv)
     try:
         if args.command == "instances":

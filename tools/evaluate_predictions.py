@@ -18,9 +18,9 @@ import torch
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from tabulate import tabulate
 
+from psf.config import user_path
 from psf.data import panoptic_metadata
 from psf.data.annotations import read_panoptic_json, read_predictions
-from psf.data.images import read_image
 from psf.evaluation.charts import write_quality_bars
 from psf.evaluation.ground_truth import PanopticSegmentation
 from psf.evaluation.offline import Scores, score_predictions
@@ -32,6 +32,7 @@ from psf.evaluation.pictures import (
     resize_picture,
     write_sheet,
 )
+from psf.images import read_image
 from psf.panoptic_png import read_panoptic_ids
 
 
@@ -70,12 +71,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--name", help="a registered data set")
-    parser.add_argument("--json", type=Path, help="ground truth")
-    parser.add_argument("--pngs", type=Path, help="folder of its PNGs")
-    parser.add_argument("--images", type=Path, help="folder of the images, for pictures")
-    parser.add_argument("--predictions", type=Path, required=True, help="JSON of the predictions")
-    parser.add_argument("--prediction-pngs", type=Path, help="folder of their PNGs")
-    parser.add_argument("--output", type=Path, required=True, help="folder for tables and pictures")
+    parser.add_argument("--json", type=user_path, help="ground truth")
+    parser.add_argument("--pngs", type=user_path, help="folder of its PNGs")
+    parser.add_argument("--images", type=user_path, help="folder of the images, for pictures")
+    parser.add_argument(
+        "--predictions", type=user_path, required=True, help="JSON of the predictions"
+    )
+    parser.add_argument("--prediction-pngs", type=user_path, help="folder of their PNGs")
+    parser.add_argument(
+        "--output", type=user_path, required=True, help="folder for tables and pictures"
+    )
     parser.add_argument("--boundary", action="store_true", help="Boundary PQ instead of PQ")
     parser.add_argument("--worst", type=int, default=6, help="images to draw (%(default)s)")
     parser.add_argument(

@@ -18,7 +18,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from numpy.typing import NDArray
 
-from psf.config import load_config
+from psf.config import load_config, user_path
 from psf.data import ClassMap, PanopticDatasetMapper
 from psf.evaluation.pictures import SheetRow, cell_size, draw_panoptic, resize_picture, write_sheet
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", required=True)
-    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--output", type=user_path, required=True, help="PNG to write")
     parser.add_argument("--samples", type=int, default=4, help="number of images (%(default)s)")
     parser.add_argument(
         "--repeats", type=int, default=2, help="augmentations per image (%(default)s)"
@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs")
     args = parser.parse_args(argv)
+    if min(args.samples, args.repeats) < 1:
+        parser.error("--samples and --repeats must be at least 1")
     try:
         cfg = load_config(args.config_file, args.opts)
         results = map_images(cfg, args.samples, args.repeats, args.seed)

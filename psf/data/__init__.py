@@ -3,6 +3,8 @@
 Like Detectron2, it reads the environment variable DETECTRON2_DATASETS when it is imported.
 """
 
+from psf.images import read_image
+
 from .augmentation import build_augmentations
 from .builtin import register_builtin
 from .class_map import ClassMap, ClassNames
@@ -15,7 +17,6 @@ from .coco_panoptic import (
     register_listed,
     register_panoptic,
 )
-from .images import read_image
 from .index_masks import IndexMasks
 from .mapper import PanopticDatasetMapper
 from .shapes import generate_shapes, register_shapes

@@ -59,12 +59,12 @@ IMAGE_ID = (lambda v: type(v) in (int, str), "an integer or a text")
 _SEGMENT_ID = (lambda v: _is_int(v) and 0 < v <= MAX_ID, f"an integer in 1..{MAX_ID} (0 is void)")
 _BOX = (_is_box, "[x, y, width, height]")
 
-_CATEGORY: Keys = {"id": CLASS_ID, "name": TEXT, "isthing": FLAG}
+CATEGORY: Keys = {"id": CLASS_ID, "name": TEXT, "isthing": FLAG}
 _CATEGORY_OPTIONS: Keys = {"color": (_is_color, "three integers in 0..255")}
 IMAGE: Keys = {"id": IMAGE_ID, "file_name": TEXT, "height": SIDE, "width": SIDE}
-_ANNOTATION: Keys = {"image_id": IMAGE_ID, "file_name": TEXT, "segments_info": LIST}
-_SEGMENT: Keys = {"id": _SEGMENT_ID, "category_id": CLASS_ID}
-_SEGMENT_OPTIONS: Keys = {"iscrowd": FLAG, "area": SIZE, "bbox": _BOX}
+ANNOTATION: Keys = {"image_id": IMAGE_ID, "file_name": TEXT, "segments_info": LIST}
+SEGMENT: Keys = {"id": _SEGMENT_ID, "category_id": CLASS_ID}
+SEGMENT_OPTIONS: Keys = {"iscrowd": FLAG, "area": SIZE, "bbox": _BOX}
 
 
 def find_misfit(value: Any, required: Keys, optional: Keys | None = None) -> str | None:
@@ -114,9 +114,21 @@ def read_panoptic_json(
     """
     data = read_json(path)
     require_none(find_problems(data, categories), path)
-    images = {image["id"]: image for image in data["images"]}
+    images = {image["id"]: _with_slashes(image) for image in data["images"]}
     chosen = [dict(c) for c in categories or data["categories"]]
-    return PanopticJson(chosen, images, data.get("annotations"))
+    annotations = data.get("annotations")
+    if annotations is not None:
+        annotations = [_with_slashes(annotation) for annotation in annotations]
+    return PanopticJson(chosen, images, annotations)
+
+
+def slashes(file_name: str) -> str:
+    """A file name with / between folders; Windows writes a backslash."""
+    return file_name.replace("\\", "/")
+
+
+def _with_slashes(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {**item, "file_name": slashes(item["file_name"])}
 
 
 def read_categories(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -149,7 +161,7 @@ def read_predictions(
     require_none(_contradictions(data.get("categories"), categories), path)
     ids = {category["id"] for category in categories}
     require_none(_annotation_problems(data["annotations"], ids, None), path)
-    return {annotation["image_id"]: annotation for annotation in data["annotations"]}
+    return {a["image_id"]: _with_slashes(a) for a in data["annotations"]}
 
 
 def require_keys(data: Any, keys: Keys, path: object) -> None:
@@ -190,7 +202,7 @@ def find_problems(
         misfit = find_misfit(image, IMAGE) or _repetition(image["id"], image_ids, "images")
         if misfit:
             yield Problem(f"image {label(image, i)}", misfit)
-    known = {c["id"] for c in categories or data["categories"] if not find_misfit(c, _CATEGORY)}
+    known = {c["id"] for c in categories or data["categories"] if not find_misfit(c, CATEGORY)}
     yield from _annotation_problems(data.get("annotations", []), known, image_ids)
 
 
@@ -201,7 +213,7 @@ def find_category_problems(categories: Sequence[Any]) -> Iterator[Problem]:
     ids: set[Any] = set()
     names: set[Any] = set()
     for i, category in enumerate(categories):
-        misfit = find_misfit(category, _CATEGORY, _CATEGORY_OPTIONS)
+        misfit = find_misfit(category, CATEGORY, _CATEGORY_OPTIONS)
         misfit = misfit or _repetition(category["id"], ids, "categories")
         if not misfit and _repetition(normal_name(category["name"]), names, ""):
             misfit = f"another category has the name '{category['name']}', too (in any case)"
@@ -218,7 +230,7 @@ def _contradictions(theirs: Any, categories: Sequence[Mapping[str, Any]]) -> Ite
     """Categories of a file that are others under the same ids."""
     known = {category["id"]: category for category in categories}
     for category in theirs if isinstance(theirs, list) else []:
-        if find_misfit(category, _CATEGORY) or category["id"] not in known:
+        if find_misfit(category, CATEGORY) or category["id"] not in known:
             continue
         ours = known[category["id"]]
         if normal_name(category["name"]) != normal_name(ours["name"]):
@@ -236,7 +248,7 @@ def _annotation_problems(
     annotated: set[Any] = set()
     for i, annotation in enumerate(annotations):
         where = f"annotation of image {label(annotation, i, 'image_id')}"
-        misfit = find_misfit(annotation, _ANNOTATION)
+        misfit = find_misfit(annotation, ANNOTATION)
         if not misfit and image_ids is not None and annotation["image_id"] not in image_ids:
             misfit = "is not among the images"
         misfit = misfit or _repetition(annotation["image_id"], annotated, "annotations")
@@ -245,7 +257,7 @@ def _annotation_problems(
             continue
         seen: set[Any] = set()
         for j, segment in enumerate(annotation["segments_info"]):
-            misfit = find_misfit(segment, _SEGMENT, _SEGMENT_OPTIONS)
+            misfit = find_misfit(segment, SEGMENT, SEGMENT_OPTIONS)
             if not misfit and segment["category_id"] not in category_ids:
                 misfit = f"category_id {segment['category_id']} is not among the categories"
             misfit = misfit or _repetition(segment["id"], seen, "segments")

@@ -8,13 +8,12 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from numpy.typing import NDArray
 
-from .opencv_resize import OpenCVResize
-
-RESIZE_LIBRARIES = ("pillow", "opencv")
+from .resize import LIBRARIES, RandomCrop, Resize
 
 # DETR's crop (datasets/coco.py): half of the images, after a resize to one of these.
 _CROP_PROBABILITY = 0.5
 _SHORT_SIDE_BEFORE_CROP = [400, 500, 600]
+_LONG_SIDE_BEFORE_CROP = 10_000  # so that one row of pixels does not become gigabytes
 
 # SSD's photometric distortion (Liu et al., 2016, section 2.2; SSD's data layer), as in Mask2Former.
 _BRIGHTNESS = 32
@@ -33,8 +32,12 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     pads to ``INPUT.CROP.SIZE``. All flip. Padding is void.
 
     Raises:
-        ValueError: ``INPUT.AUGMENTATION`` or ``INPUT.RESIZE_LIBRARY`` is unknown.
+        ValueError: ``INPUT.AUGMENTATION`` or ``INPUT.RESIZE_LIBRARY`` is unknown, or a size is not
+            positive.
     """
+    for key in ("MAX_SIZE_TRAIN", "MAX_SIZE_TEST", "IMAGE_SIZE", "MIN_SCALE", "MAX_SCALE"):
+        if cfg.INPUT[key] <= 0:
+            raise ValueError(f"INPUT.{key} is {cfg.INPUT[key]}, but must be positive.")
     if not is_train:
         test = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         return [_with_resize_library(cfg, test)]
@@ -53,10 +56,10 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
 def _multi_scale(cfg: CfgNode) -> list[T.Augmentation]:
     augmentations: list[T.Augmentation] = []
     if cfg.INPUT.CROP.ENABLED:
-        before = T.ResizeShortestEdge(_SHORT_SIDE_BEFORE_CROP, sample_style="choice")
+        before = T.ResizeShortestEdge(_SHORT_SIDE_BEFORE_CROP, _LONG_SIDE_BEFORE_CROP, "choice")
         crop = [
             _with_resize_library(cfg, before),
-            T.RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE),
+            RandomCrop(cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE),
         ]
         augmentations.append(T.RandomApply(T.AugmentationList(crop), prob=_CROP_PROBABILITY))
     return [*augmentations, _resize_shorter_side(cfg)]
@@ -89,9 +92,9 @@ def _resize_shorter_side(cfg: CfgNode) -> T.Augmentation:
 
 def _with_resize_library(cfg: CfgNode, resize: T.Augmentation) -> T.Augmentation:
     library = cfg.INPUT.RESIZE_LIBRARY
-    if library not in RESIZE_LIBRARIES:
-        raise ValueError(f"INPUT.RESIZE_LIBRARY is '{library}'; known: {list(RESIZE_LIBRARIES)}")
-    return OpenCVResize(resize) if library == "opencv" else resize
+    if library not in LIBRARIES:
+        raise ValueError(f"INPUT.RESIZE_LIBRARY is '{library}'; known: {list(LIBRARIES)}")
+    return Resize(resize, library)
 
 
 def _fixed_size(size: tuple[int, int]) -> T.Augmentation:

@@ -3,8 +3,6 @@
 Shapes: H x W pixels of an image.
 """
 
-import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from multiprocessing import Pool
@@ -14,10 +12,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm  # type: ignore[import-untyped]
 
-from psf.panoptic_png import MAX_ID, read_panoptic_ids
+from psf.images import read_image
+from psf.panoptic_png import read_panoptic_ids, unknown_ids
 
-from .images import read_image
+from .annotations import (
+    ANNOTATION,
+    CATEGORY,
+    IMAGE,
+    SEGMENT,
+    SEGMENT_OPTIONS,
+    find_misfit,
+    find_problems,
+    read_json,
+    slashes,
+)
 from .index_masks import tight_boxes
+
+MOST_UNKNOWN = 5  # ids of a PNG that are listed one by one
 
 
 class Defect(NamedTuple):
@@ -38,15 +49,10 @@ class _Report:
         self.file = file
         self.defects: list[Defect] = []
 
-    def add(self, where: str, problem: str) -> None:
-        self.defects.append(Defect(self.file, where, problem))
-
-    def has(self, mapping: Mapping[str, Any], keys: Sequence[str], where: str) -> bool:
-        """Whether a mapping has all keys; else that is a defect."""
-        missing = [key for key in keys if key not in mapping]
-        if missing:
-            self.add(where, f"lacks {', '.join(missing)}")
-        return not missing
+    def add(self, where: str, problem: object) -> None:
+        # Errors of readers begin with the file.
+        without_file = str(problem).removeprefix(f"'{self.file}' ")
+        self.defects.append(Defect(self.file, where, without_file))
 
 
 def check_dataset(
@@ -71,21 +77,22 @@ def check_dataset(
         All defects; empty if the data set is fine.
     """
     report = _Report(str(panoptic_json))
-    if not panoptic_json.is_file():
-        report.add("JSON", "does not exist")
-        return report.defects
     try:
-        data = json.loads(panoptic_json.read_text(encoding="utf-8"))
-    except ValueError as error:
-        report.add("JSON", f"is not valid: {error}")
+        data = read_json(panoptic_json)
+    except (OSError, ValueError) as error:
+        report.add("JSON", error)
         return report.defects
-    if not report.has(data, ("images", "annotations", "categories"), "JSON"):
+    other = _other_format(data)
+    if other:
+        report.add("JSON", other)
         return report.defects
-    _check_categories(data["categories"], report)
+    for where, problem in find_problems(data):
+        report.add(where, problem)
     pairs = _pair(data, report)
+    categories = [c for c in data["categories"] if not find_misfit(c, CATEGORY)]
     check = partial(
         _check_image,
-        isthing={c["id"]: bool(c.get("isthing")) for c in data["categories"] if "id" in c},
+        stuff=[c["id"] for c in categories if not c["isthing"]],
         image_root=image_root,
         image_file=image_file,
         panoptic_root=panoptic_root,
@@ -100,55 +107,42 @@ def check_dataset(
     return report.defects + [defect for defects in found for defect in defects]
 
 
-def _check_categories(categories: Sequence[Mapping[str, Any]], report: _Report) -> None:
-    for i, category in enumerate(categories):
-        where = f"category {category.get('id', f'number {i}')}"
-        complete = report.has(category, ("id", "name", "isthing"), where)
-        if complete and category["isthing"] not in (0, 1):
-            report.add(where, f"isthing is {category['isthing']!r}, not 0 or 1")
-    for key in ("id", "name"):
-        values = Counter(c[key] for c in categories if key in c)
-        for value, count in values.items():
-            if count > 1:
-                report.add(f"category {value}", f"{count} categories have this {key}")
+def _other_format(data: Any) -> str | None:
+    """Why a JSON is not in the panoptic format at all; None if it may be."""
+    if not isinstance(data, dict):
+        return f"is a {type(data).__name__}, not an object with images, annotations and categories"
+    if "shapes" in data and "imagePath" in data:
+        return "is a file of LabelMe: convert it first (tools/convert_to_panoptic.py)"
+    missing = [key for key in ("images", "annotations", "categories") if key not in data]
+    if missing:
+        return f"lacks {', '.join(missing)}"
+    wrong = [key for key in ("images", "annotations", "categories") if type(data[key]) is not list]
+    if wrong:
+        return f"{', '.join(wrong)}: not a list"
+    if any(isinstance(a, dict) and "segmentation" in a for a in data["annotations"]):
+        return "has instance annotations: convert it first (tools/convert_to_panoptic.py)"
+    return None
 
 
 _Pair = tuple[Mapping[str, Any], Mapping[str, Any]]  # an image and its annotation
 
 
 def _pair(data: Mapping[str, Any], report: _Report) -> list[_Pair]:
-    """The complete annotations with their images."""
-    images: dict[Any, Mapping[str, Any]] = {}
-    for i, image in enumerate(data["images"]):
-        where = f"image {image.get('id', f'number {i}')}"
-        if not report.has(image, ("id", "file_name", "height", "width"), where):
-            continue
-        if image["id"] in images:
-            report.add(where, "two images have this id")
-        else:
-            images[image["id"]] = image
-    pairs: dict[Any, _Pair] = {}
-    for i, annotation in enumerate(data["annotations"]):
-        image_id = annotation.get("image_id", f"of annotation number {i}")
-        where = f"image {image_id}"
-        missing = [k for k in ("image_id", "file_name", "segments_info") if k not in annotation]
-        if missing:
-            report.add(where, f"its annotation lacks {', '.join(missing)}")
-        elif image_id not in images:
-            report.add(where, "is annotated but not among the images")
-        elif image_id in pairs:
-            report.add(where, "has two annotations")
-        else:
-            pairs[image_id] = (images[image_id], annotation)
-    for image_id in [i for i in images if i not in pairs]:
+    """The annotations that can be used, with their images; the others are reported already."""
+    images = {image["id"]: image for image in data["images"] if not find_misfit(image, IMAGE)}
+    annotations = [a for a in data["annotations"] if not find_misfit(a, ANNOTATION)]
+    of_image = {a["image_id"]: a for a in annotations}
+    # By their text, since a wrong id may be of any type.
+    annotated = {repr(a.get("image_id")) for a in data["annotations"] if isinstance(a, dict)}
+    for image_id in [i for i in images if repr(i) not in annotated]:
         report.add(f"image {image_id}", "has no annotation (it is left out)")
-    return list(pairs.values())
+    return [(images[i], annotation) for i, annotation in of_image.items() if i in images]
 
 
 def _check_image(
     pair: _Pair,
     *,
-    isthing: Mapping[int, bool],
+    stuff: Sequence[int],
     image_root: Path,
     image_file: Callable[[str], str] | None,
     panoptic_root: Path,
@@ -156,16 +150,22 @@ def _check_image(
 ) -> list[Defect]:
     image, annotation = pair
     size = (image["height"], image["width"])
-    name = image["file_name"] if image_file is None else image_file(image["file_name"])
+    name = slashes(image["file_name"])
+    if image_file is not None:
+        name = image_file(name)
     where = f"image {image['id']}"
     of_image = _Report(str(image_root / name))
-    of_png = _Report(str(panoptic_root / annotation["file_name"]))
+    of_png = _Report(str(panoptic_root / slashes(annotation["file_name"])))
     of_json = _Report(panoptic_json)
     _check_size(of_image, where, size, lambda path: read_image(path).shape[:2])
-    _check_segments(annotation["segments_info"], where, isthing, of_json)
+    infos = [
+        info
+        for info in annotation["segments_info"]
+        if not find_misfit(info, SEGMENT, SEGMENT_OPTIONS)
+    ]
+    _check_segments(infos, where, stuff, of_json)
     if _check_size(of_png, where, size, lambda path: read_panoptic_ids(path).shape):
-        infos = {s["id"]: s for s in annotation["segments_info"] if "id" in s}
-        _check_pixels(infos, where, of_png, of_json)
+        _check_pixels({info["id"]: info for info in infos}, where, of_png, of_json)
     return of_image.defects + of_png.defects + of_json.defects
 
 
@@ -173,13 +173,10 @@ def _check_size(
     report: _Report, where: str, size: tuple[int, int], read: Callable[[str], tuple[int, ...]]
 ) -> bool:
     """Whether the file of a report exists, is readable, and has the size that the JSON says."""
-    if not Path(report.file).is_file():
-        report.add(where, "does not exist")
-        return False
     try:
         height, width = read(report.file)
-    except ValueError as error:
-        report.add(where, str(error))
+    except (OSError, ValueError) as error:
+        report.add(where, error)
         return False
     if (height, width) != size:
         report.add(where, f"is {width} x {height} pixels, but {size[1]} x {size[0]} in the JSON")
@@ -187,23 +184,15 @@ def _check_size(
 
 
 def _check_segments(
-    infos: Sequence[Mapping[str, Any]], where: str, isthing: Mapping[int, bool], report: _Report
+    infos: Sequence[Mapping[str, Any]], where: str, stuff: Sequence[int], report: _Report
 ) -> None:
-    """The segments of an image, without its pixels."""
-    counts = Counter(info.get("id") for info in infos)
+    """What the format asks for beyond what training needs."""
     for info in infos:
-        segment = f"{where}, segment {info.get('id')}"
-        if not report.has(info, ("id", "category_id", "area", "bbox", "iscrowd"), segment):
-            continue
-        if not isinstance(info["id"], int) or not 0 < info["id"] <= MAX_ID:
-            report.add(segment, f"its id is not in 1..{MAX_ID}")
-        elif counts[info["id"]] > 1:
-            report.add(segment, f"{counts[info['id']]} segments have this id")
-        if info["category_id"] not in isthing:
-            report.add(segment, f"category_id {info['category_id']} is not among the categories")
-        elif info["iscrowd"] not in (0, 1):
-            report.add(segment, f"iscrowd is {info['iscrowd']!r}, not 0 or 1")
-        elif info["iscrowd"] and not isthing[info["category_id"]]:
+        segment = f"{where}, segment {info['id']}"
+        missing = [key for key in ("area", "bbox", "iscrowd") if key not in info]
+        if missing:
+            report.add(segment, f"lacks {', '.join(missing)}")
+        if info.get("iscrowd") and info["category_id"] in stuff:
             report.add(segment, "is a crowd, but of a stuff category")
 
 
@@ -217,8 +206,11 @@ def _check_pixels(
     areas = np.bincount(index_map.ravel()).tolist()
     boxes = tight_boxes(index_map + 1, len(found)).tolist()
     present = dict(zip(found.tolist(), zip(areas, boxes, strict=True), strict=True))
-    for segment_id in sorted(present.keys() - infos.keys() - {0}):
+    unknown = sorted(present.keys() - infos.keys() - {0})
+    for segment_id in unknown[:MOST_UNKNOWN]:
         of_png.add(f"{where}, segment {segment_id}", "is in the PNG but not in the JSON")
+    if unknown:
+        of_png.add(where, unknown_ids(of_png.file, unknown, infos))
     for segment_id, info in infos.items():
         segment = f"{where}, segment {segment_id}"
         if segment_id not in present:

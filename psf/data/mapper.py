@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from psf.panoptic_png import read_panoptic_ids
+from psf.images import read_image
+from psf.panoptic_png import read_panoptic_ids, unknown_ids
 
 from .augmentation import build_augmentations, distort_colors
 from .class_map import ClassMap, model_classes
 from .coco_panoptic import register_listed
-from .images import read_image
 from .index_masks import IndexMasks, TargetInstances, tight_boxes
 from .resampling import augment, transform_index_map
 
@@ -201,10 +201,7 @@ def _find_segments(ids: NDArray[np.uint32], segment_ids: Sequence[int], path: st
 
     unknown = flat[starts][known_ids[segments] != flat[starts]]
     if unknown.size:
-        raise ValueError(
-            f"'{path}' contains segment ids {np.unique(unknown)[:5].tolist()} that its JSON lacks. "
-            "Add them to segments_info or paint them 0 (void)."
-        )
+        raise ValueError(unknown_ids(path, np.unique(unknown).tolist(), segment_ids))
     is_absent = np.bincount(segments, minlength=len(known_ids)) == 0
     absent = known_ids[1:][is_absent[1:]]
     if absent.size:

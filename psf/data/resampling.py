@@ -16,7 +16,7 @@ from fvcore.transforms.transform import NoOpTransform
 from numpy.typing import NDArray
 from PIL import Image
 
-from .opencv_resize import OpenCVResize
+from .resize import RandomCrop, Resize
 
 
 class Augmented(NamedTuple):
@@ -39,6 +39,7 @@ def augment(image: NDArray[np.uint8], augmentations: T.AugmentationList) -> Augm
 
 _SIZE_ONLY = (
     T.FixedSizeCrop,
+    RandomCrop,
     T.RandomCrop,
     T.RandomFlip,
     T.Resize,
@@ -52,7 +53,7 @@ def _depends_on_size_only(augmentation: T.Augmentation) -> bool:
         return all(_depends_on_size_only(each) for each in augmentation.augs)
     if isinstance(augmentation, T.RandomApply):
         return _depends_on_size_only(augmentation.aug)
-    if isinstance(augmentation, OpenCVResize):
+    if isinstance(augmentation, Resize):
         return _depends_on_size_only(augmentation.augmentation)
     return type(augmentation) in _SIZE_ONLY
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from psf.data.annotations import read_panoptic_json
-from psf.panoptic_png import read_panoptic_ids
+from psf.panoptic_png import read_panoptic_ids, unknown_ids
 
 from .panoptic_quality import TruthSegment
 
@@ -47,12 +47,10 @@ def load_ground_truth(dataset_dict: dict[str, Any]) -> PanopticSegmentation:
         )
     ids = read_panoptic_ids(path).astype(np.int32)
     segments_info = [dict(info) for info in dataset_dict["segments_info"]]
-    unknown = set(np.unique(ids).tolist()) - {info["id"] for info in segments_info} - {0}
+    known = [info["id"] for info in segments_info]
+    unknown = set(np.unique(ids).tolist()) - {*known, 0}
     if unknown:
-        raise ValueError(
-            f"The panoptic PNG '{path}' has segment ids {sorted(unknown)} that its JSON does not "
-            "list. PNG and JSON are of different versions: copy both again."
-        )
+        raise ValueError(unknown_ids(path, unknown, known))
     return PanopticSegmentation(torch.from_numpy(ids), segments_info)
 
 

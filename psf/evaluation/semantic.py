@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.evaluation import SemSegEvaluator
 from numpy.typing import DTypeLike, NDArray
+
+from psf.images import read_values
 
 from .ground_truth import load_ground_truth
 from .outputs import require_output
@@ -73,7 +74,7 @@ class SemanticEvaluator(SemSegEvaluator):
     def _load_labels(self, file_name: str, dtype: DTypeLike) -> NDArray[Any]:
         record = self._records[file_name]
         if "sem_seg_file_name" in record:
-            labels = read_image(record["sem_seg_file_name"]).astype(dtype)
+            labels = _read_labels(record["sem_seg_file_name"]).astype(dtype)
             is_ignored = labels == self._ignored_in_files
             wrong = labels[~is_ignored & ((labels < 0) | (labels >= self._num_classes))]
             if wrong.size:
@@ -84,6 +85,13 @@ class SemanticEvaluator(SemSegEvaluator):
             labels[is_ignored] = self._ignore_label
             return labels
         return semantic_labels(record, self._ignore_label).astype(dtype)
+
+
+def _read_labels(path: str) -> NDArray[np.integer]:
+    labels = read_values(path)
+    if labels.ndim != 2:
+        raise ValueError(f"'{path}' is not a map of labels: it has {labels.shape[2]} channels.")
+    return labels
 
 
 def semantic_labels(dataset_dict: dict[str, Any], ignore_label: int) -> NDArray[np.int64]:

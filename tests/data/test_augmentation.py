@@ -4,7 +4,7 @@ from detectron2.data import transforms as T
 
 from psf.data import PanopticDatasetMapper, build_augmentations
 from psf.data.augmentation import distort_colors
-from psf.data.resampling import transform_image, transform_index_map
+from psf.data.resampling import augment, transform_image, transform_index_map
 
 
 def test_unknown_augmentation(cfg):
@@ -41,6 +41,39 @@ def test_half_of_the_images_are_cropped_as_in_detr(cfg):
             assert 384 <= crop.h <= 600
             assert 384 <= crop.w <= 600
     assert 18 <= cropped <= 42
+
+
+@pytest.mark.parametrize("library", ["pillow", "opencv"])
+@pytest.mark.parametrize("recipe", ["multi_scale", "large_scale_jitter", "fixed_crop", "test"])
+@pytest.mark.parametrize("size", [(20000, 2), (1, 4000), (1, 1)])
+def test_extreme_shapes_keep_a_pixel(cfg, recipe, library, size):
+    """Detectron2 would resize to 0 pixels, or crop 0 of them."""
+    cfg.INPUT.RESIZE_LIBRARY = library
+    if recipe != "test":
+        cfg.INPUT.AUGMENTATION = recipe
+    cfg.INPUT.IMAGE_SIZE = 100
+    cfg.INPUT.CROP.ENABLED = True
+    if recipe == "fixed_crop":
+        cfg.INPUT.CROP.SIZE = [60, 50]
+    else:
+        cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE = "relative", [0.2, 0.3]
+    augmentations = T.AugmentationList(build_augmentations(cfg, recipe != "test"))
+    image = np.full((*size, 3), 7, dtype=np.uint8)
+    for seed in range(6):
+        np.random.seed(seed)
+        result, transforms = augment(image, augmentations)
+        assert min(result.shape[:2]) >= 1
+        assert result.size < 40e6
+        index_map = transform_index_map(np.ones(size, dtype=np.uint8), transforms)
+        assert index_map.shape == result.shape[:2]
+        assert index_map.any()
+
+
+@pytest.mark.parametrize("key", ["MAX_SIZE_TRAIN", "MAX_SIZE_TEST", "IMAGE_SIZE", "MIN_SCALE"])
+def test_sizes_of_nothing_are_refused(cfg, key):
+    cfg.INPUT[key] = 0
+    with pytest.raises(ValueError, match=rf"INPUT\.{key} is 0, but must be positive"):
+        build_augmentations(cfg, is_train=False)
 
 
 def test_resizing_a_window_has_the_bits_of_pillow():

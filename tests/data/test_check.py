@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from psf.data import load_coco_panoptic
 from psf.data.check import check_dataset
 from psf.panoptic_png import write_panoptic_ids
 
@@ -126,19 +127,19 @@ DEFECTS = {
     ),
     "iscrowd is no flag": (
         lambda f: f.segment(1).update(iscrowd=3),
-        ("panoptic.json", "image 2, segment 70000", "iscrowd is 3, not 0 or 1"),
+        ("panoptic.json", "annotation of image 2, segment 70000", "iscrowd is 3 instead of 0 or 1"),
     ),
     "unknown category": (
         lambda f: f.segment(1).update(category_id=7),
-        ("panoptic.json", "image 2, segment 70000", "category_id 7 is not among the categories"),
+        ("panoptic.json", "annotation of image 2, segment 70000", "category_id 7 is not among"),
     ),
     "two segments of one id": (
         lambda f: f.json["annotations"][1]["segments_info"].append(dict(f.segment(0))),
-        ("panoptic.json", "image 2, segment 5", "2 segments have this id"),
+        ("panoptic.json", "annotation of image 2, segment 5", "two segments have this id"),
     ),
     "id out of range": (
         lambda f: f.segment(0).update(id=1 << 24),
-        ("panoptic.json", "image 2, segment 16777216", "its id is not in 1..16777215"),
+        ("panoptic.json", "annotation of image 2, segment 16777216", "an integer in 1..16777215"),
     ),
     "segment without area": (
         lambda f: f.segment(0).pop("area"),
@@ -150,11 +151,11 @@ DEFECTS = {
     ),
     "category twice": (
         lambda f: f.json["categories"].append({"id": 3, "name": "cat", "isthing": 1}),
-        ("panoptic.json", "category cat", "2 categories have this name"),
+        ("panoptic.json", "category 3", "another category has the name 'cat'"),
     ),
     "annotation of no image": (
         lambda f: f.json["images"].pop(1),
-        ("panoptic.json", "image 2", "is annotated but not among the images"),
+        ("panoptic.json", "annotation of image 2", "is not among the images"),
     ),
     "image twice": (
         lambda f: f.json["images"].append(f.json["images"][1]),
@@ -166,7 +167,7 @@ DEFECTS = {
     ),
     "annotation twice": (
         lambda f: f.json["annotations"].append(f.json["annotations"][1]),
-        ("panoptic.json", "image 2", "has two annotations"),
+        ("panoptic.json", "annotation of image 2", "two annotations have this id"),
     ),
     "no categories": (
         lambda f: f.json.pop("categories"),
@@ -183,6 +184,135 @@ def test_defect(files, spoil, expected):
     assert any(
         d.file.endswith(file) and d.where == where and problem in d.problem for d in defects
     ), defects
+
+
+def of(f, *path):
+    """The object below the JSON at a path of keys, and the last key."""
+    value = f.json
+    for key in path[:-1]:
+        value = value[key]
+    return value, path[-1]
+
+
+def put(value, *path):
+    def spoil(f):
+        parent, key = of(f, *path)
+        parent[key] = value
+
+    return spoil
+
+
+INFOS = ("annotations", 1, "segments_info")
+# What is put where in the JSON, and what the report says about it.
+MALFORMED = {
+    "null images": (put(None, "images"), "images: not a list"),
+    "null annotations": (put(None, "annotations"), "annotations: not a list"),
+    "categories are an object": (put({"1": "cat"}, "categories"), "categories: not a list"),
+    "null image": (put(None, "images", 1), "image number 1: is None instead of an object"),
+    "text annotation": (put("x", "annotations", 1), "annotation of image number 1: is 'x' instead"),
+    "nested category": (put([{}], "categories", 0), "category number 0: is [{}] instead of"),
+    "null segments": (put(None, *INFOS), "segments_info is None instead of a list"),
+    "nested segments": (put([[{}]], *INFOS), "segment number 0: is [{}] instead of an object"),
+    "list id": (put([1], "images", 1, "id"), "id is [1] instead of"),
+    "object image_id": (put({}, "annotations", 1, "image_id"), "image_id is {} instead of"),
+    "list segment id": (put([5], *INFOS, 0, "id"), "id is [5] instead of an integer"),
+    "float segment id": (put(5.0, *INFOS, 0, "id"), "id is 5.0 instead of an integer"),
+    "list category": (put([2], *INFOS, 0, "category_id"), "category_id is [2] instead of"),
+    "null file": (put(None, "images", 1, "file_name"), "file_name is None instead of a text"),
+    "text height": (put("4", "images", 1, "height"), "height is '4' instead of"),
+    "null box": (put(None, *INFOS, 0, "bbox"), "bbox is None instead of"),
+    "short box": (put([1, 2, 3], *INFOS, 0, "bbox"), "bbox is [1, 2, 3] instead of"),
+    "infinite box": (put([0, 0, float("inf"), 1], *INFOS, 0, "bbox"), "bbox is [0, 0, inf, 1]"),
+    "NaN area": (put(float("nan"), *INFOS, 0, "area"), "area is nan instead of"),
+    "long name": (put("x" * 5000, "images", 1, "file_name"), "does not exist"),
+    "NUL in a name": (put("a\0b", "annotations", 1, "file_name"), "does not exist"),
+    "half a character": (put("\ud800.jpg", "images", 1, "file_name"), "does not exist"),
+    "instances": (put([{"segmentation": []}], "annotations"), "has instance annotations: convert"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "problem"), MALFORMED.values(), ids=MALFORMED)
+def test_malformed_json(files, capsys, spoil, problem):
+    """The tool reports, the loader raises one line; neither stumbles."""
+    spoil(files)
+    json_file, images, pngs = (str(path) for path in files.paths)
+    sheet = ["--sheet", str(files.root / "sheet.png")]
+    options = ["--json", json_file, "--images", images, "--pngs", pngs, *sheet]
+    assert tool.main(options) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(problem in line for line in lines[:-2]), lines
+    assert lines[-1].startswith("No sheet: ")
+    with pytest.raises((ValueError, OSError)) as error:
+        load_coco_panoptic(json_file, images, pngs)
+    assert "\n" not in str(error.value)
+    assert json_file in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[]", "is a list, not an object with images"),
+        ("null", "is a NoneType"),
+        ('{"shapes": [], "imagePath": "a.jpg"}', "is a file of LabelMe: convert it"),
+        ('{"a": 1}', "lacks images, annotations, categories"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("\ufeff", "is not valid JSON"),
+        ("", "is not valid JSON"),
+    ],
+)
+def test_other_json_files(tmp_path, text, problem):
+    path = tmp_path / "a.json"
+    path.write_text(text, encoding="utf-8")
+    (defect,) = check_dataset(path, tmp_path, tmp_path)
+    assert problem in defect.problem
+    with pytest.raises(ValueError, match=r"a\.json'"):
+        load_coco_panoptic(str(path), str(tmp_path), str(tmp_path))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_byte_order_marks(files, encoding):
+    """As editors on Windows write them."""
+    json_file, images, pngs = files.paths
+    json_file.write_text(json_file.read_text(), encoding=encoding)
+    assert check_dataset(json_file, images, pngs) == []
+    assert len(load_coco_panoptic(str(json_file), str(images), str(pngs))) == 2
+
+
+def test_backslashes(files):
+    """As Windows joins folders and names."""
+    for folder, suffix in (("images", "jpg"), ("pngs", "png")):
+        below = files.root / folder / "part"
+        below.mkdir()
+        (files.root / folder / f"1.{suffix}").rename(below / f"1.{suffix}")
+    files.json["images"][0]["file_name"] = "part\\1.jpg"
+    files.json["annotations"][0]["file_name"] = "part\\1.png"
+    assert check_dataset(*files.paths) == []
+    record, _ = load_coco_panoptic(*map(str, files.paths))
+    assert Path(record["file_name"]) == files.root / "images" / "part" / "1.jpg"
+    assert Path(record["pan_seg_file_name"]) == files.root / "pngs" / "part" / "1.png"
+
+
+@pytest.mark.parametrize(
+    ("convert", "cause"),
+    [
+        (lambda image: Image.merge("RGB", image.split()[::-1]), "written as BGR"),
+        (lambda image: image.split()[0], "a map of one channel"),
+    ],
+)
+def test_pngs_with_other_channels(files, convert, cause):
+    path = files.root / "pngs" / "2.png"
+    with Image.open(path) as image:
+        other = convert(image)
+    other.save(path)
+    defects = check_dataset(*files.paths)
+    assert any(cause in d.problem and d.file == str(path) for d in defects), defects
+
+
+@pytest.mark.parametrize("option", ["--samples=0", "--samples=-3", "--processes=0", "--samples=x"])
+def test_numbers_of_the_tool(files, capsys, option):
+    with pytest.raises(SystemExit):
+        tool.main([option])
+    assert "is not a number of at least 1" in capsys.readouterr().err
 
 
 def test_ten_defects_at_once(files, capsys):
@@ -211,8 +341,8 @@ def test_ten_defects_at_once(files, capsys):
         assert any(
             file in line and where in line and problem in line for line in printed.splitlines()
         ), name
-    assert "image 1, segment 70000: category_id 99 is not among" in printed
-    assert "image 1, segment 9: iscrowd is 2" in printed
+    assert "annotation of image 1, segment 70000: category_id 99 is not among" in printed
+    assert "annotation of image 1, segment 9: iscrowd is 2" in printed
     assert "1.png: image 1: does not exist" in printed
     assert "image 3: has no annotation" in printed
     assert printed.endswith("11 defects\n")  # the copied crowd of stuff counts too
@@ -221,7 +351,7 @@ def test_ten_defects_at_once(files, capsys):
 def test_missing_and_invalid_json(tmp_path):
     path = tmp_path / "a.json"
     (defect,) = check_dataset(path, tmp_path, tmp_path)
-    assert str(defect) == f"{path}: JSON: does not exist"
+    assert str(defect) == f"{path}: JSON: There is no file '{path}'."
     path.write_text("{")
     (defect,) = check_dataset(path, tmp_path, tmp_path)
     assert "is not valid" in defect.problem
@@ -234,6 +364,18 @@ def test_the_tool_draws(files, capsys):
     assert tool.main(options) == 0
     assert Image.open(sheet).size[0] > 700
     assert "no defects" in capsys.readouterr().out
+
+
+def test_one_damaged_image_does_not_lose_the_sheet(files, capsys):
+    cut(files)
+    json_file, images, pngs = (str(path) for path in files.paths)
+    sheet = files.root / "sheet.png"
+    options = ["--json", json_file, "--images", images, "--pngs", pngs, "--sheet", str(sheet)]
+    assert tool.main(options) == 1
+    out = capsys.readouterr().out
+    assert "Not on the sheet: " in out
+    assert out.endswith(f"{sheet}\n")
+    assert Image.open(sheet).size[0] > 700
 
 
 @pytest.mark.parametrize("options", [[], ["--name", "nowhere"]])

@@ -1,10 +1,24 @@
+import importlib
+import json
+import os
+import struct
 import warnings
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from detectron2.data import MetadataCatalog
 from PIL import Image, ImageOps
 
-from psf.data import read_image
+import psf.images
+from psf.data import PanopticDatasetMapper
+from psf.data.check import check_dataset
+from psf.evaluation.ground_truth import PanopticSegmentation
+from psf.evaluation.pictures import Sample, resize_picture, write_contact_sheet
+from psf.images import read_image, read_values
+from psf.panoptic_png import read_panoptic_ids, write_panoptic_ids
 
 GRAY = np.array([[0, 100, 255], [7, 8, 9]], dtype=np.uint8)
 RGB = np.stack([GRAY, GRAY[:, ::-1], 255 - GRAY], axis=-1)
@@ -13,6 +27,10 @@ RGB = np.stack([GRAY, GRAY[:, ::-1], 255 - GRAY], axis=-1)
 def save(image: Image.Image, path) -> str:
     image.save(path)
     return str(path)
+
+
+def upscaled(size):
+    return Image.fromarray(RGB).resize(size, Image.Resampling.BICUBIC)
 
 
 def test_one_pixel(tmp_path):
@@ -78,11 +96,36 @@ def test_cmyk(tmp_path):
     np.testing.assert_array_equal(read_image(path, "RGB"), RGB)
 
 
-def test_exif_orientation_is_applied(tmp_path):
+def save_turned(path: Path, orientation: int, where: str = "exif") -> str:
+    """Save an image of 40 x 24 pixels that asks for a rotation in EXIF or XMP."""
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    Image.fromarray(RGB).save(tmp_path / "a.png", exif=exif)
-    np.testing.assert_array_equal(read_image(str(tmp_path / "a.png"), "RGB"), np.rot90(RGB, -1))
+    exif[0x0112] = orientation
+    xmp = f'<x:xmpmeta><a tiff:Orientation="{orientation}"/></x:xmpmeta>'.encode()
+    options = {"exif": exif} if where == "exif" else {"xmp": xmp}
+    upscaled((40, 24)).save(path, **options)
+    return str(path)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    ("suffix", "where"),
+    [("jpg", "exif"), ("jpg", "xmp"), ("png", "exif"), ("tif", "exif"), ("webp", "exif")],
+)
+def test_orientation_is_applied(tmp_path, suffix, where, orientation):
+    """In every format, and as Pillow does it, also where OpenCV decodes."""
+    path = save_turned(tmp_path / f"a.{suffix}", orientation, where)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
+    np.testing.assert_array_equal(read_image(path, "RGB"), expected)
+    assert read_image(path).shape == ((40, 24, 3) if orientation > 4 else (24, 40, 3))
+
+
+def test_damaged_exif_data_are_ignored(tmp_path):
+    whole = Path(save_turned(tmp_path / "a.jpg", 6)).read_bytes()
+    broken = tmp_path / "b.jpg"
+    broken.write_bytes(
+        whole.replace(b"Exif\0\0MM", b"Exif\0\0XX").replace(b"Exif\0\0II", b"Exif\0\0XX")
+    )
+    assert read_image(str(broken)).shape == (24, 40, 3)
 
 
 def test_missing_file(tmp_path):
@@ -108,17 +151,15 @@ def test_truncated_and_damaged_files_are_named(tmp_path, suffix):
             read_image(str(path))
         except ValueError as error:
             refused += 1
-            assert f"damaged.{suffix}' is not a readable image" in str(error)  # noqa: PT017
+            assert f"damaged.{suffix}' is not a readable image" in str(error) or (  # noqa: PT017
+                f"damaged.{suffix}' has" in str(error) and "by its header" in str(error)
+            )
     assert refused > len(content) // 80
 
 
 def test_unknown_format():
     with pytest.raises(ValueError, match=r"INPUT\.FORMAT must be 'RGB' or 'BGR', not 'L'"):
         read_image("a.png", "L")
-
-
-def upscaled(size):
-    return Image.fromarray(RGB).resize(size, Image.Resampling.BICUBIC)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
@@ -134,11 +175,133 @@ def test_jpegs_equal_pillow(tmp_path, mode, options):
         np.testing.assert_array_equal(read_image(str(path), "BGR"), expected[:, :, ::-1])
 
 
-def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
-    path = save(Image.fromarray(RGB), tmp_path / "a.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2)  # of 6
-    with pytest.raises(ValueError, match=r"a\.png' is not a readable image .*decompression bomb"):
-        read_image(path)
+def declare(content: bytes, offset: int, form: str, *size: int) -> bytes:
+    """Overwrite the size in a header."""
+    new = struct.pack(form, *size)
+    return content[:offset] + new + content[offset + len(new) :]
+
+
+def save_bomb(path: Path) -> str:
+    """A small file whose header says 60000 x 60000 pixels."""
+    Image.fromarray(RGB).save(path)
+    content = path.read_bytes()
+    if path.suffix == ".jpg":
+        content = declare(content, content.index(b"\xff\xc0") + 5, ">HH", 60000, 60000)
+    elif path.suffix == ".png":
+        header = declare(content[12:29], 4, ">II", 60000, 60000)
+        content = content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+    elif path.suffix == ".bmp":
+        content = declare(content, 18, "<ii", 60000, 60000)
+    elif path.suffix == ".gif":
+        content = declare(content, 6, "<HH", 60000, 60000)
+    else:
+        content = content.replace(b"3 2\n255", b"60000 60000\n255")
+    path.write_bytes(content)
+    return str(path)
+
+
+@pytest.mark.parametrize("read", [read_image, read_values, read_panoptic_ids])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".gif", ".ppm"])
+def test_bombs_are_refused_by_their_header(tmp_path, suffix, read):
+    """Decoded, each would take 10 GB."""
+    path = save_bomb(tmp_path / f"a{suffix}")
+    message = r"60000 x 60000 pixels by its header.*limit of 268435456.*PSF_MAX_IMAGE_PIXELS"
+    if read is read_panoptic_ids and suffix != ".png":
+        message = r"it is no PNG"
+    with pytest.raises(ValueError, match=rf"a\{suffix}' .*{message}"):
+        read(path)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
+def test_the_limit_is_exact(tmp_path, monkeypatch, suffix):
+    path = save(Image.fromarray(RGB), tmp_path / f"a{suffix}")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6)
+    assert read_image(path).shape == (2, 3, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
-    with pytest.warns(Image.DecompressionBombWarning):
+    with pytest.raises(ValueError, match=r"3 x 2 pixels by its header, more than the limit of 5"):
         read_image(path)
+
+
+def test_the_limit_is_set_by_a_variable(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    monkeypatch.setenv("PSF_MAX_IMAGE_PIXELS", "1000000000")
+    importlib.reload(psf.images)
+    assert Image.MAX_IMAGE_PIXELS == 1_000_000_000
+    for wrong in ("1e9", "0", "-1", "", str(2**30 + 1)):
+        monkeypatch.setenv("PSF_MAX_IMAGE_PIXELS", wrong)
+        with pytest.raises(ValueError, match=r"PSF_MAX_IMAGE_PIXELS is .*, not a number"):
+            importlib.reload(psf.images)
+
+
+FOREIGN = {
+    "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n",
+    "EPS of DOS": b"\xc5\xd0\xd3\xc6" + bytes(200),
+    "PDF": b"%PDF-1.4\n%%EOF",
+    "WMF": b"\xd7\xcd\xc6\x9a" + bytes(40),
+    "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "text": b"no image",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("read", [read_image, read_values, read_panoptic_ids])
+def test_other_formats_start_no_program(tmp_path, monkeypatch, content, read):
+    """Pillow runs Ghostscript for EPS, whatever the suffix."""
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch '{tmp_path}/started'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"photo\.jpg' is not a readable image"):
+        read(str(path))
+    assert not (tmp_path / "started").exists()
+
+
+def test_values_are_as_stored(tmp_path):
+    palette = Image.fromarray(GRAY % 4)
+    palette.putpalette([200, 0, 0] * 4)
+    assert read_values(save(palette, tmp_path / "p.png")).tolist() == (GRAY % 4).tolist()
+    deep = np.array([[1, 26001]], dtype=np.uint16)
+    assert read_values(save(Image.fromarray(deep), tmp_path / "d.png")).tolist() == deep.tolist()
+    assert read_values(save(Image.fromarray(RGB), tmp_path / "c.png")).tolist() == RGB.tolist()
+
+
+ODD_FILES = {
+    "16 bits.png": lambda path: Image.fromarray(GRAY.astype(np.uint16) * 257).save(path),
+    "CMYK.jpg": lambda path: upscaled((40, 24)).convert("CMYK").save(path),
+    "alpha.png": lambda path: as_rgba(RGB).save(path),
+    "palette.png": lambda path: as_transparent_palette(RGB).save(path),
+    "EXIF.jpg": lambda path: save_turned(path, 6),
+    "XMP.jpg": lambda path: save_turned(path, 8, "xmp"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_FILES)
+def test_training_evaluation_pictures_and_check_read_the_same(cfg, tmp_path, name):
+    path = tmp_path / name
+    ODD_FILES[name](path)
+    expected = read_image(str(path), "RGB")
+    height, width = expected.shape[:2]
+    cfg.INPUT.FORMAT, cfg.INPUT.MIN_SIZE_TEST = "RGB", 0
+    result = PanopticDatasetMapper(cfg, False)({"file_name": str(path)})
+    np.testing.assert_array_equal(result["image"].permute(1, 2, 0).numpy(), expected)
+
+    empty = PanopticSegmentation(torch.zeros(height, width, dtype=torch.int32), [])
+    sample = Sample({"file_name": str(path)}, empty, empty)
+    metadata = MetadataCatalog.get("test_mapper")
+    write_contact_sheet([sample], metadata, tmp_path / "sheet.png")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
+    drawn = resize_picture(expected, 384 / max(height, width))
+    left = 8 + (384 - drawn.shape[1]) // 2
+    np.testing.assert_array_equal(sheet[48:, left:][: len(drawn), : drawn.shape[1]], drawn)
+
+    write_panoptic_ids(str(tmp_path / "ids.png"), np.zeros((height, width), dtype=np.uint8))
+    content = {
+        "images": [{"id": 1, "file_name": name, "height": height, "width": width}],
+        "annotations": [{"image_id": 1, "file_name": "ids.png", "segments_info": []}],
+        "categories": [{"id": 1, "name": "cat", "isthing": 1}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert check_dataset(tmp_path / "a.json", tmp_path, tmp_path) == []

@@ -297,7 +297,7 @@ def test_size_that_differs_from_the_png(record):
 
 def test_segment_that_the_json_lacks(record):
     del record["segments_info"][4]
-    message = rf"panoptic\.png' contains segment ids \[{BIG_ID}\] that its JSON lacks"
+    message = rf"panoptic\.png' has segment ids \[{BIG_ID}\] that its JSON does not list"
     with pytest.raises(ValueError, match=message):
         make_mapper()(record)
 

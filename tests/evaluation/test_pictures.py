@@ -50,7 +50,7 @@ def test_ground_truth(scene):
 
 def test_ground_truth_that_is_missing_or_damaged(scene):
     record = scene[2]
-    with pytest.raises(ValueError, match=r"PNG .*1\.png' has segment ids \[70000\]"):
+    with pytest.raises(ValueError, match=r"1\.png' has segment ids \[70000\]"):
         load_ground_truth({**record, "segments_info": record["segments_info"][:3]})
     with pytest.raises(ValueError, match="no panoptic ground truth"):
         load_ground_truth({**record, "pan_seg_file_name": None})

@@ -12,8 +12,8 @@ from PIL import Image
 from release_cases import SMALL, arrays, numbers, release_cfg, small_model
 
 from psf.data import PanopticDatasetMapper, build_augmentations
-from psf.data.opencv_resize import OpenCVResizeTransform
 from psf.data.resampling import SizeInput, transform_image, transform_index_map
+from psf.data.resize import OpenCVResizeTransform
 from psf.predictor import Predictor
 
 CROPS = range(4)

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from psf.images import read_values
+
 from .. import categories
 from ..coco_writer import PanopticImage, Segment, Split, convert_split
 from .archives import require_unpacked, unpack
@@ -106,8 +108,7 @@ def _thing_category(values: NDArray[np.uint8], image: Path, instance: int) -> in
     return categories.ADE20K_INSTANCE_CLASSES[found[0] - 1] - 1
 
 
-def _read(path: Path) -> NDArray[np.uint8]:
+def _read(path: Path) -> NDArray[np.integer]:
     if not path.is_file():
         raise FileNotFoundError(f"'{path}' does not exist. Complete the download.")
-    with Image.open(path) as image:
-        return np.asarray(image)
+    return read_values(str(path))

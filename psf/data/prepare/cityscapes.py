@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from psf.images import read_values
+
 from .. import categories
 from ..coco_writer import PanopticImage, Segment, Split, convert_split
 from .archives import require_unpacked, unpack
@@ -49,8 +51,7 @@ def prepare(root: Path, *, allow_partial: bool) -> None:
 
 
 def _convert(source: Path) -> PanopticImage:
-    with Image.open(source) as image:
-        values = np.asarray(image).astype(np.int32)
+    values = read_values(str(source)).astype(np.int32)
     name = source.name.removesuffix(_ENDING)  # city, sequence, frame
     labels = source.with_name(f"{name}_gtFine_labelTrainIds.png")
     Image.fromarray(_train_ids(values)).save(labels)

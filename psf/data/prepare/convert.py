@@ -13,8 +13,8 @@ import cv2
 import numpy as np
 import pycocotools.mask
 from numpy.typing import NDArray
-from PIL import Image
 
+from psf.images import read_values
 from psf.output_paths import refuse_inputs
 
 from ..annotations import (
@@ -152,8 +152,7 @@ def _unite(
     path = label_root / _png(image)
     if not path.is_file():
         raise FileNotFoundError(f"The label map '{path}' of '{image['file_name']}' does not exist.")
-    with Image.open(path) as file:
-        labels = np.asarray(file)
+    labels = read_values(str(path))
     if labels.shape != size:
         raise ValueError(
             f"The label map '{path}' is {labels.shape}, but its image {size} pixels (height, "

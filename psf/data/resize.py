@@ -1,4 +1,4 @@
-"""Resizing with OpenCV (as mmdetection) instead of Pillow (as Detectron2).
+"""Resizing with Pillow (as Detectron2) or with OpenCV (as mmdetection).
 
 When reducing, Pillow averages over the area of a pixel, OpenCV interpolates between neighbours.
 When enlarging, they differ by a grey level. OpenCV's nearest pixel is the one at the corner.
@@ -36,20 +36,36 @@ class OpenCVResizeTransform(T.ResizeTransform):
         return np.asarray(cv2.resize(contiguous, size, interpolation=interpolation))
 
 
-class OpenCVResize(T.Augmentation):
-    """Another augmentation's resize, done by OpenCV."""
+class Resize(T.Augmentation):
+    """Another augmentation's resize, by a chosen library, and with sides of at least 1 pixel."""
 
-    def __init__(self, augmentation: T.Augmentation) -> None:
+    def __init__(self, augmentation: T.Augmentation, library: str) -> None:
         """
         Args:
-            augmentation: one of Detectron2's that returns a ``ResizeTransform``.
+            augmentation: one of Detectron2's that returns a ``ResizeTransform``. It makes a side of
+                0 pixels of an image that is narrow enough.
+            library: "pillow" or "opencv".
         """
         super().__init__()
         self.augmentation = augmentation
+        self.transform_class = LIBRARIES[library]
 
     def get_transform(self, image: NDArray[Any]) -> Any:
         """For an image (H, W, 3)."""
         chosen = self.augmentation.get_transform(image)
         if not isinstance(chosen, T.ResizeTransform):  # no resize: the shorter side is 0
             return chosen
-        return OpenCVResizeTransform(chosen.h, chosen.w, chosen.new_h, chosen.new_w)
+        size = (max(1, chosen.new_h), max(1, chosen.new_w))
+        return self.transform_class(chosen.h, chosen.w, *size)
+
+
+class RandomCrop(T.RandomCrop):
+    """Detectron2's, with sides of at least 1 pixel."""
+
+    def get_crop_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of the crop, of those of the image."""
+        height, width = super().get_crop_size(image_size)
+        return max(1, height), max(1, width)
+
+
+LIBRARIES = {"pillow": T.ResizeTransform, "opencv": OpenCVResizeTransform}
