@@ -16,7 +16,7 @@ setup: $(VENV)/.extension-built  ## Make .venv, install the requirements, build 
 demo: setup  ## Train on the synthetic data set, evaluate, draw; ends with PQ and the pictures.
 	$(BIN)/python train_net.py --config-file $(DEMO_CONFIG) --resume OUTPUT_DIR $(DEMO_OUTPUT)
 
-test: setup lint types unit  ## Everything that CI runs.
+test: setup lint types unit $(if $(CI),fuzz)  ## Everything that CI runs; CI=true feeds damaged files to the readers, too.
 
 lint: setup  ## Style of the Python code.
 	$(BIN)/ruff check .

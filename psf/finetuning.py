@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from psf.data.class_map import ClassNames
+from psf.data.class_map import ClassNames, align_names
 from psf.weights import Checkpointer
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class ClassCheckpointer(Checkpointer):
         *,
         class_names: ClassNames | None,
         weights_class_names: ClassNames | None = None,
+        same_classes: bool = False,
         **checkpointables: Any,
     ) -> None:
         """
@@ -92,11 +93,14 @@ class ClassCheckpointer(Checkpointer):
             save_dir: folder of the checkpoints.
             class_names: of the model; None: unknown, classes are not matched.
             weights_class_names: classes of checkpoints that do not name theirs.
+            same_classes: refuse checkpoints that have not the same classes, in any order: for
+                inference, where a new class would be predicted with random weights.
             checkpointables: other objects to save, as in Detectron2.
         """
         super().__init__(model, save_dir, **checkpointables)
         self.class_names = class_names
         self.weights_class_names = weights_class_names
+        self.same_classes = same_classes
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Save the model with the names of its classes."""
@@ -110,6 +114,9 @@ class ClassCheckpointer(Checkpointer):
         ours, weights = self.class_names, checkpoint["model"]
         has_heads = any(_THING_ROWS.search(name) for name in weights)
         if has_heads and theirs is not None and ours is not None and theirs != ours:
+            if self.same_classes:
+                of = {"theirs_of": "the checkpoint", "ours_of": "the model's data set"}
+                align_names(theirs, ours, **of)
             # Moments have rows of classes too.
             checkpoint.get("trainer", {}).get("_trainer", {}).pop("optimizer", None)
             checkpoint = {**checkpoint, "model": self._fit(weights, theirs, ours)}

@@ -11,11 +11,11 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from numpy.typing import NDArray
 
-from psf.data import build_augmentations
+from psf.data import ClassNames, build_augmentations
+from psf.finetuning import ClassCheckpointer
 from psf.images import require_channel_order
 from psf.inference import fast_preset, optimize_for_inference
 from psf.modeling.build import model_dataset
-from psf.weights import Checkpointer
 
 
 class Predictor(DefaultPredictor):
@@ -34,17 +34,19 @@ class Predictor(DefaultPredictor):
             batch_size: number of images of a list that are predicted together.
 
         Raises:
-            ValueError: ``batch_size`` or a key of the config cannot be used.
+            ValueError: ``batch_size`` or a key of the config cannot be used, or the checkpoint has
+                other classes than the data set.
         """
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
         require_channel_order(cfg.INPUT.FORMAT)
         self.cfg = fast_preset(cfg) if fast else cfg.clone()
         model = build_model(self.cfg).eval()
-        Checkpointer(model).load(cfg.MODEL.WEIGHTS)
+        self.metadata = MetadataCatalog.get(model_dataset(cfg))
+        class_names = ClassNames.from_metadata(self.metadata)
+        ClassCheckpointer(model, class_names=class_names, same_classes=True).load(cfg.MODEL.WEIGHTS)
         self.model = optimize_for_inference(model)
         self.batch_size = batch_size
-        self.metadata = MetadataCatalog.get(model_dataset(cfg))
         (self.aug,) = build_augmentations(cfg, is_train=False)
         self.input_format = cfg.INPUT.FORMAT
 

@@ -48,6 +48,39 @@ def test_rows_follow_the_names():
     assert own[HEAD].tolist() == [[7], [8], [9]]
 
 
+THINGS, THING_ORDER = ["circle", "square", "star"], ["star", "circle", "square"]
+
+
+@pytest.mark.parametrize(
+    ("things", "message"),
+    [
+        (["star", "circle", "ring"], "thing classes missing: ring; .*only there: square"),
+        (["star", "circle"], "thing classes only there: square"),
+        ([*THINGS, "ring"], "thing classes missing: ring"),
+    ],
+)
+def test_inference_refuses_a_checkpoint_of_other_classes(tiny_cfg, tmp_path, things, message):
+    model = build_model(tiny_cfg)
+    saver = ClassCheckpointer(model, str(tmp_path), class_names=ClassNames(THINGS, ["a", "b"]))
+    saver.save("model")
+    loader = ClassCheckpointer(model, class_names=ClassNames(things, ["a", "b"]), same_classes=True)
+    with pytest.raises(ValueError, match=message):
+        loader.load(str(tmp_path / "model.pth"))
+
+
+def test_inference_aligns_a_checkpoint_of_another_order(tiny_cfg, tmp_path):
+    model, other = build_model(tiny_cfg), build_model(tiny_cfg)
+    names = ClassNames(THINGS, ["a", "b"])
+    ClassCheckpointer(model, str(tmp_path), class_names=names).save("model")
+    loader = ClassCheckpointer(
+        other, class_names=ClassNames(THING_ORDER, ["b", "a"]), same_classes=True
+    )
+    loader.load(str(tmp_path / "model.pth"))
+    weights, found = model.state_dict(), other.state_dict()
+    assert torch.equal(found[HEAD], weights[HEAD][[2, 0, 1]])
+    assert torch.equal(found[STUFF], weights[STUFF][[1, 0]])
+
+
 @pytest.fixture
 def other_classes(shapes_cfg, tmp_path):
     """The shapes data set in another order, one thing renamed and one stuff class left out."""

@@ -20,7 +20,7 @@ SHELL = {
     "images": set(),
     "options": set(),
     "panoptic_png": {"images"},
-    "predictor": {"data", "images", "inference", "modeling.build", "weights"},
+    "predictor": {"data", "finetuning", "images", "inference", "modeling.build"},
     "run_folder": {"weights"},
     "solver": set(),
     "stopping": set(),
