@@ -301,11 +301,12 @@ class _ArrayUnpickler(pickle._Unpickler):
     arrays are read before they are allocated.
     """
 
-    def _byte_array(self) -> None:
+    def _byte_array(self: Any) -> None:
         (length,) = struct.unpack("<Q", self.read(8))
         self.append(bytearray(self.read(length)))
 
-    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _byte_array}
+    _loads: ClassVar[dict[int, Any]] = pickle._Unpickler.dispatch
+    dispatch: ClassVar[dict[int, Any]] = {**_loads, pickle.BYTEARRAY8[0]: _byte_array}
 
     def find_class(self, module: str, name: str) -> Callable[..., Any]:
         """Called by pickle for each object that is not a plain value."""
