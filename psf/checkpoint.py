@@ -10,7 +10,7 @@ import re
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -297,8 +297,16 @@ class _ArrayUnpickler(pickle._Unpickler):
     """
     Refuses everything but what NumPy arrays of numbers and dicts are made of.
 
-    Python's own unpickler, since that in C allocates 64 GB if four bytes of the file say so.
+    Python's own unpickler, since that in C allocates 64 GB if four bytes of the file say so. Byte
+    arrays are read before they are allocated.
     """
+
+    def _byte_array(self: Any) -> None:
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(length)))
+
+    _loads: ClassVar[dict[int, Any]] = pickle._Unpickler.dispatch
+    dispatch: ClassVar[dict[int, Any]] = {**_loads, pickle.BYTEARRAY8[0]: _byte_array}
 
     def find_class(self, module: str, name: str) -> Callable[..., Any]:
         """Called by pickle for each object that is not a plain value."""

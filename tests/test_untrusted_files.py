@@ -1,5 +1,6 @@
 """Weights and configs from anywhere: nothing that they hold is run, and the good ones load."""
 
+import contextlib
 import os
 import pickle
 import resource
@@ -168,10 +169,17 @@ def test_home_folders(tmp_path, monkeypatch):
     assert (f"{tmp_path}/out", f"{tmp_path}/a.pth") == (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS)
 
 
-def test_a_small_pickle_takes_little_memory(tmp_path):
-    """The number of a memo entry, of which the unpickler in C allocates a table twice as long."""
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02}r\xff\xff\xff\xff.",  # the number of a memo entry
+        b"\x80\x05\x96" + (2**32).to_bytes(8, "little") + b"x.",  # the length of a byte array
+    ],
+)
+def test_a_small_pickle_takes_little_memory(tmp_path, content):
     path = tmp_path / "weights.pkl"
-    path.write_bytes(b"\x80\x02}r\xff\xff\xff\xff.")
+    path.write_bytes(content)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert checkpoint.read_pickle(str(path)) == {}
+    with contextlib.suppress(ValueError):
+        checkpoint.read_pickle(str(path))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB

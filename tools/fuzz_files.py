@@ -27,11 +27,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
-
 # Before they are loaded. Few pixels, since decoding many takes seconds.
 os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
 os.environ.setdefault("PSF_MAX_IMAGE_PIXELS", str(2**20))
+
+import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
 
 import numpy as np
 import torch
