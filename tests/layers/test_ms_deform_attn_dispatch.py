@@ -25,8 +25,10 @@ every_operator = pytest.mark.parametrize(
 
 @needs_extension
 @every_operator
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "requires_grad"),
+    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)],
+)
 def test_operator_check(op, make_inputs, dtype, requires_grad):
     value, _, *rest = make_inputs(dtype=torch.float32)
     args = [t.requires_grad_(requires_grad) for t in (value.to(dtype), *rest)]
