@@ -33,10 +33,10 @@ def _load_library() -> str | None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        cause = " ".join(str(error).split())
+        cause = " ".join(str(error.__cause__ or error).split())
         return (
-            f"psf/_C.so does not load, as with a torch older than 2.10 ({cause}); torch here is "
-            f"{torch.__version__}; build it again with: {_BUILD_COMMAND}"
+            f"psf/_C.so does not load with torch {torch.__version__}, as with one older than 2.10 "
+            f"({cause}); build it again with: {_BUILD_COMMAND}"
         )
     return None
 

@@ -85,7 +85,7 @@ def test_not_loadable(layers):
     (layers / "_C.so").write_bytes(b"not a shared object")
     used, line = run(layers)
     assert used == "False"
-    assert str(layers / "_C.so") in line  # the cause, on the same line
+    assert f"{layers / '_C.so'}: " in line  # the cause, on the same line
     assert "older than 2.10" in line
     assert BUILD in line
 
