@@ -64,16 +64,7 @@ def register_panoptic(  # noqa: PLR0913  one argument per part of a data set
         image_file: from the JSON's name of an image to its path below ``image_root``.
         prepare: called before the annotations are loaded, to create the files.
     """
-    if not name or set(name) & set("/\\\0") or name in (".", ".."):
-        raise ValueError(
-            f"'{name}' cannot be the name of a data set: its results are written to a folder of "
-            "that name. Use letters, digits, '_' and '-'."
-        )
-    if name in DatasetCatalog.list():
-        raise ValueError(
-            f"A data set '{name}' is registered already. Choose another name or remove it first "
-            "(DatasetCatalog.remove, MetadataCatalog.remove)."
-        )
+    _check_name(name)
     if categories is None:
         _require_json(panoptic_json)
         categories = read_categories(panoptic_json)
@@ -101,6 +92,20 @@ def register_panoptic(  # noqa: PLR0913  one argument per part of a data set
         ignore_label=255,
         label_divisor=1000,
     )
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that cannot be a data set's, or is one already."""
+    if not name or set(name) & set("/\\\0") or name in (".", ".."):
+        raise ValueError(
+            f"'{name}' cannot be the name of a data set: its results are written to a folder of "
+            "that name. Use letters, digits, '_' and '-'."
+        )
+    if name in DatasetCatalog.list():
+        raise ValueError(
+            f"A data set '{name}' is registered already. Choose another name or remove it first "
+            "(DatasetCatalog.remove, MetadataCatalog.remove)."
+        )
 
 
 def register_listed(entries: Sequence[Sequence[str]]) -> None:
