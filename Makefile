@@ -25,9 +25,9 @@ lint: setup  ## Style of the Python code.
 types: setup  ## Static types of the package.
 	$(BIN)/mypy
 
-unit: setup  ## Tests with the extension, then operator and model without it.
-	$(BIN)/python -m pytest
-	PSF_DISABLE_EXTENSION=1 $(BIN)/python -m pytest tests/layers tests/modeling
+unit: setup  ## Tests with the extension, then operator and model without it; CI=true runs the slow ones, too.
+	$(BIN)/python -m pytest $(if $(CI),,-m "not slow")
+	PSF_DISABLE_EXTENSION=1 $(BIN)/python -m pytest -m "not slow" tests/layers tests/modeling
 
 fuzz: setup  ## Feed damaged files to all readers for a minute.
 	$(BIN)/python tools/fuzz_files.py --seconds 60

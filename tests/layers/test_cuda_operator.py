@@ -353,6 +353,7 @@ def test_limits_are_named(ops, coordinates):
         run_forward(ops, case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
 def test_compiles_for_real_devices(source, tmp_path):
     if shutil.which("nvcc") is None:

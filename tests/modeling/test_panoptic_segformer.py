@@ -71,9 +71,12 @@ def test_data_sets_with_one_kind_of_classes(tiny_cfg, thing_ids, stuff_ids):
     """Stuff only or things only: trained and predicted."""
     name = "tiny_things" if thing_ids else "tiny_stuff"
     MetadataCatalog.get(name).set(
-        thing_dataset_id_to_contiguous_id=thing_ids, stuff_dataset_id_to_contiguous_id=stuff_ids
+        thing_dataset_id_to_contiguous_id=thing_ids,
+        stuff_dataset_id_to_contiguous_id=stuff_ids,
+        thing_classes=["one", "two"],
+        stuff_classes=["one", "two"],
     )
-    tiny_cfg.DATASETS.TRAIN = (name,)
+    tiny_cfg.DATASETS.TRAIN = tiny_cfg.DATASETS.TEST = (name,)
     tiny_cfg.MODEL.PSF.NUM_THING_CLASSES = tiny_cfg.MODEL.PSF.NUM_STUFF_CLASSES = 0
     model = outputs_on(tiny_cfg, INSTANCE_ON=True, SEMANTIC_ON=True)
     losses = model.train()([make_input(40, 60, [0, 1])])
