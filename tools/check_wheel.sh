@@ -18,7 +18,7 @@ wheel=$(ls "$PWD"/dist/psf-*-py3-none-manylinux_2_28_x86_64.whl)
 echo "The sdist gives the same files:"
 .venv/bin/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$WORK/from_sdist" \
     dist/psf-*.tar.gz
-contents() { "$PYTHON" -m zipfile -l "$1" | sed 's/ .*//' | grep -v dist-info | sort; }
+contents() { "$PYTHON" -m zipfile -l "$1" | sed 's/ .*//' | grep -v 'dist-info\|/$' | sort; }
 contents "$wheel" >"$WORK/wheel.txt"
 contents "$WORK"/from_sdist/*.whl >"$WORK/from_sdist.txt"
 diff "$WORK/wheel.txt" "$WORK/from_sdist.txt"
