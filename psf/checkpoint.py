@@ -267,7 +267,7 @@ def read_pickle(path: str) -> dict[str, Any]:
             f"'{path}' is not a pickle of arrays and strings: {error}. Reading it could run code. "
             "If you trust its source, save its weights with torch.save."
         ) from error
-    except (pickle.UnpicklingError, *DAMAGED) as error:
+    except (pickle.UnpicklingError, SystemError, *DAMAGED) as error:  # SystemError is NumPy's
         raise ValueError(f"'{path}' is truncated or damaged. Copy or download it again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' holds a {type(content).__name__}, not a dict of weights")
@@ -312,7 +312,7 @@ class _ArrayUnpickler(pickle._Unpickler):
         """Called by pickle for each object that is not a plain value."""
         allowed = _PICKLED.get(f"{module.replace('numpy._core', 'numpy.core')}.{name}")
         if allowed is None:
-            raise _NotAllowed(f"it holds {module}.{name}")
+            raise _NotAllowed(f"it holds {f'{module}.{name}'!r}")
         return allowed
 
 
