@@ -137,8 +137,10 @@ PSF_INLINE void join_pairs(
   store_row<A>(shuffle<A>(x, y, Second{}), pairs + kLanes, count - kLanes);
 }
 
-// The samples of one query and head, in scratch memory: each function gives an array.
-template <typename A>
+// The samples of one query and head, in scratch memory: each function gives an array of kSize elements,
+// or of as many as the constructor is told where that is 0. A known size makes all arrays reachable
+// from one pointer, which is worth 3 % of the forward pass.
+template <typename A, int kSize>
 struct Samples {
   using Index = typename IndexOf<A>::Type;
 
@@ -146,7 +148,7 @@ struct Samples {
       : base(reinterpret_cast<A*>(scratch)), size(array_size(padded_samples)), any(false) {}
 
   A* array(int number) const {
-    return base + number * size;
+    return base + number * (kSize == 0 ? size : kSize);
   }
 
   // Of the corners (y, x) = 00, 01, 10, 11. One outside the level has weight 0 and the row of
@@ -249,8 +251,8 @@ PSF_INLINE Place<A> place_offset(
 // Gives those of samples [begin, end) that do not count the rows of one that does, so that what is
 // read for them, times 0, is nothing that the output does not depend on. From outside that range no
 // row will do: the backward pass also adds to it, and it may be another thread's.
-template <typename A>
-PSF_INLINE void replace_outside(Samples<A>& samples, int64_t begin, int64_t end) {
+template <typename A, int kSize>
+PSF_INLINE void replace_outside(Samples<A, kSize>& samples, int64_t begin, int64_t end) {
   int64_t first = begin;
   while (first < end && !samples.inside()[first]) {
     ++first;
@@ -270,14 +272,14 @@ PSF_INLINE void replace_outside(Samples<A>& samples, int64_t begin, int64_t end)
 
 // Prepares the samples of query `query` (n * Q + q) and head m, of which [begin, end) will be used.
 // What only the backward pass needs is left out on request.
-template <bool kBackward, bool kFused, typename V, typename O, typename A>
+template <bool kBackward, bool kFused, typename V, typename O, typename A, int kSize>
 PSF_INLINE void prepare_samples(
     const Call<V, O, A>& call,
     int64_t query,
     int64_t m,
     int64_t begin,
     int64_t end,
-    Samples<A>& samples) {
+    Samples<A, kSize>& samples) {
   using F = Vector<A>;
   using I = IndexVector<A>;
   using Index = typename IndexOf<A>::Type;
@@ -398,9 +400,9 @@ PSF_INLINE void prefetch_query(const Call<V, O, A>& call, int64_t query, int64_t
 }
 
 // Fetches the rows of prepared samples: of values, or of their gradient.
-template <typename V, typename A>
+template <typename V, typename A, int kSize>
 PSF_INLINE void prefetch_rows(
-    const Samples<A>& samples, const V* rows, int64_t channels, int64_t count) {
+    const Samples<A, kSize>& samples, const V* rows, int64_t channels, int64_t count) {
   constexpr int64_t kUsual = 32;  // channels, whose lines the compiler can count
   for (int corner = 0; samples.any && corner < 4; ++corner) {
     const auto* offset = samples.offset(corner);
@@ -419,9 +421,9 @@ PSF_INLINE void prefetch_rows(
 // ---- forward ---------------------------------------------------------------------------------
 
 // Sums the value rows of a query's samples over kVectors vectors of channels.
-template <int kVectors, typename V, typename A>
+template <int kVectors, typename V, typename A, int kSize>
 PSF_INLINE void sum_rows(
-    const Samples<A>& samples, const V* value, int64_t count, Vector<A>* sum) {
+    const Samples<A, kSize>& samples, const V* value, int64_t count, Vector<A>* sum) {
   // Several sums for each vector, so that additions need not wait for each other.
   constexpr int kSums = kVectors >= 4 ? 2 : 4;
   Vector<A> partial[kSums][kVectors] = {};
@@ -445,9 +447,9 @@ PSF_INLINE void sum_rows(
   }
 }
 
-template <int kVectors, typename V, typename O, typename A>
+template <int kVectors, typename V, typename O, typename A, int kSize>
 PSF_INLINE void forward_block(
-    const Samples<A>& samples, const V* value, int64_t count, int64_t channels, O* output) {
+    const Samples<A, kSize>& samples, const V* value, int64_t count, int64_t channels, O* output) {
   Vector<A> sum[kVectors] = {};
   if (samples.any) {
     sum_rows<kVectors>(samples, value, count, sum);
@@ -476,21 +478,21 @@ PSF_INLINE void for_blocks(int64_t channels, const F& block) {
 }
 
 // Two sets of samples: those of the query at work and those of the next.
-template <typename V, typename O, typename A>
+template <typename A, int kSize>
 struct Buffers {
-  Samples<A> sets[2];
+  Samples<A, kSize> sets[2];
 
-  Buffers(const Call<V, O, A>& call, char* scratch)
+  Buffers(char* scratch, int64_t padded_samples)
       : sets{
-            {scratch, call.padded_samples},
-            {scratch + scratch_bytes<A>(call.padded_samples) / 2, call.padded_samples}} {}
+            {scratch, padded_samples},
+            {scratch + scratch_bytes<A>(padded_samples) / 2, padded_samples}} {}
 
-  Samples<A>& operator[](int64_t query) {
+  Samples<A, kSize>& operator[](int64_t query) {
     return sets[query % 2];
   }
 };
 
-template <bool kFused, typename V, typename O, typename A>
+template <int kSize, bool kFused, typename V, typename O, typename A>
 void forward_queries(
     const Call<V, O, A>& call,
     const Head<V, A>& head,
@@ -499,7 +501,7 @@ void forward_queries(
     char* scratch) {
   const int64_t count = call.samples;
   const int64_t channels = call.sizes.channels;
-  Buffers buffers(call, scratch);
+  Buffers<A, kSize> buffers(scratch, call.padded_samples);
   const V* value = head.value;
   const int64_t m = head.head;
   const int64_t first = head.image * call.sizes.queries;
@@ -512,7 +514,7 @@ void forward_queries(
       // also writes, gains from them.
       prefetch_query(call, first + q, m);
     }
-    const Samples<A>& samples = buffers[q];
+    const Samples<A, kSize>& samples = buffers[q];
     O* output = call.output + ((first + q) * call.sizes.heads + m) * channels;
     for_blocks<A>(call.channels, [&](auto vectors, int64_t c) {
       forward_block<vectors()>(samples, value + c, count, channels - c, output + c);
@@ -548,9 +550,9 @@ PSF_INLINE Vector<A> sums_of_lanes(Vector<A>* rows) {
 
 // Samples [begin, end) of a query in kVectors vectors of channels: adds to the gradient of the value
 // rows, and stores (or, from the second block on, adds) the dot products with the value rows.
-template <int kVectors, typename V, typename O, typename A>
+template <int kVectors, typename V, typename O, typename A, int kSize>
 PSF_INLINE void backward_block(
-    const Samples<A>& samples,
+    const Samples<A, kSize>& samples,
     const V* value,
     A* grad_value,
     const O* grad_output,
@@ -607,10 +609,10 @@ PSF_INLINE void backward_block(
 }
 
 // From the dot products of samples [begin, end) to the gradients of their places and weights.
-template <typename V, typename O, typename A>
+template <typename V, typename O, typename A, int kSize>
 PSF_INLINE void sample_gradients(
     const Call<V, O, A>& call,
-    const Samples<A>& samples,
+    const Samples<A, kSize>& samples,
     int64_t row,
     int64_t begin,
     int64_t end) {
@@ -646,14 +648,14 @@ PSF_INLINE void sample_gradients(
 }
 
 // The samples of either operator, for the backward pass.
-template <typename V, typename O, typename A>
+template <typename V, typename O, typename A, int kSize>
 PSF_INLINE void prepare_backward(
     const Call<V, O, A>& call,
     int64_t query,
     int64_t m,
     int64_t begin,
     int64_t end,
-    Samples<A>& samples) {
+    Samples<A, kSize>& samples) {
   if (call.origins.part) {
     prepare_samples<true, true>(call, query, m, begin, end, samples);
   } else {
@@ -661,7 +663,7 @@ PSF_INLINE void prepare_backward(
   }
 }
 
-template <typename V, typename O, typename A>
+template <int kSize, typename V, typename O, typename A>
 void backward_queries(
     const Call<V, O, A>& call,
     const Head<V, A>& head,
@@ -673,7 +675,7 @@ void backward_queries(
   const int64_t end = l_end * sizes.points;
   const bool dots = call.grad_points || call.grad_weights;
   const bool all_levels = l_begin == 0 && l_end == sizes.levels;
-  Buffers buffers(call, scratch);
+  Buffers<A, kSize> buffers(scratch, call.padded_samples);
   const V* value = head.value;
   A* grad_value = head.grad_value;
   const int64_t m = head.head;
@@ -688,7 +690,7 @@ void backward_queries(
       }
       prefetch_query(call, first + q, m);
     }
-    const Samples<A>& samples = buffers[q];
+    const Samples<A, kSize>& samples = buffers[q];
     const int64_t row = (first + q) * sizes.heads + m;
     const O* grad_output = call.grad_output + row * sizes.channels;
     if (samples.any) {
@@ -720,6 +722,17 @@ void backward_queries(
   }
 }
 
+// Calls f with the size of the arrays of samples, or with 0 if it is not the usual one.
+template <typename V, typename O, typename A, typename F>
+void with_size(const Call<V, O, A>& call, const F& f) {
+  if constexpr (std::is_same_v<V, A>) {  // rows in bfloat16 are of few queries: not worth the code
+    if (call.padded_samples == kSamplePadding) {
+      return f(std::integral_constant<int, static_cast<int>(array_size(kSamplePadding))>{});
+    }
+  }
+  f(std::integral_constant<int, 0>{});
+}
+
 }  // namespace
 
 template <typename V, typename O, typename A>
@@ -729,12 +742,14 @@ void forward(
     int64_t q_begin,
     int64_t q_end,
     char* scratch) {
-  // Not one function for both operators: each leaves the other too few registers.
-  if (call.origins.part) {
-    forward_queries<true>(call, head, q_begin, q_end, scratch);
-  } else {
-    forward_queries<false>(call, head, q_begin, q_end, scratch);
-  }
+  with_size(call, [&](auto size) {
+    // Not one function for both operators: each leaves the other too few registers.
+    if (call.origins.part) {
+      forward_queries<size(), true>(call, head, q_begin, q_end, scratch);
+    } else {
+      forward_queries<size(), false>(call, head, q_begin, q_end, scratch);
+    }
+  });
 }
 
 template <typename V, typename O, typename A>
@@ -744,7 +759,9 @@ void backward(
     int64_t l_begin,
     int64_t l_end,
     char* scratch) {
-  backward_queries(call, head, l_begin, l_end, scratch);
+  with_size(call, [&](auto size) {
+    backward_queries<size()>(call, head, l_begin, l_end, scratch);
+  });
 }
 
 template <typename A>
@@ -752,7 +769,7 @@ void softmax_backward(
     const SampleTable<A>& table, const A* logits, A* grad, int64_t samples, char* scratch) {
   // In scratch memory, since whole vectors are read and written.
   const int64_t padded = (samples + kSamplePadding - 1) / kSamplePadding * kSamplePadding;
-  Samples<A> row(scratch, padded);
+  Samples<A, 0> row(scratch, padded);
   std::memcpy(row.softmax(), logits, static_cast<size_t>(samples) * sizeof(A));
   std::memcpy(row.grad(), grad, static_cast<size_t>(samples) * sizeof(A));
   softmax(row.softmax(), table.padding, row.softmax(), samples);
