@@ -82,26 +82,28 @@ Capability capability() {
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t size) {
-    constexpr size_t kLine = 64;
-    const size_t bytes = (static_cast<size_t>(size) * sizeof(T) / kLine + 1) * kLine;
-    memory_.reset(static_cast<T*>(std::aligned_alloc(kLine, bytes)));
+  // Not aligned_alloc: the C library finds freed memory of the same size for malloc only.
+  explicit Buffer(int64_t size)
+      : memory_(static_cast<char*>(std::malloc(static_cast<size_t>(size) * sizeof(T) + kLine))) {
     if (memory_ == nullptr) {
       throw std::bad_alloc();
     }
   }
 
   T* data() const {
-    return memory_.get();
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    return reinterpret_cast<T*>(memory_.get() + (kLine - address % kLine));
   }
 
  private:
+  static constexpr size_t kLine = 64;
+
   struct Free {
-    void operator()(T* memory) const {
+    void operator()(char* memory) const {
       std::free(memory);
     }
   };
-  std::unique_ptr<T[], Free> memory_;
+  std::unique_ptr<char[], Free> memory_;
 };
 
 // ---- the inputs as kernels take them ---------------------------------------------------------
@@ -567,6 +569,13 @@ void references_backward(const Inputs& inputs, A* grad_points, A* grad_reference
   });
 }
 
+template <typename A>
+void fill_zeros(A* array, int64_t size) {
+  parallel_for(0, size, 1 << 16, [&](int64_t begin, int64_t end) {
+    std::fill(array + begin, array + end, A(0));
+  });
+}
+
 // Writes the gradients; that of references needs that of positions.
 template <typename T>
 void backward_as(const Inputs& inputs, const Tensor& grad_output, const GradientTensors& to) {
@@ -584,17 +593,21 @@ void backward_as(const Inputs& inputs, const Tensor& grad_output, const Gradient
       return;
     }
     const int64_t size = (group.end - group.begin) * call.sizes.positions * call.channels;
-    const Buffer<A> buffer(size);
-    A* rows = buffer.data();
-    parallel_for(0, size, 1 << 16, [&](int64_t begin, int64_t end) {
-      std::fill(rows + begin, rows + end, A(0));
-    });
-    backward_group(call, group, rows);
+    if constexpr (std::is_same_v<T, A>) {
+      if (!group.packed) {  // the rows of the gradient itself
+        fill_zeros(grad_value, size);
+        backward_group(call, group, grad_value);
+        return;
+      }
+    }
+    const Buffer<A> rows(size);
+    fill_zeros(rows.data(), size);
+    backward_group(call, group, rows.data());
     if (group.packed) {
-      unpack(rows, group.begin, group.end, call.channels, call.sizes, grad_value);
+      unpack(rows.data(), group.begin, group.end, call.channels, call.sizes, grad_value);
     } else {
       parallel_for(0, size, 1 << 16, [&](int64_t begin, int64_t end) {
-        copy_row(rows + begin, grad_value + begin, end - begin);
+        copy_row(rows.data() + begin, grad_value + begin, end - begin);
       });
     }
   });
