@@ -14,7 +14,7 @@ import numpy as np
 import pycocotools.mask
 from numpy.typing import NDArray
 
-from psf.images import read_values
+from psf.images import read_values, require_few_pixels
 from psf.output_paths import refuse_inputs
 
 from ..annotations import (
@@ -120,12 +120,14 @@ def _instance_problems(data: Mapping[str, Any]) -> Any:
     names: set[Any] = set()
     for i, image in enumerate(data["images"]):
         misfit = find_misfit(image, IMAGE)
-        if not misfit and (image["id"] in ids or Path(image["file_name"]) in names):
-            misfit = f"another image has its id or its file_name '{image['file_name']}'"
+        if not misfit and not Path(image["file_name"]).name:
+            misfit = f"file_name '{image['file_name']}' is no file"
+        elif not misfit and (image["id"] in ids or _png(image) in names):
+            misfit = f"another image has its id or its PNG '{_png(image)}'"
         if misfit:
             yield Problem(f"image {label(image, i)}", misfit)
         ids.add(image["id"])
-        names.add(Path(image["file_name"]))
+        names.add(_png(image))
     known = {category["id"] for category in data["categories"]}
     for i, annotation in enumerate(data["annotations"]):
         misfit = find_misfit(annotation, _INSTANCE, {"iscrowd": FLAG})
@@ -266,6 +268,7 @@ def convert_labelme(source: Path, stuff: Sequence[str], output: Path) -> None:
         content = read_json(path)
         if isinstance(content, dict) and "shapes" in content:
             require_none(_labelme_problems(content), path)
+            require_few_pixels(str(path), content["imageWidth"], content["imageHeight"])
             files[path] = [shape["label"] for shape in content["shapes"]]
         else:
             logger.warning("'%s' is no file of LabelMe (it lacks 'shapes') and is left out.", path)
