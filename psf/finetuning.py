@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from psf.data.annotations import TEXT, Keys, find_misfit
 from psf.data.class_map import ClassNames, align_names
 from psf.weights import Checkpointer
 
@@ -18,6 +19,10 @@ logger = logging.getLogger(__name__)
 # Parameters with one row per thing class, and with one row per stuff class.
 _THING_ROWS = re.compile(r"(^|\.)(class_heads|thing_heads)\.\d+\.(weight|bias)$")
 _STUFF_ROWS = re.compile(r"(^|\.)stuff_query\.weight$")
+
+
+_NAMES = (lambda v: type(v) is list and all(map(TEXT[0], v)), "a list of names")
+_CLASSES: Keys = {"things": _NAMES, "stuff": _NAMES}
 
 
 class Matches(NamedTuple):
@@ -66,6 +71,10 @@ def transfer_classes(
     result = dict(weights)
     for pattern, matches in ((_THING_ROWS, things), (_STUFF_ROWS, stuff)):
         for name in filter(pattern.search, weights.keys() & own.keys()):
+            if max((r for r in matches.rows if r is not None), default=-1) >= len(weights[name]):
+                raise ValueError(
+                    f"{name} has {len(weights[name])} rows, less than the checkpoint has classes"
+                )
             rows = own[name].detach().cpu().clone()
             for i, row in enumerate(matches.rows):
                 if row is not None:
@@ -110,7 +119,10 @@ class ClassCheckpointer(Checkpointer):
 
     def _load_model(self, checkpoint: Any) -> Any:
         saved = checkpoint.pop("classes", None)
-        theirs = ClassNames(**saved) if saved is not None else self.weights_class_names
+        misfit = None if saved is None else find_misfit(saved, _CLASSES)
+        if misfit:
+            raise ValueError(f"'classes' in the checkpoint: {misfit}. Remove it from the file")
+        theirs = self.weights_class_names if saved is None else ClassNames(**saved)
         ours, weights = self.class_names, checkpoint["model"]
         has_heads = any(_THING_ROWS.search(name) for name in weights)
         if has_heads and theirs is not None and ours is not None and theirs != ours:

@@ -60,6 +60,7 @@ class Checkpointer(DetectionCheckpointer):
 
         Raises:
             OSError: there is no such file, or the URL cannot be downloaded.
+            ValueError: the file is damaged or does not fit the model.
         """
         check_weights(path)
         try:
@@ -69,6 +70,9 @@ class Checkpointer(DetectionCheckpointer):
                 f"MODEL.WEIGHTS: '{path}' cannot be downloaded ({error}). Check the URL and the "
                 "connection, or download the file by other means and give its path."
             ) from error
+        except ValueError as error:
+            named = str(error) if path in str(error) else f"'{path}': {error}"
+            raise ValueError(named) from error
         return rest
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -135,6 +139,8 @@ class Checkpointer(DetectionCheckpointer):
         return {"model": conversion.state_dict, "origin": origin}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        self._convert_ndarray_to_tensor(checkpoint["model"])
+        check_values(checkpoint["model"], self.model.state_dict())
         origin: Origin | None = checkpoint.pop("origin", None)
         if origin is not None:
             weights = checkpoint["model"]
@@ -146,6 +152,27 @@ class Checkpointer(DetectionCheckpointer):
                 describe(weights, origin.dropped, absent),
             )
         return super()._load_model(checkpoint)
+
+
+def check_values(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """
+    Check the numbers of a checkpoint.
+
+    Raises:
+        ValueError: a weight is sparse, is not finite, or has integers where the model has not.
+    """
+    for name, value in weights.items():
+        floating = name in own and own[name].is_floating_point()
+        if value.layout != torch.strided or (floating and not value.is_floating_point()):
+            raise ValueError(
+                f"{name} is {value.dtype} ({value.layout}), not floating-point numbers. Save the "
+                "weights as dense float32 tensors."
+            )
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(
+                f"{name} has values that are not finite: the training diverged, or the file is "
+                "damaged. Use an earlier checkpoint."
+            )
 
 
 def check_fit(
