@@ -13,7 +13,7 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from psf import checkpoint
-from psf.files import write_beside
+from psf.files import save_tensors, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -82,14 +82,12 @@ class Checkpointer(DetectionCheckpointer):
         states = {key: part.state_dict() for key, part in self.checkpointables.items()}
         path = Path(self.save_dir, f"{name}.pth")
         logger.info("Saving the checkpoint '%s'", path)
-        with write_beside(path) as partial:
-            torch.save({"model": self.model.state_dict(), **states, **kwargs}, partial)
+        save_tensors(path, {"model": self.model.state_dict(), **states, **kwargs})
         self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write the name of the file for ``--resume``."""
-        with write_beside(Path(self.save_dir, LAST_CHECKPOINT)) as partial:
-            partial.write_text(last_filename_basename, encoding="utf-8")
+        write_text(Path(self.save_dir, LAST_CHECKPOINT), last_filename_basename)
 
     def get_checkpoint_file(self) -> str:
         """

@@ -245,6 +245,12 @@ def test_inputs_are_not_overwritten(instances, labelme):
     (instances / "panoptic").rename(instances / "labels")
     with pytest.raises(ValueError, match=r"panoptic\.json' exists, but was not written by this"):
         convert_instances(instances / "input.json", instances / "labels", STUFF, instances)
+    png = instances / "out" / "panoptic" / "a.png"
+    png.parent.mkdir(parents=True)
+    png.write_bytes(before)
+    with pytest.raises(ValueError, match=r"out/panoptic' has files that no conversion wrote"):
+        convert_instances(instances / "input.json", instances / "labels", STUFF, instances / "out")
+    assert png.read_bytes() == before
 
 
 def test_a_conversion_that_is_repeated(instances):
@@ -258,6 +264,35 @@ def test_a_conversion_that_is_repeated(instances):
     (instances / "out" / "panoptic" / "a.png").unlink()
     run_instances(instances)
     assert (instances / "out" / "panoptic" / "a.png").is_file()
+    (instances / "labels" / "x").mkdir()
+    with pytest.raises(SystemExit, match=r"both have the PNG 'a\.png'"):
+        run_instances(
+            instances,
+            lambda d: d["images"].append({**d["images"][0], "id": 8, "file_name": "x/../a.jpg"}),
+        )
+
+
+def test_a_conversion_that_stops_leaves_no_json_of_other_pngs(instances):
+    """Otherwise the JSON before would be taken for that of the PNGs that are changed already."""
+    labels, png = instances / "labels" / "b.png", instances / "out" / "panoptic" / "a.png"
+    Image.new("L", (20, 10), 101).save(labels)
+
+    def add_b(data):
+        data["images"].append({**data["images"][0], "id": 8, "file_name": "b.jpg"})
+
+    first = run_instances(instances, add_b)
+    before, json_before = png.read_bytes(), (instances / "instances.json").read_bytes()
+    Image.new("L", (3, 3)).save(labels)
+    with pytest.raises(SystemExit, match=r"b\.png' is \(3, 3\)"):
+        run_instances(instances, spoil_mask([square(2, 2, 4)]))
+    assert png.read_bytes() != before
+    assert list((instances / "out").glob("*.json")) == []
+    with (instances / "out" / "panoptic.json.partial").open("a") as notes:
+        notes.write('3\n["no"]\nnull\n\x00')  # damage
+    (instances / "instances.json").write_bytes(json_before)
+    Image.new("L", (20, 10), 101).save(labels)
+    assert run_instances(instances) == first
+    assert png.read_bytes() == before
 
 
 def test_things_go_over_stuff_and_what_is_covered_is_said(tmp_path, caplog):
