@@ -126,8 +126,8 @@ def test_folders_that_cannot_be_written(config_file, tmp_path, folder, message):
     with pytest.raises(SystemExit, match=message):
         run(config_file, "OUTPUT_DIR", output)
     if folder.startswith("file"):
+        weights = ["MODEL.WEIGHTS", config_file, "DATASETS.TEST", "('registered_shapes',)"]
         with pytest.raises(SystemExit, match=message):
-            weights = ["MODEL.WEIGHTS", config_file, "DATASETS.TEST", "('registered_shapes',)"]
             run(config_file, "--eval-only", *weights, "OUTPUT_DIR", output)
     assert "config" not in message or own.read_text().startswith("# mine")
 

@@ -235,7 +235,7 @@ def write_image(split: Split, image: PanopticImage) -> Entries:
         segment._replace(id=_segment_id(i)) if segment.id is None else segment
         for i, segment in enumerate(image.segments)
     ]
-    ids = np.array([0, *(s.id for s in segments)], dtype=np.int64)
+    ids = np.array([0, *(s.id for s in segments)], dtype=np.uint32)
     png = below(split.panoptic_root, image.png)
     png.parent.mkdir(parents=True, exist_ok=True)
     write_panoptic_ids(str(png), ids[image.index_map])

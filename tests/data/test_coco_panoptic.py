@@ -232,7 +232,7 @@ DELETE = object()
         (("images", 0, "height"), DELETE, "image 11: lacks height"),
         (("images", 0, "height"), 3.0, "image 11: height is 3.0 instead of a positive integer"),
         (("images", 0, "width"), 0, "image 11: width is 0 instead"),
-        (("images", 0, "file_name"), None, "image 11: file_name is None instead of a text"),
+        (("images", 0, "file_name"), None, "image 11: file_name is None instead of the name"),
         (("images", 0, "id"), 11.0, "image 11.0: id is 11.0 instead of an integer or a text"),
         (("images", 0, "id"), 10, "image 10: two images have this id"),
         ((*FIRST, "image_id"), 99, "annotation of image 99: is not among the images"),

@@ -199,6 +199,8 @@ RUNS = {"size": [10, 20], "counts": [200]}
         (lambda d: d["images"].append({**d["images"][0], "id": 8}), "image 8: another image has"),
         (lambda d: d["images"][0].update(file_name="../a.jpg"), "outside of the output folder"),
         (lambda d: d.update(annotations=None), "annotations is None instead of a list"),
+        (lambda d: d.update(images=[], annotations=[]), r"instances\.json' has no images"),
+        (lambda d: d["images"][0].update(file_name="/"), "image 7: file_name is '/' instead of"),
     ],
 )
 def test_instances_that_are_damaged(instances, spoil, message):
@@ -295,6 +297,18 @@ def test_a_conversion_that_stops_leaves_no_json_of_other_pngs(instances):
     assert png.read_bytes() == before
 
 
+def test_names_from_windows_and_folders_that_look_like_files(instances, labelme, tmp_path):
+    (instances / "labels" / "x").mkdir()
+    (instances / "labels" / "a.png").rename(instances / "labels" / "x" / "a.png")
+    (annotation,) = run_instances(
+        instances, lambda data: data["images"][0].update(file_name="x\\a.jpg")
+    )
+    assert annotation["file_name"] == "x/a.png"
+    (labelme / "folder.json").mkdir()
+    convert_labelme(labelme, ["sky"], tmp_path / "o")
+    assert (tmp_path / "o" / "panoptic" / "a.png").is_file()
+
+
 def test_things_go_over_stuff_and_what_is_covered_is_said(tmp_path, caplog):
     box = {"shape_type": "rectangle", "points": [[2, 2], [5, 5]]}
     shapes = [
@@ -324,14 +338,17 @@ def test_things_go_over_stuff_and_what_is_covered_is_said(tmp_path, caplog):
         ("label", 3, "shape number 1: label is 3 instead of a text"),
         ("group_id", [1], r"shape number 1: group_id is \[1\] instead of"),
         ("imageHeight", "10", "JSON: imageHeight is '10' instead of a positive integer"),
-        ("imagePath", None, "JSON: imagePath is None instead of a text"),
+        ("imagePath", None, "JSON: imagePath is None instead of the name of a file"),
+        ("imagePath", "x\\", "JSON: imagePath is .* instead of the name of a file"),
+        ("imageHeight", 1 << 30, "declares 20 x 1073741824 pixels, more than the limit of 2684354"),
+        ("label", "a\nb", "shape number 1: label is .* instead of a text without line breaks"),
     ],
 )
 def test_labelme_files_that_are_damaged(labelme, tmp_path, key, value, message):
     content = json.loads((labelme / "a.json").read_text())
     (content if key.startswith("image") else content["shapes"][0])[key] = value
     (labelme / "a.json").write_text(json.dumps(content))
-    with pytest.raises(SystemExit, match=rf"a\.json': .*{message}"):
+    with pytest.raises(SystemExit, match=rf"a\.json':? .*{message}"):
         tool.main(["labelme", "--input", str(labelme), "--output", str(tmp_path / "o")])
 
 

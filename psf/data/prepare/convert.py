@@ -14,15 +14,17 @@ import numpy as np
 import pycocotools.mask
 from numpy.typing import NDArray
 
-from psf.images import read_values
+from psf.images import read_values, require_few_pixels
 from psf.output_paths import refuse_inputs
 
 from ..annotations import (
     CLASS_ID,
+    FILE,
     FLAG,
     IMAGE,
     IMAGE_ID,
     LIST,
+    NAME,
     SIDE,
     TEXT,
     Keys,
@@ -33,6 +35,8 @@ from ..annotations import (
     read_json,
     require_keys,
     require_none,
+    slashes,
+    with_slashes,
 )
 from ..coco_writer import PanopticImage, Segment, Split, convert_split
 
@@ -42,8 +46,8 @@ _INSTANCES: Keys = {"images": LIST, "annotations": LIST, "categories": LIST}
 _MASK = (lambda v: isinstance(v, list | dict), "polygons or run lengths")
 _INSTANCE: Keys = {"image_id": IMAGE_ID, "category_id": CLASS_ID, "segmentation": _MASK}
 _RUNS: Keys = {"size": LIST, "counts": (lambda v: isinstance(v, list | str), "run lengths")}
-_LABELME: Keys = {"shapes": LIST, "imageHeight": SIDE, "imageWidth": SIDE, "imagePath": TEXT}
-_SHAPE: Keys = {"label": TEXT, "points": LIST}
+_LABELME: Keys = {"shapes": LIST, "imageHeight": SIDE, "imageWidth": SIDE, "imagePath": FILE}
+_SHAPE: Keys = {"label": NAME, "points": LIST}
 _SHAPE_OPTIONS: Keys = {
     "group_id": (lambda v: v is None or type(v) in (int, str), "an integer, a text or null"),
     "flags": (lambda v: v is None or isinstance(v, dict), "an object or null"),
@@ -79,6 +83,9 @@ def convert_instances(
     require_keys({"stuff categories": stuff_categories}, {"stuff categories": LIST}, "--stuff")
     categories = _unite_categories(data["categories"], stuff_categories, instances_json)
     require_none(_instance_problems(data), instances_json)
+    if not data["images"]:
+        raise ValueError(f"'{instances_json}' has no images.")
+    data["images"] = [with_slashes(image) for image in data["images"]]
     annotations: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in data["images"]}
     for annotation in data["annotations"]:
         annotations[annotation["image_id"]].append(annotation)
@@ -101,7 +108,7 @@ def _unite_categories(
     things: Sequence[Any], stuff: Sequence[Any], instances_json: Path
 ) -> list[dict[str, Any]]:
     for category in (*things, *stuff):
-        misfit = find_misfit(category, {"id": CLASS_ID, "name": TEXT})
+        misfit = find_misfit(category, {"id": CLASS_ID, "name": NAME})
         require_none((Problem("a category", what) for what in [misfit] if what), instances_json)
     shared = {c["id"] for c in things} & {c["id"] for c in stuff}
     if shared:
@@ -263,7 +270,7 @@ def convert_labelme(source: Path, stuff: Sequence[str], output: Path) -> None:
     """
     files: dict[Path, list[str]] = {}  # with the labels of their shapes
     for path in sorted(source.glob("*.json")):
-        content = read_json(path)
+        content = read_json(path) if path.is_file() else None
         if isinstance(content, dict) and "shapes" in content:
             require_none(_labelme_problems(content), path)
             files[path] = [shape["label"] for shape in content["shapes"]]
@@ -297,6 +304,7 @@ def _labelme_problems(content: dict[str, Any]) -> Any:
 
 def _convert_labelme(categories: Sequence[Mapping[str, Any]], source: Path) -> PanopticImage:
     content = read_json(source)
+    require_few_pixels(str(source), content["imageWidth"], content["imageHeight"])
     index_map = np.zeros((content["imageHeight"], content["imageWidth"]), dtype=np.int32)
     known = {c["name"]: c for c in categories}
     segments: list[Segment] = []
@@ -319,7 +327,7 @@ def _convert_labelme(categories: Sequence[Mapping[str, Any]], source: Path) -> P
             logger.warning("%s has no pixel in the image.", where)
     return PanopticImage(
         image_id=source.stem,
-        file_name=Path(content["imagePath"].replace("\\", "/")).name,
+        file_name=Path(slashes(content["imagePath"])).name,
         png=f"{source.stem}.png",
         index_map=index_map,
         segments=segments,
