@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from detectron2.config import get_cfg
 from detectron2.utils.file_io import PathManager
 
 from psf.options import check_options
+
+_MOST_VALUES = 100_000  # of a file; a few aliases can stand for more than fits into memory
 
 
 def load_config(path: str | Path = "", opts: Sequence[Any] = ()) -> CN:
@@ -32,14 +35,21 @@ def load_config(path: str | Path = "", opts: Sequence[Any] = ()) -> CN:
     """
     cfg = get_cfg()
     add_psf_config(cfg)
+    defaults = _values(cfg)
+    sources = ["KEY VALUE pairs"] if opts or not path else []
     if path:
         file = find_config(path)
-        with _explain(cfg, f"'{file}'"):
+        sources.insert(0, f"'{file}'")
+        with _explain(cfg, sources[0]):
             _check_yaml(str(file))
             cfg.merge_from_file(str(file), allow_unsafe=False)
     with _explain(cfg, "KEY VALUE pairs"):
         cfg.merge_from_list(list(opts))
-    check_options(cfg)
+    with _explain(cfg, " and ".join(sources)):
+        for key, value in _values(cfg).items():
+            if value is None and defaults.get(key) is not None:
+                raise ValueError(f"{key} is null; the default is {defaults[key]!r}")
+        check_options(cfg)
     cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)
     cfg.MODEL.WEIGHTS = os.path.expanduser(cfg.MODEL.WEIGHTS)
     cfg.DATASETS.REGISTER = [_expand(entry) for entry in cfg.DATASETS.REGISTER]
@@ -70,6 +80,8 @@ def _check_yaml(path: str, above: tuple[str, ...] = ()) -> None:
         raise ValueError(f"'{path}' is its own _BASE_")
     with PathManager.open(path, "r") as file:
         content = yaml.safe_load(file)
+    if sum(1 for _ in itertools.islice(_parts(content), _MOST_VALUES)) == _MOST_VALUES:
+        raise ValueError(f"'{path}' holds {_MOST_VALUES} values or more, counting aliases (*)")
     bases = content.get("_BASE_", []) if isinstance(content, dict) else None
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -78,6 +90,14 @@ def _check_yaml(path: str, above: tuple[str, ...] = ()) -> None:
         # As fvcore: a path is relative to the file that names it.
         is_url = base.startswith(("https://", "http://"))
         _check_yaml(base if is_url else os.path.join(os.path.dirname(path), base), (*above, path))
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """A value of YAML and those in it, as often as they are there."""
+    yield value
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _parts(part)
 
 
 def find_config(path: str | Path) -> Path:
@@ -100,16 +120,22 @@ def find_config(path: str | Path) -> Path:
     )
 
 
+# What wrong files and values raise, besides errors of YAML.
+_CAUSES = (
+    *(AssertionError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError),
+)
+
+
 @contextlib.contextmanager
 def _explain(cfg: CN, source: str) -> Iterator[None]:
     """Turn what yacs and YAML raise into one line that names the source of the error."""
     try:
         yield
-    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except _CAUSES as error:
         message = " ".join(str(error).strip("'\"").split())
         hint = ""
         if message.startswith("Non-existent"):
-            close = difflib.get_close_matches(message.rpartition(": ")[2], _keys(cfg), n=1)
+            close = difflib.get_close_matches(message.rpartition(": ")[2], _values(cfg), n=1)
             hint = f". Did you mean {close[0]}?" if close else ""
         raise ValueError(f"Config error in {source}: {message}{hint}") from error
     except yaml.YAMLError as error:
@@ -119,11 +145,13 @@ def _explain(cfg: CN, source: str) -> Iterator[None]:
         raise ValueError(f"Config error in {source}: {message}") from error
 
 
-def _keys(node: CN, prefix: str = "") -> list[str]:
-    keys: list[str] = []
+def _values(node: CN, prefix: str = "") -> dict[str, Any]:
+    """By full key."""
+    values: dict[str, Any] = {}
     for key, value in node.items():
-        keys += _keys(value, f"{prefix}{key}.") if isinstance(value, CN) else [prefix + key]
-    return keys
+        below = isinstance(value, CN)
+        values |= _values(value, f"{prefix}{key}.") if below else {f"{prefix}{key}": value}
+    return values
 
 
 def add_psf_config(cfg: CN) -> None:

@@ -83,7 +83,7 @@ def check_options(cfg: CfgNode) -> None:
             raise ValueError(f"{key} is {_get(cfg, key)!r}; known: {', '.join(known)}")
     for key in (*_POSITIVE, *_NOT_NEGATIVE):
         value = _get(cfg, key)
-        if value < 0 or (value == 0 and key in _POSITIVE):
+        if not (value > 0 if key in _POSITIVE else value >= 0):  # as NaN
             least = "more than 0" if key in _POSITIVE else "0 or more"
             raise ValueError(f"{key} is {value}; it must be {least}")
     if cfg.INPUT.CROP.ENABLED and cfg.INPUT.AUGMENTATION != "multi_scale":

@@ -12,7 +12,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
-from psf import checkpoint
+from psf import checkpoint, checkpoint_files
 from psf.files import save_tensors, write_text
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Checkpointer(DetectionCheckpointer):
 
         Raises:
             OSError: there is no such file, or the URL cannot be downloaded.
-            ValueError: the file is damaged or does not fit the model.
+            ValueError: the file is damaged, or its weights are not those of this model.
         """
         check_weights(path)
         try:
@@ -71,8 +71,10 @@ class Checkpointer(DetectionCheckpointer):
                 "connection, or download the file by other means and give its path."
             ) from error
         except ValueError as error:
-            named = str(error) if path in str(error) else f"'{path}': {error}"
-            raise ValueError(named) from error
+            message = " ".join(str(error).split())
+            if message == str(error) and Path(path).name in message:
+                raise
+            raise ValueError(f"MODEL.WEIGHTS: '{path}': {message}") from error
         return rest
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -109,14 +111,14 @@ class Checkpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         """As Detectron2's, without running code that a file contains."""
         if filename.endswith(".pkl"):
-            content = checkpoint.read_pickle(filename)
+            content = checkpoint_files.read_pickle(filename)
             if "model" in content and "__author__" in content:  # Detectron2's model zoo
-                return {**content, "model": checkpoint.arrays(content["model"], filename)}
-            weights = checkpoint.arrays(content.get("blobs", content), filename)  # Caffe2's
+                return {**content, "model": checkpoint_files.arrays(content["model"], filename)}
+            weights = checkpoint_files.arrays(content.get("blobs", content), filename)  # Caffe2's
             weights = {k: v for k, v in weights.items() if not k.endswith("_momentum")}
             return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
         if filename.endswith(".pyth"):
-            content = checkpoint.read(filename)
+            content = checkpoint_files.read(filename)
             weights = checkpoint.find_state_dict(content.get("model_state", {}))
             weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
             return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
@@ -124,7 +126,7 @@ class Checkpointer(DetectionCheckpointer):
         return loaded
 
     def _torch_load(self, f: str) -> dict[str, Any]:
-        content = checkpoint.read(f)
+        content = checkpoint_files.read(f)
         weights = checkpoint.find_state_dict(content)
         if CONVERTED_FROM in content:
             origin = Origin(f, checkpoint.by_name(content[CONVERTED_FROM]), {})

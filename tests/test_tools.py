@@ -94,7 +94,7 @@ def test_evaluate_predictions(saved, tmp_path, capsys):
         (lambda data: data["annotations"].pop(), "no prediction for 1 of the 2 images"),
         (
             lambda data: data["annotations"][0]["segments_info"].pop(),
-            r"segment ids \[\d+\] that segments_info does not list",
+            r"predictions\.json': .* segment ids \[\d+\] that segments_info does not list",
         ),
         (
             lambda data: data["annotations"][0]["segments_info"][0].update(category_id=77),

@@ -192,6 +192,17 @@ def test_weights_of_something_else(model, tmp_path, key):
         Checkpointer(model).load(str(tmp_path / "other.pth"))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [{"a\nb": 3}, {"model": {}}, {"model": {"a": "b"}}, {"model": {1: torch.zeros(2), "a": 3}}],
+)
+def test_the_error_is_one_line_with_the_file(model, tmp_path, content):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"^MODEL\.WEIGHTS: '.*other\.pth': .*weights") as error:
+        Checkpointer(model).load(str(tmp_path / "other.pth"))
+    assert "\n" not in str(error.value)
+
+
 def without(weights, part):
     return {name: value for name, value in weights.items() if part not in name}
 

@@ -18,7 +18,7 @@ import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
 
 from torch import Tensor
 
-from psf import checkpoint
+from psf import checkpoint, checkpoint_files
 from psf.config import user_path
 from psf.files import save_tensors
 from psf.weights import CONVERTED_FROM
@@ -50,7 +50,7 @@ def load(path: Path) -> dict[str, Tensor]:
             return checkpoint.find_state_dict(load_file(path))
         except SafetensorError as error:
             raise ValueError(f"'{path}' is no complete safetensors file: {error}") from error
-    return checkpoint.find_state_dict(checkpoint.read(str(path)))
+    return checkpoint.find_state_dict(checkpoint_files.read(str(path)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -45,8 +45,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     try:
         write_scores(args)
-    except KeyError as error:
-        raise SystemExit(error.args[0]) from error  # str() would quote it
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
     print(f"\n{args.output}")

@@ -197,10 +197,14 @@ RUNS = {"size": [10, 20], "counts": [200]}
         (spoil_mask(9, "category_id"), "category_id 9 is not among the categories"),
         (lambda d: d["categories"][0].update(name="Sky"), "another category has the name 'sky'"),
         (lambda d: d["images"].append({**d["images"][0], "id": 8}), "image 8: another image has"),
+        (
+            lambda d: d["images"].append({**d["images"][0], "id": 8, "file_name": "a.tif"}),
+            "image 8: another image has its id or its PNG 'a.png'",
+        ),
+        (lambda d: d["images"][0].update(file_name="."), "image 7: file_name is '.' instead of"),
         (lambda d: d["images"][0].update(file_name="../a.jpg"), "outside of the output folder"),
         (lambda d: d.update(annotations=None), "annotations is None instead of a list"),
         (lambda d: d.update(images=[], annotations=[]), r"instances\.json' has no images"),
-        (lambda d: d["images"][0].update(file_name="/"), "image 7: file_name is '/' instead of"),
     ],
 )
 def test_instances_that_are_damaged(instances, spoil, message):

@@ -127,12 +127,12 @@ def _instance_problems(data: Mapping[str, Any]) -> Any:
     names: set[Any] = set()
     for i, image in enumerate(data["images"]):
         misfit = find_misfit(image, IMAGE)
-        if not misfit and (image["id"] in ids or Path(image["file_name"]) in names):
-            misfit = f"another image has its id or its file_name '{image['file_name']}'"
+        if not misfit and (image["id"] in ids or _png(image) in names):
+            misfit = f"another image has its id or its PNG '{_png(image)}'"
         if misfit:
             yield Problem(f"image {label(image, i)}", misfit)
         ids.add(image["id"])
-        names.add(Path(image["file_name"]))
+        names.add(_png(image))
     known = {category["id"] for category in data["categories"]}
     for i, annotation in enumerate(data["annotations"]):
         misfit = find_misfit(annotation, _INSTANCE, {"iscrowd": FLAG})
@@ -145,7 +145,7 @@ def _instance_problems(data: Mapping[str, Any]) -> Any:
 
 
 def _png(image: Mapping[str, Any]) -> Path:
-    return Path(image["file_name"]).with_suffix(".png")
+    return Path(slashes(image["file_name"])).with_suffix(".png")
 
 
 def _unite(
@@ -273,6 +273,7 @@ def convert_labelme(source: Path, stuff: Sequence[str], output: Path) -> None:
         content = read_json(path) if path.is_file() else None
         if isinstance(content, dict) and "shapes" in content:
             require_none(_labelme_problems(content), path)
+            require_few_pixels(str(path), content["imageWidth"], content["imageHeight"])
             files[path] = [shape["label"] for shape in content["shapes"]]
         else:
             logger.warning("'%s' is no file of LabelMe (it lacks 'shapes') and is left out.", path)
@@ -304,7 +305,6 @@ def _labelme_problems(content: dict[str, Any]) -> Any:
 
 def _convert_labelme(categories: Sequence[Mapping[str, Any]], source: Path) -> PanopticImage:
     content = read_json(source)
-    require_few_pixels(str(source), content["imageWidth"], content["imageHeight"])
     index_map = np.zeros((content["imageHeight"], content["imageWidth"]), dtype=np.int32)
     known = {c["name"]: c for c in categories}
     segments: list[Segment] = []
