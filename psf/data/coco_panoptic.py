@@ -19,6 +19,7 @@ from .annotations import (
     read_categories,
     read_panoptic_json,
     require_none,
+    slashes,
 )
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def register_panoptic(  # noqa: PLR0913  one argument per part of a data set
 
     Args:
         name: the name for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
-        image_root: folder of the images.
+        image_root: folder of the images. ``~`` in a path is the home folder.
         panoptic_root: folder of the panoptic PNGs.
         panoptic_json: the JSON of the annotations.
         categories: as in the JSON (id, name, isthing, optionally color); None: read from it now.
@@ -65,6 +66,11 @@ def register_panoptic(  # noqa: PLR0913  one argument per part of a data set
         prepare: called before the annotations are loaded, to create the files.
     """
     _check_name(name)
+    image_root, panoptic_root, panoptic_json = map(
+        os.path.expanduser, (image_root, panoptic_root, panoptic_json)
+    )
+    instances_json = instances_json and os.path.expanduser(instances_json)
+    sem_seg_root = sem_seg_root and os.path.expanduser(sem_seg_root)
     if categories is None:
         _require_json(panoptic_json)
         categories = read_categories(panoptic_json)
@@ -195,7 +201,7 @@ def load_coco_panoptic(
             "segments_info": [_convert(s, classes) for s in annotation["segments_info"]],
         }
         if sem_seg_root is not None and labels is not None:
-            record["sem_seg_file_name"] = os.path.join(sem_seg_root, labels)
+            record["sem_seg_file_name"] = os.path.join(sem_seg_root, slashes(labels))
         records.append(record)
     _require_files("image", panoptic_json, image_root, [r["file_name"] for r in records])
     pngs = [r["pan_seg_file_name"] for r in records if r["pan_seg_file_name"] is not None]
