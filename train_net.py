@@ -21,7 +21,6 @@ import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.engine import default_argument_parser, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -30,11 +29,9 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from psf.config import load_config
-from psf.data import ClassNames
 from psf.files import named, write_text
-from psf.finetuning import ClassCheckpointer
 from psf.inference import optimize_for_inference
-from psf.modeling.build import model_dataset
+from psf.predictor import inference_checkpointer
 from psf.run_folder import CONFIG, check_folder, claimed, require_folder
 from psf.trainer import CONTACT_SHEET, CURVES, Trainer, summary, write_pictures
 from psf.weights import LAST_CHECKPOINT, check_weights
@@ -118,10 +115,7 @@ def evaluate(cfg: CfgNode, args: argparse.Namespace) -> OrderedDict[str, Any]:
         start(cfg, args)
         Trainer.check_test_sets(cfg)
         model = Trainer.build_model(cfg).eval()
-        class_names = ClassNames.from_metadata(MetadataCatalog.get(model_dataset(cfg)))
-        checkpointer = ClassCheckpointer(
-            model, cfg.OUTPUT_DIR, class_names=class_names, same_classes=True
-        )
+        checkpointer = inference_checkpointer(cfg, model, cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         optimize_for_inference(model)
         results: OrderedDict[str, Any] = Trainer.test(cfg, model)

@@ -1,6 +1,7 @@
 """Loading ``MODEL.WEIGHTS``: Detectron2's checkpoints and, converted, third-party ones."""
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,6 +63,7 @@ class Checkpointer(DetectionCheckpointer):
             OSError: there is no such file, or the URL cannot be downloaded.
             ValueError: the file is damaged, or its weights are not those of this model.
         """
+        path = os.path.expanduser(path)
         check_weights(path)
         try:
             rest: dict[str, Any] = super().load(path, checkpointables)

@@ -127,6 +127,7 @@ def write_json(key, value):
     [
         (lambda root: (root / "panoptic.json").write_text(""), "not valid JSON"),
         (lambda root: (root / "panoptic.json").write_text("null"), "JSON: is None instead of an"),
+        (write_json("annotations", []), "panoptic.json' has no annotations"),
         (write_json("annotations", None), "annotations is None instead of a list"),
         (write_json("annotations", {}), "annotations is {} instead of a list"),
         (write_json("categories", []), "categories: there are none"),

@@ -199,7 +199,7 @@ RUNS = {"size": [10, 20], "counts": [200]}
         (lambda d: d["images"].append({**d["images"][0], "id": 8}), "image 8: another image has"),
         (
             lambda d: d["images"].append({**d["images"][0], "id": 8, "file_name": "a.tif"}),
-            "image 8: another image has its id or its PNG 'a.png'",
+            r"both have the PNG 'a\.png'",
         ),
         (lambda d: d["images"][0].update(file_name="."), "image 7: file_name is '.' instead of"),
         (lambda d: d["images"][0].update(file_name="../a.jpg"), "outside of the output folder"),

@@ -20,9 +20,7 @@ from psf.output_paths import refuse_inputs
 from ..annotations import (
     CLASS_ID,
     FILE,
-    FLAG,
-    IMAGE,
-    IMAGE_ID,
+    INSTANCES,
     LIST,
     NAME,
     SIDE,
@@ -30,6 +28,7 @@ from ..annotations import (
     Keys,
     Problem,
     find_category_problems,
+    find_instance_problems,
     find_misfit,
     label,
     read_json,
@@ -42,9 +41,6 @@ from ..coco_writer import PanopticImage, Segment, Split, convert_split
 
 logger = logging.getLogger(__name__)
 
-_INSTANCES: Keys = {"images": LIST, "annotations": LIST, "categories": LIST}
-_MASK = (lambda v: isinstance(v, list | dict), "polygons or run lengths")
-_INSTANCE: Keys = {"image_id": IMAGE_ID, "category_id": CLASS_ID, "segmentation": _MASK}
 _RUNS: Keys = {"size": LIST, "counts": (lambda v: isinstance(v, list | str), "run lengths")}
 _LABELME: Keys = {"shapes": LIST, "imageHeight": SIDE, "imageWidth": SIDE, "imagePath": FILE}
 _SHAPE: Keys = {"label": NAME, "points": LIST}
@@ -79,10 +75,10 @@ def convert_instances(
         FileNotFoundError: a label map is missing.
     """
     data = read_json(instances_json)
-    require_keys(data, _INSTANCES, instances_json)
+    require_keys(data, INSTANCES, instances_json)
     require_keys({"stuff categories": stuff_categories}, {"stuff categories": LIST}, "--stuff")
     categories = _unite_categories(data["categories"], stuff_categories, instances_json)
-    require_none(_instance_problems(data), instances_json)
+    require_none(find_instance_problems(data, scored=False), instances_json)
     if not data["images"]:
         raise ValueError(f"'{instances_json}' has no images.")
     data["images"] = [with_slashes(image) for image in data["images"]]
@@ -119,29 +115,6 @@ def _unite_categories(
     categories = [*({**c, "isthing": 1} for c in things), *({**c, "isthing": 0} for c in stuff)]
     require_none(find_category_problems(categories), instances_json)
     return categories
-
-
-def _instance_problems(data: Mapping[str, Any]) -> Any:
-    """What is wrong with images and annotations of an instances JSON."""
-    ids: set[Any] = set()
-    names: set[Any] = set()
-    for i, image in enumerate(data["images"]):
-        misfit = find_misfit(image, IMAGE)
-        if not misfit and (image["id"] in ids or _png(image) in names):
-            misfit = f"another image has its id or its PNG '{_png(image)}'"
-        if misfit:
-            yield Problem(f"image {label(image, i)}", misfit)
-        ids.add(image["id"])
-        names.add(_png(image))
-    known = {category["id"] for category in data["categories"]}
-    for i, annotation in enumerate(data["annotations"]):
-        misfit = find_misfit(annotation, _INSTANCE, {"iscrowd": FLAG})
-        if not misfit and annotation["image_id"] not in ids:
-            misfit = f"image_id {annotation['image_id']!r} is not among the images"
-        elif not misfit and annotation["category_id"] not in known:
-            misfit = f"category_id {annotation['category_id']} is not among the categories"
-        if misfit:
-            yield Problem(f"annotation {label(annotation, i)}", misfit)
 
 
 def _png(image: Mapping[str, Any]) -> Path:
