@@ -179,8 +179,8 @@ def _add_model(cfg: CN) -> None:
     # Numbers of thing and stuff classes; 0: those of the data set. Other numbers must equal them.
     cfg.MODEL.PSF.NUM_THING_CLASSES = 0
     cfg.MODEL.PSF.NUM_STUFF_CLASSES = 0
-    # For fine-tuning from a checkpoint that does not name its classes: a data set with these
-    # classes. Weights of classes with the same name are kept, others start from random values
+    # For a checkpoint that does not name its classes: a data set with these classes. In training,
+    # weights of classes with the same name are kept, others start from random values
     # (psf/finetuning.py).
     cfg.MODEL.PSF.WEIGHTS_DATASET = ""
     # Train from a checkpoint that lacks some weights; these start from random values.

@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from psf.checkpoint import AUTHORS
+from psf.data import categories
+from psf.data.annotations import TEXT, Keys, find_misfit
 from psf.data.class_map import ClassNames, align_names
-from psf.weights import Checkpointer
+from psf.weights import Checkpointer, Origin
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +23,15 @@ _THING_ROWS = re.compile(
     r"(^|\.)(class_heads\.\d+|thing_heads\.\d+|selection\.class_head|label_embed)\.(weight|bias)$"
 )
 _STUFF_ROWS = re.compile(r"(^|\.)stuff_query\.weight$")
+
+# The authors' released models are of COCO, in the order of its categories.
+RELEASED_CLASSES = ClassNames(
+    *([c["name"] for c in categories.COCO if c["isthing"] == kind] for kind in (1, 0))
+)
+
+
+_NAMES = (lambda v: type(v) is list and all(map(TEXT[0], v)), "a list of names")
+_CLASSES: Keys = {"things": _NAMES, "stuff": _NAMES}
 
 
 class Matches(NamedTuple):
@@ -68,6 +80,10 @@ def transfer_classes(
     result = dict(weights)
     for pattern, matches in ((_THING_ROWS, things), (_STUFF_ROWS, stuff)):
         for name in filter(pattern.search, weights.keys() & own.keys()):
+            if max((r for r in matches.rows if r is not None), default=-1) >= len(weights[name]):
+                raise ValueError(
+                    f"{name} has {len(weights[name])} rows, less than the checkpoint has classes"
+                )
             rows = own[name].detach().cpu().clone()
             for i, row in enumerate(matches.rows):
                 if row is not None:
@@ -94,7 +110,8 @@ class ClassCheckpointer(Checkpointer):
             model: to load and save.
             save_dir: folder of the checkpoints.
             class_names: of the model; None: unknown, classes are not matched.
-            weights_class_names: classes of checkpoints that do not name theirs.
+            weights_class_names: classes of checkpoints that do not name theirs; None: those of
+                the authors' released models have COCO's.
             same_classes: refuse checkpoints that have not the same classes, in any order: for
                 inference, where a new class would be predicted with random weights.
             checkpointables: other objects to save, as in Detectron2.
@@ -112,13 +129,22 @@ class ClassCheckpointer(Checkpointer):
 
     def _load_model(self, checkpoint: Any) -> Any:
         saved = checkpoint.pop("classes", None)
-        theirs = ClassNames(**saved) if saved is not None else self.weights_class_names
+        misfit = None if saved is None else find_misfit(saved, _CLASSES)
+        if misfit:
+            raise ValueError(f"'classes' in the checkpoint: {misfit}. Remove it from the file")
         ours, weights = self.class_names, checkpoint["model"]
+        unnamed = self.weights_class_names or _released_classes(checkpoint.get("origin"), weights)
+        theirs = ClassNames(**saved) if saved is not None else unnamed
         has_heads = any(_THING_ROWS.search(name) for name in weights)
         if has_heads and theirs is not None and ours is not None and theirs != ours:
             if self.same_classes:
-                of = {"theirs_of": "the checkpoint", "ours_of": "the model's data set"}
-                align_names(theirs, ours, **of)
+                align_names(
+                    theirs,
+                    ours,
+                    theirs_of="the checkpoint",
+                    ours_of="the model's data set",
+                    mend="Let DATASETS.TRAIN begin with the data set that it was trained on",
+                )
             # Moments have rows of classes too.
             checkpoint.get("trainer", {}).get("_trainer", {}).pop("optimizer", None)
             checkpoint = {**checkpoint, "model": self._fit(weights, theirs, ours)}
@@ -141,3 +167,14 @@ class ClassCheckpointer(Checkpointer):
                 ", ".join(matches.unused) or "none",
             )
         return transfer_classes(weights, self.model.state_dict(), things=things, stuff=stuff)
+
+
+def _released_classes(origin: Origin | None, weights: Mapping[str, Tensor]) -> ClassNames | None:
+    """COCO's classes, if the weights are the authors' and have as many; None: unknown."""
+    if origin is None or origin.source not in AUTHORS:
+        return None
+    rows = [
+        {len(value) for name, value in weights.items() if pattern.search(name)}
+        for pattern in (_THING_ROWS, _STUFF_ROWS)
+    ]
+    return RELEASED_CLASSES if rows == [{len(kind)} for kind in RELEASED_CLASSES] else None

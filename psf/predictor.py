@@ -1,7 +1,7 @@
 """Prediction of images from a config."""
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy as np
 import torch
@@ -10,12 +10,24 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from numpy.typing import NDArray
+from torch import nn
 
 from psf.data import ClassNames, build_augmentations
 from psf.finetuning import ClassCheckpointer
 from psf.images import require_channel_order
 from psf.inference import fast_preset, optimize_for_inference
 from psf.modeling.build import model_dataset
+
+
+def inference_checkpointer(cfg: CfgNode, model: nn.Module, save_dir: str = "") -> ClassCheckpointer:
+    """A checkpointer that refuses weights of other classes than those of the model's data set."""
+    names = [
+        ClassNames.from_metadata(MetadataCatalog.get(dataset)) if dataset else None
+        for dataset in (model_dataset(cfg), cfg.MODEL.PSF.WEIGHTS_DATASET)
+    ]
+    return ClassCheckpointer(
+        model, save_dir, class_names=names[0], weights_class_names=names[1], same_classes=True
+    )
 
 
 class Predictor(DefaultPredictor):
@@ -37,14 +49,13 @@ class Predictor(DefaultPredictor):
             ValueError: ``batch_size`` or a key of the config cannot be used, or the checkpoint has
                 other classes than the data set.
         """
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
         require_channel_order(cfg.INPUT.FORMAT)
         self.cfg = fast_preset(cfg) if fast else cfg.clone()
         model = build_model(self.cfg).eval()
         self.metadata = MetadataCatalog.get(model_dataset(cfg))
-        class_names = ClassNames.from_metadata(self.metadata)
-        ClassCheckpointer(model, class_names=class_names, same_classes=True).load(cfg.MODEL.WEIGHTS)
+        inference_checkpointer(cfg, model).load(cfg.MODEL.WEIGHTS)
         self.model = optimize_for_inference(model)
         self.batch_size = batch_size
         (self.aug,) = build_augmentations(cfg, is_train=False)
@@ -71,8 +82,8 @@ class Predictor(DefaultPredictor):
             ValueError: an image has another type or shape. All are checked before the first is
                 predicted.
         """
-        if isinstance(images, np.ndarray):
-            return self([images])[0]
+        if not isinstance(images, list | tuple):  # an image, or something that is refused
+            return self([cast(Any, images)])[0]
         for i, image in enumerate(images):
             _check_image(image, i)
         outputs: list[dict[str, Any]] = []

@@ -39,12 +39,12 @@ from psf.layers.host_memory import keep_freed_memory
 from psf.modeling.build import TRANSFORMER_LAYERS, model_dataset
 from psf.options import check_training
 from psf.precision import usable_precision
+from psf.resuming import check_trainer_state, load_optimizer
 from psf.run_folder import METRICS, cut_metrics
 from psf.solver import (
     build_optimizer,
     check_reference_world_size,
     full_model_clip_norm,
-    load_optimizer,
     scale_to_batch_size,
 )
 from psf.stopping import StopHook
@@ -299,9 +299,10 @@ class Trainer(DefaultTrainer):
         Continue a run with the learning rate and the schedule of the config.
 
         Raises:
-            ValueError: its batches have another number of images, so its iterations count
-                differently.
+            ValueError: it cannot be continued, or its batches have another number of images, so
+                its iterations count differently.
         """
+        check_trainer_state(state_dict)
         ours = self.cfg.SOLVER.IMS_PER_BATCH
         theirs = state_dict.get("images_per_batch", ours)
         if theirs != ours:

@@ -1,6 +1,7 @@
 """Loading ``MODEL.WEIGHTS``: Detectron2's checkpoints and, converted, third-party ones."""
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from psf import checkpoint, checkpoint_files
-from psf.files import write_beside
+from psf.files import save_tensors, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class Checkpointer(DetectionCheckpointer):
             OSError: there is no such file, or the URL cannot be downloaded.
             ValueError: the file is damaged, or its weights are not those of this model.
         """
+        path = os.path.expanduser(path)
         check_weights(path)
         try:
             rest: dict[str, Any] = super().load(path, checkpointables)
@@ -84,14 +86,12 @@ class Checkpointer(DetectionCheckpointer):
         states = {key: part.state_dict() for key, part in self.checkpointables.items()}
         path = Path(self.save_dir, f"{name}.pth")
         logger.info("Saving the checkpoint '%s'", path)
-        with write_beside(path) as partial:
-            torch.save({"model": self.model.state_dict(), **states, **kwargs}, partial)
+        save_tensors(path, {"model": self.model.state_dict(), **states, **kwargs})
         self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write the name of the file for ``--resume``."""
-        with write_beside(Path(self.save_dir, LAST_CHECKPOINT)) as partial:
-            partial.write_text(last_filename_basename, encoding="utf-8")
+        write_text(Path(self.save_dir, LAST_CHECKPOINT), last_filename_basename)
 
     def get_checkpoint_file(self) -> str:
         """
@@ -141,6 +141,8 @@ class Checkpointer(DetectionCheckpointer):
         return {"model": conversion.state_dict, "origin": origin}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        self._convert_ndarray_to_tensor(checkpoint["model"])
+        check_values(checkpoint["model"], self.model.state_dict())
         origin: Origin | None = checkpoint.pop("origin", None)
         if origin is not None:
             weights = checkpoint["model"]
@@ -152,6 +154,27 @@ class Checkpointer(DetectionCheckpointer):
                 describe(weights, origin.dropped, absent),
             )
         return super()._load_model(checkpoint)
+
+
+def check_values(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """
+    Check the numbers of a checkpoint.
+
+    Raises:
+        ValueError: a weight is sparse, is not finite, or has integers where the model has not.
+    """
+    for name, value in weights.items():
+        floating = name in own and own[name].is_floating_point()
+        if value.layout != torch.strided or (floating and not value.is_floating_point()):
+            raise ValueError(
+                f"{name} is {value.dtype} ({value.layout}), not floating-point numbers. Save the "
+                "weights as dense float32 tensors."
+            )
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(
+                f"{name} has values that are not finite: the training diverged, or the file is "
+                "damaged. Use an earlier checkpoint."
+            )
 
 
 def check_fit(

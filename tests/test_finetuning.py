@@ -9,8 +9,11 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
-from psf.data import ClassNames, register_panoptic
+from psf.checkpoint import AUTHORS
+from psf.data import ClassNames, panoptic_metadata, register_panoptic
+from psf.data.categories import COCO
 from psf.finetuning import ClassCheckpointer, match_names, transfer_classes
+from psf.predictor import inference_checkpointer
 from psf.trainer import Trainer
 
 HEAD = "mask_decoder.thing_heads.0.weight"
@@ -79,6 +82,27 @@ def test_inference_aligns_a_checkpoint_of_another_order(tiny_cfg, tmp_path):
     weights, found = model.state_dict(), other.state_dict()
     assert torch.equal(found[HEAD], weights[HEAD][[2, 0, 1]])
     assert torch.equal(found[STUFF], weights[STUFF][[1, 0]])
+
+
+@pytest.mark.parametrize("converted", [True, False])
+def test_the_released_models_have_the_classes_of_coco(tiny_cfg, tmp_path, converted):
+    """In the order of its categories; their files do not say so."""
+    metadata = MetadataCatalog.get("tiny_coco_classes")
+    metadata.set(**panoptic_metadata(COCO[::-1]))
+    tiny_cfg.DATASETS.TRAIN = tiny_cfg.DATASETS.TEST = (metadata.name,)
+    tiny_cfg.merge_from_list(["MODEL.PSF.NUM_THING_CLASSES", 0, "MODEL.PSF.NUM_STUFF_CLASSES", 0])
+    model, other = build_model(tiny_cfg).eval(), build_model(tiny_cfg).eval()
+    origin = {"converted_from": AUTHORS[0].name} if converted else {}
+    torch.save({"model": model.state_dict(), **origin}, tmp_path / "model.pth")
+    inference_checkpointer(tiny_cfg, other).load(str(tmp_path / "model.pth"))
+    found, expected = other.state_dict(), model.state_dict()
+    for name, classes in ((HEAD, 80), (STUFF, 53)):
+        order = torch.arange(classes)
+        assert torch.equal(found[name], expected[name][order.flip(0) if converted else order])
+    tiny_cfg.MODEL.PSF.WEIGHTS_DATASET = "tiny_interleaved"
+    if not converted:
+        with pytest.raises(ValueError, match=r"classes missing: .*DATASETS\.TRAIN begin with"):
+            inference_checkpointer(tiny_cfg, other).load(str(tmp_path / "model.pth"))
 
 
 @pytest.fixture

@@ -21,12 +21,13 @@ SHELL = {
     "options": set(),
     "panoptic_png": {"images"},
     "predictor": {"data", "finetuning", "images", "inference", "modeling.build"},
+    "resuming": {"data"},
     "run_folder": {"weights"},
     "solver": set(),
     "stopping": set(),
     "trainer": {
         *("data", "evaluation", "finetuning", "modeling.build"),
-        *("options", "run_folder", "solver", "stopping"),
+        *("options", "resuming", "run_folder", "solver", "stopping"),
     },
     "weights": set(),
 }

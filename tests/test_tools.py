@@ -16,7 +16,8 @@ from psf.evaluation.offline import INVENTED, MISSED, score_predictions
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "evaluation"))
 sys.path.insert(0, str(ROOT / "tools"))
-import evaluate_predictions  # noqa: E402  scripts, not modules of the package
+import check_dataset  # noqa: E402  scripts, not modules of the package
+import evaluate_predictions  # noqa: E402
 import visualize_data  # noqa: E402
 from tiny_panoptic import ANT, CAT, GRASS, SKY, Maker, panoptic_output  # noqa: E402
 
@@ -126,6 +127,7 @@ def write_json(key, value):
     [
         (lambda root: (root / "panoptic.json").write_text(""), "not valid JSON"),
         (lambda root: (root / "panoptic.json").write_text("null"), "JSON: is None instead of an"),
+        (write_json("annotations", []), "panoptic.json' has no annotations"),
         (write_json("annotations", None), "annotations is None instead of a list"),
         (write_json("annotations", {}), "annotations is {} instead of a list"),
         (write_json("categories", []), "categories: there are none"),
@@ -195,6 +197,27 @@ def test_visualize_data_says_what_is_wrong(tmp_path, options, message):
     assert message in str(error.value)
     with pytest.raises(SystemExit, match=r"no config 'nowhere\.yaml'"):
         visualize_data.main(["--config-file", "nowhere.yaml", "--output", "x.png"])
+
+
+def test_the_tools_do_not_write_over_what_they_read(saved, tmp_path, capsys):
+    """A PNG of the ground truth, and folders where a PNG may have the name of a picture."""
+    name, predictions, _ = saved
+    metadata = MetadataCatalog.get(name)
+    pngs = Path(metadata.panoptic_root)
+    before = (pngs / "0.png").read_bytes()
+    paths = ["--json", metadata.panoptic_json, "--images", "/", "--pngs", str(pngs)]
+    check_dataset.main([*paths, "--sheet", str(pngs / "0.png")])
+    assert "No sheet: " in capsys.readouterr().out
+    for folder in (pngs, predictions.with_suffix("")):
+        options = ["--name", name, "--predictions", str(predictions), "--output", str(folder)]
+        with pytest.raises(SystemExit, match=r"pq\.txt' would overwrite the input"):
+            evaluate_predictions.main(options)
+    (tmp_path / "own.yaml").write_text(f"DATASETS:\n  TRAIN: ('{name}',)\n")
+    with pytest.raises(SystemExit, match=r"0\.png' would overwrite the input"):
+        visualize_data.main(
+            ["--config-file", str(tmp_path / "own.yaml"), "--output", str(pngs / "0.png")]
+        )
+    assert (pngs / "0.png").read_bytes() == before
 
 
 def test_missing_predictions(saved, tmp_path, capsys):

@@ -3,10 +3,12 @@
 
 python tools/check_dataset.py --json data.json --images images/ --pngs panoptic/ --sheet sheet.png
 
-Prints every defect with its file and id. The exit status is 1 if there are any.
+Prints the first defects of each kind with their files and ids, and counts the rest. The exit status
+is 1 if there are any.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,10 +24,14 @@ import psf.data
 from psf.config import user_path
 from psf.data import load_coco_panoptic, panoptic_metadata
 from psf.data.annotations import read_categories
-from psf.data.check import check_dataset
+from psf.data.check import Defect, check_dataset
 from psf.evaluation.ground_truth import PanopticSegmentation, load_ground_truth
 from psf.evaluation.pictures import SheetRow, cell_size, draw_panoptic, resize_picture, write_sheet
 from psf.images import read_image
+from psf.output_paths import refuse_files
+
+EXAMPLES = 5  # defects of one kind that are printed
+VALUES = re.compile(r"'[^']*'|\[[^]]*\]|-?\d[\d.e+]*")  # what differs within a kind
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--processes", type=positive, default=1, help="processes that read images (%(default)s)"
     )
+    parser.add_argument("--all", action="store_true", help="print all defects of a kind")
     parser.add_argument("--sheet", type=user_path, help="PNG to write, with images and annotations")
     parser.add_argument(
         "--samples", type=positive, default=6, help="images in the PNG (%(default)s)"
@@ -63,8 +70,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     defects = check_dataset(
         args.json, args.images, args.pngs, image_file=image_file, num_processes=args.processes
     )
+    kinds: dict[str, list[Defect]] = {}
     for defect in defects:
-        print(printable(str(defect)))
+        kinds.setdefault(VALUES.sub("#", defect.problem), []).append(defect)
+    for alike in kinds.values():
+        shown = alike if args.all else alike[:EXAMPLES]
+        for defect in shown:
+            print(printable(str(defect)))
+        if len(alike) > len(shown):
+            print(f"... and {len(alike) - len(shown)} more of this kind (--all lists them)")
     print(f"{len(defects)} defects" if defects else "no defects")
     if args.sheet is not None:
         draw(args, image_file)
@@ -94,6 +108,8 @@ def draw(args: argparse.Namespace, image_file: Callable[[str], str] | None) -> N
         records = load_coco_panoptic(
             str(args.json), str(args.images), str(args.pngs), image_file=image_file
         )
+        read = [str(r[key]) for r in records for key in ("file_name", "pan_seg_file_name")]
+        refuse_files(args.sheet, [args.json, *read])
         metadata = Metadata(name="checked", **panoptic_metadata(read_categories(args.json)))
         chosen = records[:: max(1, len(records) // args.samples)][: args.samples]
         readable = [read for record in chosen if (read := read_annotated(record)) is not None]

@@ -5,6 +5,7 @@ Types and ranges of their values are checked here, for training, evaluation and 
 
 import json
 import os
+import re
 import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -47,9 +48,22 @@ def _is_color(value: Any) -> bool:
     return value is None or (is_three and all(_is_int(v) and 0 <= v <= 255 for v in value))
 
 
+# What no table can have in a cell: control characters, surrogates and line separators.
+_UNWRITABLE = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029]")
+_NO_FILES = ("", ".", "..")
+_FILE_NAMES = ("file_name", "sem_seg_file_name")
+
 # For each key of an object: whether a value fits, and what would.
 Keys = Mapping[str, tuple[Callable[[Any], bool], str]]
 TEXT = (lambda v: type(v) is str and bool(v.strip()), "a text")
+NAME = (
+    lambda v: TEXT[0](v) and not _UNWRITABLE.search(v),
+    "a text without line breaks and control characters",
+)
+FILE = (
+    lambda v: TEXT[0](v) and "\0" not in v and slashes(v).rpartition("/")[2] not in _NO_FILES,
+    "the name of a file",
+)
 LIST = (lambda v: type(v) is list, "a list")
 SIDE = (lambda v: _is_int(v) and 0 < v < 1 << 31, "a positive integer")
 FLAG = (lambda v: type(v) in (int, bool) and v in (0, 1), "0 or 1")
@@ -59,12 +73,36 @@ IMAGE_ID = (lambda v: type(v) in (int, str), "an integer or a text")
 _SEGMENT_ID = (lambda v: _is_int(v) and 0 < v <= MAX_ID, f"an integer in 1..{MAX_ID} (0 is void)")
 _BOX = (_is_box, "[x, y, width, height]")
 
-CATEGORY: Keys = {"id": CLASS_ID, "name": TEXT, "isthing": FLAG}
+CATEGORY: Keys = {"id": CLASS_ID, "name": NAME, "isthing": FLAG}
+_HAS_ID: Keys = {"id": CLASS_ID}
 _CATEGORY_OPTIONS: Keys = {"color": (_is_color, "three integers in 0..255")}
-IMAGE: Keys = {"id": IMAGE_ID, "file_name": TEXT, "height": SIDE, "width": SIDE}
-ANNOTATION: Keys = {"image_id": IMAGE_ID, "file_name": TEXT, "segments_info": LIST}
+IMAGE: Keys = {"id": IMAGE_ID, "file_name": FILE, "height": SIDE, "width": SIDE}
+ANNOTATION: Keys = {"image_id": IMAGE_ID, "file_name": FILE, "segments_info": LIST}
+_ANNOTATION_OPTIONS: Keys = {"sem_seg_file_name": FILE}
 SEGMENT: Keys = {"id": _SEGMENT_ID, "category_id": CLASS_ID}
 SEGMENT_OPTIONS: Keys = {"iscrowd": FLAG, "area": SIZE, "bbox": _BOX}
+
+INSTANCES: Keys = {"images": LIST, "annotations": LIST, "categories": LIST}
+_MASK = (lambda v: isinstance(v, list | dict), "polygons or run lengths")
+_INSTANCE: Keys = {"image_id": IMAGE_ID, "category_id": CLASS_ID, "segmentation": _MASK}
+
+
+def _is_mask(value: Any) -> bool:
+    """Whether pycocotools can read it."""
+    if isinstance(value, dict):
+        return value.keys() >= {"size", "counts"}
+    polygons = value if isinstance(value, list) and value else [None]
+    return all(
+        isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(map(_is_number, p))
+        for p in polygons
+    )
+
+
+# What COCO's evaluation needs.
+_SCORED_INSTANCE: Keys = {
+    **{"id": (_is_int, "an integer"), "iscrowd": FLAG, "area": SIZE, "bbox": _BOX},
+    "segmentation": (_is_mask, "polygons of at least 3 points or run lengths"),
+}
 
 
 def find_misfit(value: Any, required: Keys, optional: Keys | None = None) -> str | None:
@@ -114,11 +152,11 @@ def read_panoptic_json(
     """
     data = read_json(path)
     require_none(find_problems(data, categories), path)
-    images = {image["id"]: _with_slashes(image) for image in data["images"]}
+    images = {image["id"]: with_slashes(image) for image in data["images"]}
     chosen = [dict(c) for c in categories or data["categories"]]
     annotations = data.get("annotations")
     if annotations is not None:
-        annotations = [_with_slashes(annotation) for annotation in annotations]
+        annotations = [with_slashes(annotation) for annotation in annotations]
     return PanopticJson(chosen, images, annotations)
 
 
@@ -127,8 +165,10 @@ def slashes(file_name: str) -> str:
     return file_name.replace("\\", "/")
 
 
-def _with_slashes(item: Mapping[str, Any]) -> dict[str, Any]:
-    return {**item, "file_name": slashes(item["file_name"])}
+def with_slashes(item: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of an image or an annotation with / between folders."""
+    names = {key: slashes(item[key]) for key in _FILE_NAMES if key in item}
+    return {**item, **names}
 
 
 def read_categories(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -160,8 +200,8 @@ def read_predictions(
     require_keys(data, {"annotations": LIST}, path)
     require_none(_contradictions(data.get("categories"), categories), path)
     ids = {category["id"] for category in categories}
-    require_none(_annotation_problems(data["annotations"], ids, None), path)
-    return {a["image_id"]: _with_slashes(a) for a in data["annotations"]}
+    require_none(_annotation_problems(data["annotations"], ids, None, {}), path)
+    return {a["image_id"]: with_slashes(a) for a in data["annotations"]}
 
 
 def require_keys(data: Any, keys: Keys, path: object) -> None:
@@ -202,8 +242,10 @@ def find_problems(
         misfit = find_misfit(image, IMAGE) or _repetition(image["id"], image_ids, "images")
         if misfit:
             yield Problem(f"image {label(image, i)}", misfit)
-    known = {c["id"] for c in categories or data["categories"] if not find_misfit(c, CATEGORY)}
-    yield from _annotation_problems(data.get("annotations", []), known, image_ids)
+    # A category with another fault is known, too: one line tells of it.
+    known = {c["id"] for c in categories or data["categories"] if not find_misfit(c, _HAS_ID)}
+    names = {i["id"]: slashes(i["file_name"]) for i in data["images"] if not find_misfit(i, IMAGE)}
+    yield from _annotation_problems(data.get("annotations", []), known, image_ids, names)
 
 
 def find_category_problems(categories: Sequence[Any]) -> Iterator[Problem]:
@@ -242,16 +284,23 @@ def _contradictions(theirs: Any, categories: Sequence[Mapping[str, Any]]) -> Ite
 
 
 def _annotation_problems(
-    annotations: Sequence[Any], category_ids: Collection[int], image_ids: Collection[Any] | None
+    annotations: Sequence[Any],
+    category_ids: Collection[int],
+    image_ids: Collection[Any] | None,
+    image_names: Mapping[Any, str],
 ) -> Iterator[Problem]:
     """Wrong values of annotations; ``image_ids`` None: any image may be annotated."""
     annotated: set[Any] = set()
+    partners: dict[tuple[str, str], str] = {}  # an image's PNG, and a PNG's image
     for i, annotation in enumerate(annotations):
         where = f"annotation of image {label(annotation, i, 'image_id')}"
-        misfit = find_misfit(annotation, ANNOTATION)
+        misfit = find_misfit(annotation, ANNOTATION, _ANNOTATION_OPTIONS)
         if not misfit and image_ids is not None and annotation["image_id"] not in image_ids:
             misfit = "is not among the images"
         misfit = misfit or _repetition(annotation["image_id"], annotated, "annotations")
+        if not misfit:
+            image = image_names.get(annotation["image_id"], f"id {annotation['image_id']}")
+            misfit = _second_partner(image, slashes(annotation["file_name"]), partners)
         if misfit:
             yield Problem(where, misfit)
             continue
@@ -263,6 +312,49 @@ def _annotation_problems(
             misfit = misfit or _repetition(segment["id"], seen, "segments")
             if misfit:
                 yield Problem(f"{where}, segment {label(segment, j)}", misfit)
+
+
+def find_instance_problems(data: Mapping[str, Any], *, scored: bool) -> Iterator[Problem]:
+    """
+    Find the values of a file in COCO's instance format that cannot be used.
+
+    Args:
+        data: its content, with images, annotations and categories.
+        scored: the annotations are those of an evaluation, which needs more values.
+    """
+    ids: set[Any] = set()
+    names: set[Any] = set()
+    for i, image in enumerate(data["images"]):
+        misfit = find_misfit(image, IMAGE)
+        if not misfit and (image["id"] in ids or image["file_name"] in names):
+            misfit = f"another image has its id or its file_name '{image['file_name']}'"
+        if misfit:
+            yield Problem(f"image {label(image, i)}", misfit)
+            continue
+        ids.add(image["id"])
+        names.add(image["file_name"])
+    known = {c["id"] for c in data["categories"] if not find_misfit(c, _HAS_ID)}
+    keys = {**_INSTANCE, **_SCORED_INSTANCE} if scored else _INSTANCE
+    for i, annotation in enumerate(data["annotations"]):
+        misfit = find_misfit(annotation, keys, {"iscrowd": FLAG})
+        if not misfit and annotation["image_id"] not in ids:
+            misfit = f"image_id {annotation['image_id']!r} is not among the images"
+        elif not misfit and annotation["category_id"] not in known:
+            misfit = f"category_id {annotation['category_id']} is not among the categories"
+        if misfit:
+            yield Problem(f"annotation {label(annotation, i)}", misfit)
+
+
+def _second_partner(image: str, png: str, partners: dict[tuple[str, str], str]) -> str | None:
+    """Note an image and its PNG; the problem if one of them has another partner already."""
+    for kind, one, other_kind, other in (
+        ("image", image, "PNG", png),
+        ("PNG", png, "image", image),
+    ):
+        known = partners.setdefault((kind, one), other)
+        if known != other:
+            return f"its {kind} '{one}' belongs to the {other_kind} '{known}', too"
+    return None
 
 
 def _repetition(value: Any, seen: set[Any], kind: str) -> str | None:

@@ -3,6 +3,7 @@
 Shapes: H x W pixels of an image.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from multiprocessing import Pool
@@ -89,6 +90,8 @@ def check_dataset(
     for where, problem in find_problems(data):
         report.add(where, problem)
     pairs = _pair(data, report)
+    if not pairs:
+        report.add("JSON", "has no image with a usable annotation")
     categories = [c for c in data["categories"] if not find_misfit(c, CATEGORY)]
     check = partial(
         _check_image,
@@ -187,6 +190,11 @@ def _check_segments(
     infos: Sequence[Mapping[str, Any]], where: str, stuff: Sequence[int], report: _Report
 ) -> None:
     """What the format asks for beyond what training needs."""
+    classes = Counter(info["category_id"] for info in infos if not info.get("iscrowd"))
+    for category_id in (i for i in stuff if classes[i] > 1):
+        report.add(
+            where, f"has {classes[category_id]} segments of the stuff category {category_id}"
+        )
     for info in infos:
         segment = f"{where}, segment {info['id']}"
         missing = [key for key in ("area", "bbox", "iscrowd") if key not in info]

@@ -7,11 +7,15 @@ number them in any order (ADE20K and Cityscapes interleave things and stuff).
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
+
+from detectron2.utils.logger import log_first_n
 
 from .annotations import normal_name
 
-logger = logging.getLogger(__name__)
+# Data sets are matched at the start and at every evaluation.
+_log_once = partial(log_first_n, key="message", name=__name__)
 
 
 class ClassMap(NamedTuple):
@@ -81,15 +85,36 @@ def model_classes(metadata: Any, reference: Any) -> ClassMap:
     """
     The contiguous ids of a data set, in the order of the classes of the model's data set.
 
-    Classes are matched by name, things and stuff on their own. Where classes of one kind share a
-    name, the data set's ids decide.
-
     Args:
         metadata: of the data set.
         reference: of the data set that numbers the model's classes.
 
     Raises:
         ValueError: the two have different classes, or differ and have no names.
+    """
+    return shared_classes(metadata, reference, may_lack=False)[1]
+
+
+def shared_classes(
+    metadata: Any, reference: Any, *, may_lack: bool = True
+) -> tuple[ClassMap, ClassMap]:
+    """
+    Match the classes of a data set and of the model's data set.
+
+    Classes are matched by name, things and stuff on their own. Where classes of one kind share a
+    name, the data set's ids decide.
+
+    Args:
+        metadata: of the data set.
+        reference: of the data set that numbers the model's classes.
+        may_lack: the data set may have fewer classes than the model.
+
+    Returns:
+        The contiguous ids of the shared classes in the reference and in the data set, in the order
+        of the model's classes.
+
+    Raises:
+        ValueError: the data set has other classes, or the two differ and have no names.
     """
     own, wanted = ClassMap.from_metadata(metadata), ClassMap.from_metadata(reference)
     theirs, ours = _distinct_names(metadata), _distinct_names(reference)
@@ -99,11 +124,21 @@ def model_classes(metadata: Any, reference: Any) -> ClassMap:
                 f"The classes of '{metadata.name}' and '{reference.name}' differ, and cannot be "
                 "matched without names. Set thing_classes and stuff_classes in their metadata."
             )
-        return own
-    of = {"theirs_of": f"data set '{metadata.name}'", "ours_of": f"'{reference.name}'"}
-    positions = align_names(theirs, ours, **of)
-    return ClassMap(
-        *(tuple(ids[i] for i in order) for ids, order in zip(own, positions, strict=True))
+        return wanted, own
+    positions = align_names(
+        theirs,
+        ours,
+        theirs_of=f"data set '{metadata.name}'",
+        ours_of=f"'{reference.name}'",
+        mend="List the same categories in both JSON files, in any order",
+        may_lack=may_lack,
+    )
+    pairs = [
+        [(ids[i], theirs_ids[j]) for i, j in enumerate(kind) if j is not None]
+        for ids, theirs_ids, kind in zip(wanted, own, positions, strict=True)
+    ]
+    return ClassMap(*(tuple(i for i, _ in kind) for kind in pairs)), ClassMap(
+        *(tuple(j for _, j in kind) for kind in pairs)
     )
 
 
@@ -128,8 +163,14 @@ def _distinct_names(metadata: Any) -> ClassNames | None:
 
 
 def align_names(
-    theirs: ClassNames, ours: ClassNames, *, theirs_of: str, ours_of: str
-) -> tuple[list[int], list[int]]:
+    theirs: ClassNames,
+    ours: ClassNames,
+    *,
+    theirs_of: str,
+    ours_of: str,
+    mend: str,
+    may_lack: bool = False,
+) -> tuple[list[int | None], list[int | None]]:
     """
     Find the same classes in another order, and log a line if it is another one.
 
@@ -138,33 +179,47 @@ def align_names(
         ours: to find.
         theirs_of: for the messages, such as "data set 'x'".
         ours_of: likewise.
+        mend: for the error, what to do.
+        may_lack: ``theirs`` may be fewer.
 
     Returns:
-        The positions in ``theirs`` of our things and of our stuff.
+        The positions in ``theirs`` of our things and of our stuff; None: they lack the class.
 
     Raises:
         ValueError: not all classes of one are classes of the other.
     """
-    problems, orders = [], []
+    problems: list[str] = []
+    lacking: list[str] = []
+    orders: list[list[int | None]] = []
     for kind, found, wanted in zip(("thing", "stuff"), theirs, ours, strict=True):
         names, wanted_names = ([normal_name(n) for n in part] for part in (found, wanted))
-        problems += _differences(kind, names, wanted_names)
-        orders.append([names.index(n) for n in wanted_names if n in names])
+        lacking += [n for n in wanted_names if n not in names]
+        problems += _differences(kind, names, wanted_names, may_lack=may_lack)
+        orders.append([names.index(n) if n in names else None for n in wanted_names])
     if problems:
         raise ValueError(
-            f"The classes of {theirs_of} are not those of {ours_of}: {'; '.join(problems)}. Use "
-            "data sets and weights with the same classes, in any order."
+            f"The classes of {theirs_of} are not those of {ours_of}: {'; '.join(problems)}. {mend}."
         )
-    if any(order != sorted(order) for order in orders):
-        logger.info(
-            "The classes of %s stand in another order than those of %s; matched by name.",
-            *(theirs_of, ours_of),
+    if lacking:
+        _log_once(
+            logging.WARNING,
+            f"Of the classes of {ours_of}, {theirs_of} lacks {len(lacking)}: {_shorten(lacking)}. "
+            "Its own classes are evaluated, and predictions of the others left out.",
+        )
+    found_orders = [[i for i in order if i is not None] for order in orders]
+    if any(order != sorted(order) for order in found_orders):
+        _log_once(
+            logging.INFO,
+            f"The classes of {theirs_of} stand in another order than those of {ours_of}; matched "
+            "by name.",
         )
     return orders[0], orders[1]
 
 
-def _differences(kind: str, theirs: Sequence[str], ours: Sequence[str]) -> list[str]:
-    missing = [name for name in ours if name not in theirs]
+def _differences(
+    kind: str, theirs: Sequence[str], ours: Sequence[str], *, may_lack: bool
+) -> list[str]:
+    missing = [] if may_lack else [name for name in ours if name not in theirs]
     more = [name for name in theirs if name not in ours]
     repeated = [n for n, count in Counter(theirs).items() if count > 1 and theirs != ours]
     parts = (("missing", missing), ("only there", more), ("repeated", repeated))

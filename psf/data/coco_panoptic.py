@@ -54,7 +54,7 @@ def register_panoptic(  # noqa: PLR0913  one argument per part of a data set
 
     Args:
         name: the name for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
-        image_root: folder of the images.
+        image_root: folder of the images. ``~`` in a path is the home folder.
         panoptic_root: folder of the panoptic PNGs.
         panoptic_json: the JSON of the annotations.
         categories: as in the JSON (id, name, isthing, optionally color); None: read from it now.
@@ -65,6 +65,11 @@ def register_panoptic(  # noqa: PLR0913  one argument per part of a data set
         prepare: called before the annotations are loaded, to create the files.
     """
     _check_name(name)
+    image_root, panoptic_root, panoptic_json = map(
+        os.path.expanduser, (image_root, panoptic_root, panoptic_json)
+    )
+    instances_json = instances_json and os.path.expanduser(instances_json)
+    sem_seg_root = sem_seg_root and os.path.expanduser(sem_seg_root)
     if categories is None:
         _require_json(panoptic_json)
         categories = read_categories(panoptic_json)

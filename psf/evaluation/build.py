@@ -54,6 +54,4 @@ def build_evaluators(
         )
     evaluator = evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
     renumbering = Renumbering.between(model_dataset or dataset_name, dataset_name)
-    if renumbering.model == renumbering.data:
-        return evaluator
-    return RenumberingEvaluator(evaluator, renumbering)
+    return RenumberingEvaluator(evaluator, renumbering) if renumbering.is_needed else evaluator

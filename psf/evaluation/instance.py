@@ -1,16 +1,28 @@
 """Average precision of the instance output (COCO)."""
 
+import contextlib
+import io
+import logging
 from typing import Any
 
 import torch
-from detectron2.data import Metadata, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Instances
 
-from psf.data.annotations import normal_name
+from psf.data.annotations import (
+    INSTANCES,
+    find_instance_problems,
+    normal_name,
+    read_json,
+    require_keys,
+    require_none,
+)
 from psf.data.class_map import ClassNames
 
 from .outputs import require_output
+
+logger = logging.getLogger(__name__)
 
 
 class InstanceEvaluator(COCOEvaluator):
@@ -30,7 +42,9 @@ class InstanceEvaluator(COCOEvaluator):
             output_dir: folder for the predictions; None: not written.
 
         Raises:
-            ValueError: there is no instances JSON, or its thing classes are others.
+            FileNotFoundError: the instances JSON does not exist.
+            ValueError: there is none, a value of it cannot be used, or its images or thing classes
+                are others.
         """
         metadata = MetadataCatalog.get(dataset_name)
         if metadata.get("json_file") is None:
@@ -39,7 +53,20 @@ class InstanceEvaluator(COCOEvaluator):
                 "COCO's format ('json_file' in the metadata). Register the data set with them, or "
                 "set MODEL.PSF.TEST.INSTANCE_ON False."
             )
+        content = read_json(metadata.json_file)
+        require_keys(content, INSTANCES, metadata.json_file)
+        require_none(find_instance_problems(content, scored=True), metadata.json_file)
+        listed = {image["id"] for image in content["images"]}
+        unlisted = [
+            i for r in DatasetCatalog.get(dataset_name) if (i := r["image_id"]) not in listed
+        ]
+        if unlisted:
+            raise ValueError(
+                f"'{metadata.json_file}' lacks {len(unlisted)} images of '{dataset_name}', such as "
+                f"{unlisted[0]!r}. Panoptic and instances JSON must be of the same data set."
+            )
         super().__init__(dataset_name, tasks=("bbox", "segm"), output_dir=output_dir)
+        self._number_annotations()
         categories = self._coco_api.loadCats(sorted(self._coco_api.getCatIds()))
         rank = {category["id"]: i for i, category in enumerate(categories)}
         things: dict[int, int] = metadata.thing_dataset_id_to_contiguous_id
@@ -65,6 +92,18 @@ class InstanceEvaluator(COCOEvaluator):
             thing_classes=[category["name"] for category in categories],
             thing_dataset_id_to_contiguous_id=rank,
         )
+
+    def _number_annotations(self) -> None:
+        """Give the annotations ids from 1, as COCO's evaluation takes 0 for "no match"."""
+        annotations = self._coco_api.dataset["annotations"]
+        ids = {annotation["id"] for annotation in annotations}
+        if len(ids) == len(annotations) and min(ids, default=1) > 0:
+            return
+        logger.info("'%s': ids that are below 1 or repeated are replaced", self._metadata.json_file)
+        for i, annotation in enumerate(annotations, start=1):
+            annotation["id"] = i
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+            self._coco_api.createIndex()
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """

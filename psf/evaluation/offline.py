@@ -71,7 +71,7 @@ def score_predictions(
             or a file is not usable.
     """
     truth = read_panoptic_json(truth_json)
-    if truth.annotations is None:
+    if not truth.annotations:
         raise ValueError(f"'{truth_json}' has no annotations, as the test sets of a benchmark.")
     categories = truth.categories
     predictions = read_predictions(pred_json, categories)

@@ -154,7 +154,7 @@ def warn_of_areas(records: Iterable[ImageRecord], truth_json: object) -> None:
         logger.warning(
             "'%s' and its PNGs differ in the area of %d segments, so they may be of different "
             "versions. PQ counts the PNGs' pixels. The first: image %r, segment %d has %g pixels "
-            "in the JSON and %d in the PNG. tools/check_dataset.py lists all.",
+            "in the JSON and %d in the PNG. tools/check_dataset.py --all lists them.",
             *(truth_json, len(wrong), *wrong[0]),
         )
 

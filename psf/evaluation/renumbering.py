@@ -6,14 +6,19 @@ import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
-from psf.data.class_map import ClassMap, model_classes
+from psf.data.class_map import ClassMap, shared_classes
 
 
 class Renumbering(NamedTuple):
-    """The contiguous ids of the same classes in two data sets, in the model's order."""
+    """
+    The contiguous ids of the same classes in two data sets, in the model's order.
 
-    model: ClassMap
-    data: ClassMap
+    The evaluated data set may lack classes of the model. Predictions of these are dropped.
+    """
+
+    model: ClassMap  # all of the model's
+    shared: ClassMap  # the model's ids of the classes that the data set has
+    data: ClassMap  # the data set's ids of the same classes
 
     @classmethod
     def between(cls, model_dataset: str, dataset_name: str) -> "Renumbering":
@@ -21,11 +26,16 @@ class Renumbering(NamedTuple):
         Match the classes of two registered data sets by name.
 
         Raises:
-            ValueError: they have different classes.
+            ValueError: the data set has classes that the model does not have.
         """
         reference = MetadataCatalog.get(model_dataset)
-        data = model_classes(MetadataCatalog.get(dataset_name), reference)
-        return cls(ClassMap.from_metadata(reference), data)
+        shared = shared_classes(MetadataCatalog.get(dataset_name), reference)
+        return cls(ClassMap.from_metadata(reference), *shared)
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether any number changes."""
+        return self.model != self.data
 
     def __call__(self, output: dict[str, Any]) -> dict[str, Any]:
         """
@@ -34,30 +44,36 @@ class Renumbering(NamedTuple):
         Args:
             output: of the model. Not modified.
         """
-        if self.model == self.data:
+        if not self.is_needed:
             return output
         result = dict(output)
+        things, stuff = (
+            dict(zip(*ids, strict=True)) for ids in zip(self.shared, self.data, strict=True)
+        )
         if "panoptic_seg" in output:
             ids, infos = output["panoptic_seg"]
-            result["panoptic_seg"] = (ids, [self._segment(info) for info in infos])
+            kept = [i for i in infos if i["category_id"] in (things if i["isthing"] else stuff)]
+            if len(kept) < len(infos):
+                known = torch.tensor([i["id"] for i in kept], dtype=ids.dtype, device=ids.device)
+                ids = ids.where(torch.isin(ids, known), 0)
+            new = [
+                {**i, "category_id": (things if i["isthing"] else stuff)[i["category_id"]]}
+                for i in kept
+            ]
+            result["panoptic_seg"] = (ids, new)
         if "instances" in output:
-            things = zip(self.model.thing_ids, self.data.thing_ids, strict=True)
-            table = torch.zeros(1 + max(self.model.thing_ids, default=0), dtype=torch.int64)
-            for old, new in things:
-                table[old] = new
-            instances = output["instances"]
-            result["instances"] = type(instances)(instances.image_size, **instances.get_fields())
-            classes = instances.pred_classes
-            result["instances"].pred_classes = table.to(classes.device)[classes]
+            classes = output["instances"].pred_classes.tolist()
+            chosen = [i for i, c in enumerate(classes) if c in things]
+            instances = output["instances"][torch.tensor(chosen, dtype=torch.int64)]
+            instances.pred_classes = torch.tensor([things[classes[i]] for i in chosen]).to(
+                output["instances"].pred_classes
+            )
+            result["instances"] = instances
         if "sem_seg" in output:  # channels in the order of contiguous ids
-            theirs, ours = (torch.tensor([*m.thing_ids, *m.stuff_ids]) for m in self)
-            channels = theirs.argsort().argsort()[ours.argsort()]
-            result["sem_seg"] = output["sem_seg"][channels.to(output["sem_seg"].device)]
+            theirs = sorted([*self.model.thing_ids, *self.model.stuff_ids])
+            old = {new: old for kind in (things, stuff) for old, new in kind.items()}
+            result["sem_seg"] = output["sem_seg"][[theirs.index(old[new]) for new in sorted(old)]]
         return result
-
-    def _segment(self, info: dict[str, Any]) -> dict[str, Any]:
-        model_class = self.model.to_model(info["category_id"], is_thing=info["isthing"])
-        return {**info, "category_id": self.data.to_contiguous(model_class)[0]}
 
 
 class RenumberingEvaluator(DatasetEvaluator):

@@ -11,7 +11,7 @@ from detectron2.modeling import Backbone, ResNet, build_backbone
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from psf.data.class_map import ClassMap, model_classes
+from psf.data.class_map import ClassMap
 from psf.data.coco_panoptic import register_listed
 from psf.modeling.candidates import Candidates, best_class_of_each_query, best_thing_pairs
 from psf.modeling.criterion import CriterionOptions, LossWeights, SetCriterion
@@ -58,8 +58,6 @@ def build_parts(cfg: CfgNode) -> dict[str, Any]:
     dataset_name = model_dataset(cfg)
     metadata = MetadataCatalog.get(dataset_name)
     class_map = ClassMap.from_metadata(metadata)
-    for other in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        model_classes(MetadataCatalog.get(other), metadata)  # raises if they differ
     psf = _with_class_counts(cfg.MODEL.PSF, class_map, dataset_name)
     backbone = build_backbone(cfg)
     shapes = backbone.output_shape()

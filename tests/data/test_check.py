@@ -69,7 +69,8 @@ def files(tmp_path):
 
 def test_no_images(files):
     files.json["images"], files.json["annotations"] = [], []
-    assert check_dataset(*files.paths) == []
+    (defect,) = check_dataset(*files.paths)
+    assert defect[1:] == ("JSON", "has no image with a usable annotation")
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
@@ -124,6 +125,18 @@ DEFECTS = {
     "crowd of stuff": (
         lambda f: f.segment(0).update(iscrowd=1),
         ("panoptic.json", "image 2, segment 5", "is a crowd, but of a stuff category"),
+    ),
+    "two segments of a stuff class": (
+        lambda f: f.segment(1).update(category_id=2),
+        ("panoptic.json", "image 2", "has 2 segments of the stuff category 2"),
+    ),
+    "PNG of another image": (
+        lambda f: f.json["annotations"][1].update(file_name="1.png"),
+        ("panoptic.json", "annotation of image 2", "its PNG '1.png' belongs to the image '1.jpg'"),
+    ),
+    "image with two PNGs": (
+        lambda f: f.json["images"][1].update(file_name="1.jpg"),
+        ("panoptic.json", "annotation of image 2", "its image '1.jpg' belongs to the PNG '1.png'"),
     ),
     "iscrowd is no flag": (
         lambda f: f.segment(1).update(iscrowd=3),
@@ -205,6 +218,14 @@ def put(value, *path):
 INFOS = ("annotations", 1, "segments_info")
 # What is put where in the JSON, and what the report says about it.
 MALFORMED = {
+    "image without a name": (put("..", "images", 1, "file_name"), "file_name is '..' instead of"),
+    "PNG of a folder": (put("x\\", "annotations", 1, "file_name"), "instead of the name of a file"),
+    "labels 3": (
+        put(3, "annotations", 1, "sem_seg_file_name"),
+        "file_name is 3 instead of",
+    ),
+    "class of two lines": (put("a\nb", "categories", 0, "name"), "without line breaks"),
+    "half a letter": (put("a\ud800", "categories", 0, "name"), "without line breaks"),
     "null images": (put(None, "images"), "images: not a list"),
     "null annotations": (put(None, "annotations"), "annotations: not a list"),
     "categories are an object": (put({"1": "cat"}, "categories"), "categories: not a list"),
@@ -218,14 +239,14 @@ MALFORMED = {
     "list segment id": (put([5], *INFOS, 0, "id"), "id is [5] instead of an integer"),
     "float segment id": (put(5.0, *INFOS, 0, "id"), "id is 5.0 instead of an integer"),
     "list category": (put([2], *INFOS, 0, "category_id"), "category_id is [2] instead of"),
-    "null file": (put(None, "images", 1, "file_name"), "file_name is None instead of a text"),
+    "null file": (put(None, "images", 1, "file_name"), "file_name is None instead of the"),
     "text height": (put("4", "images", 1, "height"), "height is '4' instead of"),
     "null box": (put(None, *INFOS, 0, "bbox"), "bbox is None instead of"),
     "short box": (put([1, 2, 3], *INFOS, 0, "bbox"), "bbox is [1, 2, 3] instead of"),
     "infinite box": (put([0, 0, float("inf"), 1], *INFOS, 0, "bbox"), "bbox is [0, 0, inf, 1]"),
     "NaN area": (put(float("nan"), *INFOS, 0, "area"), "area is nan instead of"),
     "long name": (put("x" * 5000, "images", 1, "file_name"), "does not exist"),
-    "NUL in a name": (put("a\0b", "annotations", 1, "file_name"), "does not exist"),
+    "NUL in a name": (put("a\0b", "annotations", 1, "file_name"), "file_name is 'a\\x00b' instead"),
     "half a character": (put("\ud800.jpg", "images", 1, "file_name"), "does not exist"),
     "instances": (put([{"segmentation": []}], "annotations"), "has instance annotations: convert"),
 }
@@ -346,6 +367,24 @@ def test_ten_defects_at_once(files, capsys):
     assert "1.png: image 1: does not exist" in printed
     assert "image 3: has no annotation" in printed
     assert printed.endswith("11 defects\n")  # the copied crowd of stuff counts too
+
+
+@pytest.mark.parametrize("options", [[], ["--all"]])
+def test_many_defects_of_a_kind_are_counted(files, capsys, options):
+    """One fault of the whole file fills no screen, nor hides another."""
+    for i in range(3, 12):
+        files.json["images"].append({"id": i, "file_name": f"{i}.jpg", "height": 4, "width": 6})
+    del files.json["categories"][0]["isthing"]
+    json_file, images, pngs = files.paths
+    paths = ["--json", str(json_file), "--images", str(images), "--pngs", str(pngs)]
+    assert tool.main([*paths, *options]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    unannotated = [line for line in lines if "has no annotation" in line]
+    assert len(unannotated) == (9 if options else tool.EXAMPLES)
+    assert ("... and 4 more of this kind (--all lists them)" in lines) != bool(options)
+    assert "category 1: lacks isthing" in lines[0]
+    assert "category_id" not in "".join(lines)  # the category's own line says it
+    assert lines[-1] == "10 defects"
 
 
 def test_missing_and_invalid_json(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 from detectron2.data import Metadata
 
 from psf.data import panoptic_metadata
-from psf.data.class_map import ClassMap, ClassNames, align_names, model_classes
+from psf.data.class_map import ClassMap, ClassNames, align_names, model_classes, shared_classes
 
 # Cityscapes-like: things and stuff interleave in the contiguous ids.
 INTERLEAVED = SimpleNamespace(
@@ -75,10 +75,11 @@ def test_the_same_classes_in_another_order(things_first, caplog):
     """Matched by name, whatever the ids, the case and the numbering."""
     caplog.set_level("INFO", logger="psf")
     classes = ((7, "sea", 0), (1, "Dog", 1), (3, "sky ", 0), (2, "cat", 1))
-    other = data_set("other", *classes, things_first=things_first)
+    name = f"other_{things_first}"  # the line is logged once for each
+    other = data_set(name, *classes, things_first=things_first)
     expected = ClassMap((1, 0), (3, 2)) if things_first else ClassMap((3, 1), (2, 0))
     assert model_classes(other, REFERENCE) == expected
-    assert "'other' stand in another order than those of 'reference'" in caplog.text
+    assert f"'{name}' stand in another order than those of 'reference'" in caplog.text
     assert model_classes(REFERENCE, REFERENCE) == ClassMap((0, 1), (2, 3))
 
 
@@ -111,5 +112,26 @@ def test_ids_decide_where_classes_share_a_name_and_positions_where_there_are_non
         model_classes(nameless[2], nameless[0])
     with pytest.raises(ValueError, match="repeated: a"):
         align_names(
-            ClassNames(["a", "b", "a"], []), ClassNames(["b", "a"], []), theirs_of="x", ours_of="y"
+            *(ClassNames(names, []) for names in (["a", "b", "a"], ["b", "a"])),
+            **{"theirs_of": "x", "ours_of": "y", "mend": "z"},
         )
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected", "lacking"),
+    [
+        ([(8, "sea", 0), (9, "Dog", 1)], ((1,), (3,)), "lacks 2: cat, sky"),
+        ([(8, "sea", 0), (9, "sky", 0)], ((), (2, 3)), "lacks 2: cat, dog"),
+        ([(1, "dog", 1)], ((1,), ()), "lacks 3: cat, sky, sea"),
+    ],
+)
+def test_a_data_set_that_lacks_classes(classes, expected, lacking, caplog):
+    """As a validation set in which some do not occur; but training refuses it."""
+    other = data_set("other", *classes)
+    shared, theirs = shared_classes(other, REFERENCE)
+    assert shared == expected
+    names = [REFERENCE.stuff_classes[i] for kind in shared for i in kind]
+    assert [other.stuff_classes[i].lower() for kind in theirs for i in kind] == names
+    assert lacking in caplog.text
+    with pytest.raises(ValueError, match=r"missing: .*List the same categories"):
+        model_classes(other, REFERENCE)

@@ -150,14 +150,16 @@ def name():
 
 
 @pytest.mark.parametrize("categories", [None, CATEGORIES])
-def test_registration(files, name, categories):
-    panoptic_json, image_root, panoptic_root = files.paths
+def test_registration(files, name, categories, monkeypatch):
+    panoptic_json, _, panoptic_root = files.paths
+    monkeypatch.setenv("HOME", str(files.root))
     calls = []
     register_panoptic(
         name,
-        image_root=image_root,
-        panoptic_root=panoptic_root,
-        panoptic_json=panoptic_json,
+        image_root="~/images",
+        panoptic_root="~/panoptic",
+        panoptic_json=panoptic_json.replace(str(files.root), "~"),
+        instances_json="~/instances.json",
         categories=categories,
         prepare=lambda: calls.append(1),
     )
@@ -166,6 +168,7 @@ def test_registration(files, name, categories):
     assert metadata.evaluator_type == "coco_panoptic_seg"
     assert (metadata.ignore_label, metadata.label_divisor) == (255, 1000)
     assert (metadata.panoptic_json, metadata.panoptic_root) == (panoptic_json, panoptic_root)
+    assert metadata.json_file == str(files.root / "instances.json")
     assert not calls
     assert DatasetCatalog.get(name) == [{**r, "dataset_name": name} for r in files.load()]
     assert calls == [1]
@@ -232,12 +235,13 @@ DELETE = object()
         (("images", 0, "height"), DELETE, "image 11: lacks height"),
         (("images", 0, "height"), 3.0, "image 11: height is 3.0 instead of a positive integer"),
         (("images", 0, "width"), 0, "image 11: width is 0 instead"),
-        (("images", 0, "file_name"), None, "image 11: file_name is None instead of a text"),
+        (("images", 0, "file_name"), None, "image 11: file_name is None instead of the name"),
         (("images", 0, "id"), 11.0, "image 11.0: id is 11.0 instead of an integer or a text"),
         (("images", 0, "id"), 10, "image 10: two images have this id"),
         ((*FIRST, "image_id"), 99, "annotation of image 99: is not among the images"),
         ((*FIRST, "image_id"), 11, "annotation of image 11: two annotations have this id"),
         ((*FIRST, "file_name"), DELETE, "annotation of image 10: lacks file_name"),
+        ((*FIRST, "sem_seg_file_name"), None, "sem_seg_file_name is None instead of the name"),
         ((*FIRST, "segments_info"), None, "segments_info is None instead of a list"),
         (FIRST, None, "annotation of image number 0: is None instead of an object"),
         (SEGMENT, None, f"{OF_SEGMENT}number 1: is None instead of an object"),
@@ -323,7 +327,7 @@ def test_numbering_in_the_order_of_the_list():
 
 
 def test_label_pngs_that_the_json_names(files):
-    files.json["annotations"][0]["sem_seg_file_name"] = "a/b.png"
+    files.json["annotations"][0]["sem_seg_file_name"] = "a\\b.png"  # as Windows writes it
     first, second = load_coco_panoptic(*files.paths, sem_seg_root="labels")
     assert first["sem_seg_file_name"] == "labels/a/b.png"
     assert "sem_seg_file_name" not in second

@@ -239,11 +239,15 @@ def test_another_version_is_replaced(tmp_path, monkeypatch, caplog):
     assert (root / "panoptic_train.json").stat().st_ino != before
 
 
-def test_other_files_are_never_removed(tmp_path):
-    (tmp_path / "thesis.tex").write_text("precious")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("thesis.tex", "x"), ("panoptic_val.json", "[]"), ("panoptic_val.json", '{"info": "mine"}')],
+)
+def test_other_files_are_never_removed(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match="is not empty and holds no shapes data set"):
         generate_shapes(tmp_path, **SIZES)
-    assert (tmp_path / "thesis.tex").read_text() == "precious"
+    assert (tmp_path / name).read_text() == content
 
 
 def test_a_root_that_cannot_be_written_is_named(tmp_path):

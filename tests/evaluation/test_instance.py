@@ -1,6 +1,8 @@
 """Instance AP with thing ids that are neither contiguous nor in the data set's order."""
 
+import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,54 @@ def test_instances_json_of_other_names(make_dataset):
     path = Path(MetadataCatalog.get(name).json_file)
     path.write_text(path.read_text().replace('"cat"', '"cow"'))
     with pytest.raises(ValueError, match=r"instances\.json': category 3 is 'cow', but 'cat' in"):
+        InstanceEvaluator(name)
+
+
+def change_annotations(name, change):
+    """Change the annotations of the instances JSON, given with their positions."""
+    path = Path(MetadataCatalog.get(name).json_file)
+    data = json.loads(path.read_text())
+    for i, annotation in enumerate(data["annotations"]):
+        annotation |= change(i)
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize("numbered", [lambda i: {"id": i}, lambda i: {"id": 7}])
+def test_annotation_ids_that_coco_counts_wrong(make_dataset, numbered):
+    """The id 0 is "no match" to pycocotools, and of equal ids it keeps the last."""
+    name = make_dataset([LAYOUT], instances=True)
+    change_annotations(name, numbered)
+    assert evaluate(name, instances(CAT, ANT))["segm"]["AP"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"iscrowd": "0"}, "iscrowd is '0' instead of 0 or 1"),
+        ({"area": None}, "area is None instead of a number"),
+        ({"bbox": [1, 2, 3]}, "bbox is [1, 2, 3] instead of [x, y, width, height]"),
+        ({"segmentation": []}, "segmentation is [] instead of polygons of at least 3 points"),
+        ({"segmentation": [[1, 1, 2, 2]]}, "segmentation is [[1, 1, 2, 2]] instead"),
+        ({"segmentation": {"size": [3, 4]}}, "segmentation is {'size': [3, 4]} instead"),
+        ({"category_id": 10}, "category_id 10 is not among the categories"),
+        ({"image_id": "100"}, "image_id '100' is not among the images"),
+    ],
+)
+def test_annotations_that_cannot_be_scored(make_dataset, change, message):
+    """Refused when the evaluator is built, before a training."""
+    name = make_dataset([LAYOUT], instances=True)
+    change_annotations(name, lambda i: change)
+    with pytest.raises(ValueError, match=rf"instances\.json'.*{re.escape(message)}"):
+        InstanceEvaluator(name)
+
+
+def test_instances_json_of_other_images(make_dataset):
+    name = make_dataset([LAYOUT, LAYOUT], instances=True)
+    path = Path(MetadataCatalog.get(name).json_file)
+    data = json.loads(path.read_text())
+    data["annotations"] = [a for a in data["annotations"] if a["image_id"] == 100]
+    path.write_text(json.dumps({**data, "images": data["images"][:1]}))
+    with pytest.raises(ValueError, match=r"instances\.json' lacks 1 images of .* such as 101"):
         InstanceEvaluator(name)
 
 

@@ -231,19 +231,25 @@ def test_build_evaluators(make_dataset, tmp_path):
 
 
 def test_a_data_set_that_numbers_the_models_classes_differently(make_dataset, tmp_path):
-    """All outputs are renumbered by the names of the classes."""
+    """All outputs are renumbered by the names; what the data set lacks is left out."""
     name, model_dataset = make_dataset([HALVES], instances=True), f"{tmp_path}_model"
-    MetadataCatalog.get(model_dataset).set(**panoptic_metadata(CATEGORIES[::-1]))
-    _ant, cat, _sky, grass = range(4)
+    more = [{"id": 8, "name": "gnu", "isthing": 1}, {"id": 9, "name": "fog", "isthing": 0}]
+    MetadataCatalog.get(model_dataset).set(**panoptic_metadata([*more, *CATEGORIES[::-1]]))
+    gnu, _ant, cat, fog, _sky, grass = range(6)
     ids = torch.tensor(HALVES[0])
-    cats = Instances((4, 4), pred_masks=(ids == 300)[None], scores=torch.ones(1))
-    cats.pred_boxes, cats.pred_classes = Boxes(torch.tensor([[0, 2, 4, 4]])), torch.tensor([cat])
-    infos = [(1, grass, False), (300, cat, True)]
+    cats = Instances((4, 4), pred_masks=(ids == 300).expand(2, 4, 4), scores=torch.tensor([1, 0.9]))
+    cats.pred_boxes = Boxes(torch.tensor([[0, 2, 4, 4]]).expand(2, 4))
+    cats.pred_classes = torch.tensor([gnu, cat])
+    infos = [(1, grass, False), (300, cat, True), (5, gnu, True), (6, fog, False)]
     keys = ("id", "category_id", "isthing")
+    predicted = ids.clone()
+    predicted[0, :2] = torch.tensor([5, 6])
     output = {
-        "panoptic_seg": (ids, [dict(zip(keys, info, strict=True)) for info in infos]),
+        "panoptic_seg": (predicted, [dict(zip(keys, info, strict=True)) for info in infos]),
         "instances": cats,
-        "sem_seg": torch.stack([ids < 0, ids == 300, ids < 0, ids == 1]).float(),
+        "sem_seg": torch.stack(
+            [2 * (ids == 1), ids < 0, ids == 300, 2 * (ids == 300), ids < 0, ids == 1]
+        ).float(),
     }
     switches = dict.fromkeys(("panoptic", "instances", "sem_seg"), True)
     evaluator = build_evaluators(
@@ -252,9 +258,10 @@ def test_a_data_set_that_numbers_the_models_classes_differently(make_dataset, tm
     evaluator.reset()
     evaluator.process(DatasetCatalog.get(name), [output])
     results = evaluator.evaluate()
-    assert results["panoptic_seg"]["PQ"] == results["sem_seg"]["mIoU"] == 100
+    assert results["sem_seg"]["mIoU"] == results["panoptic_seg"]["RQ"] == 100
+    assert results["panoptic_seg"]["PQ"] == pytest.approx(100 * (1 + 6 / 8) / 2)
     assert results["segm"]["AP-cat"] == pytest.approx(100)
-    assert output["instances"].pred_classes.tolist() == [cat]
+    assert output["instances"].pred_classes.tolist() == [gnu, cat]
     del MetadataCatalog.get(model_dataset).thing_classes
     with pytest.raises(ValueError, match="cannot be matched without names"):
         build_evaluators(name, **switches, output_dir=None, model_dataset=model_dataset)
@@ -347,9 +354,7 @@ def test_predictions_stay_below_the_output_folder(make_dataset, tmp_path, kind):
         (output / "predictions").symlink_to(png.parent)
     message = "overwrite the input" if kind == "folder" else "outside of the output folder"
     with pytest.raises(ValueError, match=message):
-        PanopticEvaluator(name, str(output), save_predictions=True).process(
-            DatasetCatalog.get(name), [panoptic_output(NOTHING)]
-        )
+        PanopticEvaluator(name, str(output), save_predictions=True)
     assert png.read_bytes() == before
 
 
@@ -366,12 +371,12 @@ def test_images_of_one_name_do_not_overwrite_each_other(make_dataset, tmp_path, 
     else:
         del content["annotations"]
     path.write_text(json.dumps(content))
+    if annotated:  # before the first prediction
+        with pytest.raises(ValueError, match=r"images 100 and 101 would both be '\./0\.png'"):
+            PanopticEvaluator(name, str(tmp_path / "out"), save_predictions=True)
+        return
     evaluator = PanopticEvaluator(name, str(tmp_path / "out"), save_predictions=True)
     outputs = [panoptic_output(layout) for layout in (HALVES, NOTHING, HALVES)]
-    if annotated:
-        with pytest.raises(ValueError, match=r"images 100 and 101 would both be '\./0\.png'"):
-            evaluator.process(DatasetCatalog.get(name), outputs)
-        return
     evaluator.process(DatasetCatalog.get(name), outputs)
     evaluator.evaluate()
     saved = json.loads((tmp_path / "out" / "predictions.json").read_text())["annotations"]

@@ -19,31 +19,31 @@ from psf.output_paths import refuse_inputs
 
 from ..annotations import (
     CLASS_ID,
-    FLAG,
-    IMAGE,
-    IMAGE_ID,
+    FILE,
+    INSTANCES,
     LIST,
+    NAME,
     SIDE,
     TEXT,
     Keys,
     Problem,
     find_category_problems,
+    find_instance_problems,
     find_misfit,
     label,
     read_json,
     require_keys,
     require_none,
+    slashes,
+    with_slashes,
 )
 from ..coco_writer import PanopticImage, Segment, Split, convert_split
 
 logger = logging.getLogger(__name__)
 
-_INSTANCES: Keys = {"images": LIST, "annotations": LIST, "categories": LIST}
-_MASK = (lambda v: isinstance(v, list | dict), "polygons or run lengths")
-_INSTANCE: Keys = {"image_id": IMAGE_ID, "category_id": CLASS_ID, "segmentation": _MASK}
 _RUNS: Keys = {"size": LIST, "counts": (lambda v: isinstance(v, list | str), "run lengths")}
-_LABELME: Keys = {"shapes": LIST, "imageHeight": SIDE, "imageWidth": SIDE, "imagePath": TEXT}
-_SHAPE: Keys = {"label": TEXT, "points": LIST}
+_LABELME: Keys = {"shapes": LIST, "imageHeight": SIDE, "imageWidth": SIDE, "imagePath": FILE}
+_SHAPE: Keys = {"label": NAME, "points": LIST}
 _SHAPE_OPTIONS: Keys = {
     "group_id": (lambda v: v is None or type(v) in (int, str), "an integer, a text or null"),
     "flags": (lambda v: v is None or isinstance(v, dict), "an object or null"),
@@ -75,10 +75,13 @@ def convert_instances(
         FileNotFoundError: a label map is missing.
     """
     data = read_json(instances_json)
-    require_keys(data, _INSTANCES, instances_json)
+    require_keys(data, INSTANCES, instances_json)
     require_keys({"stuff categories": stuff_categories}, {"stuff categories": LIST}, "--stuff")
     categories = _unite_categories(data["categories"], stuff_categories, instances_json)
-    require_none(_instance_problems(data), instances_json)
+    require_none(find_instance_problems(data, scored=False), instances_json)
+    if not data["images"]:
+        raise ValueError(f"'{instances_json}' has no images.")
+    data["images"] = [with_slashes(image) for image in data["images"]]
     annotations: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in data["images"]}
     for annotation in data["annotations"]:
         annotations[annotation["image_id"]].append(annotation)
@@ -101,7 +104,7 @@ def _unite_categories(
     things: Sequence[Any], stuff: Sequence[Any], instances_json: Path
 ) -> list[dict[str, Any]]:
     for category in (*things, *stuff):
-        misfit = find_misfit(category, {"id": CLASS_ID, "name": TEXT})
+        misfit = find_misfit(category, {"id": CLASS_ID, "name": NAME})
         require_none((Problem("a category", what) for what in [misfit] if what), instances_json)
     shared = {c["id"] for c in things} & {c["id"] for c in stuff}
     if shared:
@@ -114,33 +117,8 @@ def _unite_categories(
     return categories
 
 
-def _instance_problems(data: Mapping[str, Any]) -> Any:
-    """What is wrong with images and annotations of an instances JSON."""
-    ids: set[Any] = set()
-    names: set[Any] = set()
-    for i, image in enumerate(data["images"]):
-        misfit = find_misfit(image, IMAGE)
-        if not misfit and not Path(image["file_name"]).name:
-            misfit = f"file_name '{image['file_name']}' is no file"
-        elif not misfit and (image["id"] in ids or _png(image) in names):
-            misfit = f"another image has its id or its PNG '{_png(image)}'"
-        if misfit:
-            yield Problem(f"image {label(image, i)}", misfit)
-        ids.add(image["id"])
-        names.add(_png(image))
-    known = {category["id"] for category in data["categories"]}
-    for i, annotation in enumerate(data["annotations"]):
-        misfit = find_misfit(annotation, _INSTANCE, {"iscrowd": FLAG})
-        if not misfit and annotation["image_id"] not in ids:
-            misfit = f"image_id {annotation['image_id']!r} is not among the images"
-        elif not misfit and annotation["category_id"] not in known:
-            misfit = f"category_id {annotation['category_id']} is not among the categories"
-        if misfit:
-            yield Problem(f"annotation {label(annotation, i)}", misfit)
-
-
 def _png(image: Mapping[str, Any]) -> Path:
-    return Path(image["file_name"]).with_suffix(".png")
+    return Path(slashes(image["file_name"])).with_suffix(".png")
 
 
 def _unite(
@@ -265,7 +243,7 @@ def convert_labelme(source: Path, stuff: Sequence[str], output: Path) -> None:
     """
     files: dict[Path, list[str]] = {}  # with the labels of their shapes
     for path in sorted(source.glob("*.json")):
-        content = read_json(path)
+        content = read_json(path) if path.is_file() else None
         if isinstance(content, dict) and "shapes" in content:
             require_none(_labelme_problems(content), path)
             require_few_pixels(str(path), content["imageWidth"], content["imageHeight"])
@@ -322,7 +300,7 @@ def _convert_labelme(categories: Sequence[Mapping[str, Any]], source: Path) -> P
             logger.warning("%s has no pixel in the image.", where)
     return PanopticImage(
         image_id=source.stem,
-        file_name=Path(content["imagePath"].replace("\\", "/")).name,
+        file_name=Path(slashes(content["imagePath"])).name,
         png=f"{source.stem}.png",
         index_map=index_map,
         segments=segments,

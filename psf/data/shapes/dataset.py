@@ -4,7 +4,6 @@ For each split, ``train`` and ``val``, the folder of the data set has ``<split>/
 ``panoptic_<split>/`` (PNGs), ``panoptic_<split>.json`` and ``instances_<split>.json`` (for AP).
 """
 
-import json
 import logging
 import os
 import shutil
@@ -17,6 +16,7 @@ import tqdm  # type: ignore[import-untyped]
 from filelock import FileLock
 from PIL import Image
 
+from ..annotations import read_json
 from ..coco_panoptic import datasets_root, register_panoptic
 from ..coco_writer import PanopticImage, Split, write_image, write_json_files
 from .scene import CATEGORIES, draw_scene
@@ -111,7 +111,7 @@ def generate_shapes(
         "size": size,
         "seed": seed,
     }
-    target = Path(root).absolute()
+    target = Path(root).expanduser().absolute()
     if _read_stamp(target) == stamp:
         return
     try:
@@ -153,10 +153,9 @@ def _replace(target: Path, stamp: dict[str, int]) -> None:
 def _read_stamp(root: Path) -> dict[str, int] | None:
     """Version and parameters of the shapes data set in a folder; None: there is none."""
     path = root / "panoptic_val.json"
-    if not path.is_file():
-        return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file).get("info", {}).get("shapes")
+    content = read_json(path) if path.is_file() else None
+    info = content.get("info") if isinstance(content, dict) else None
+    return info.get("shapes") if isinstance(info, dict) else None
 
 
 def _write_split(root: Path, split: str, stamp: dict[str, int]) -> None:
