@@ -24,9 +24,10 @@ SHELL = {
     "run_folder": {"weights"},
     "solver": set(),
     "stopping": set(),
+    "train_step": {"solver"},
     "trainer": {
         *("data", "evaluation", "finetuning", "modeling.build"),
-        *("options", "run_folder", "solver", "stopping"),
+        *("options", "run_folder", "solver", "stopping", "train_step"),
     },
     "weights": set(),
 }

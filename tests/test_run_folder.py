@@ -16,7 +16,8 @@ import torch
 from detectron2.modeling import build_model
 
 from psf.files import write_beside
-from psf.trainer import Trainer, TrainStep
+from psf.train_step import TrainStep
+from psf.trainer import Trainer
 from psf.weights import Checkpointer
 
 ROOT = Path(__file__).parent.parent
