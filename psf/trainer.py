@@ -27,6 +27,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from psf.console import ProgressHook
 from psf.data import ClassNames, PanopticDatasetMapper, register_listed
 from psf.ema import ModelEma
 from psf.evaluation import build_evaluators
@@ -161,6 +162,8 @@ class Trainer(DefaultTrainer):
         hooks: list[HookBase] = [hook for hook in super().build_hooks() if hook is not None]
         evaluation = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
         hooks[evaluation] = EvalHook(self.cfg.TEST.EVAL_PERIOD, self.evaluate)
+        if comm.is_main_process():
+            hooks.insert(evaluation + 1, ProgressHook())
         hooks.insert(evaluation, StopHook(self.checkpointer))
         return [*hooks, PicturesHook()]
 

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent / "psf"
 # The shell, and which other parts of it each part may import. Everything else is the core.
 SHELL = {
     "config": {"options"},
+    "console": set(),
     "data": {"images", "panoptic_png"},
     "evaluation": {"data", "images", "panoptic_png"},
     "finetuning": {"data", "weights"},
@@ -26,7 +27,7 @@ SHELL = {
     "stopping": set(),
     "train_step": {"solver"},
     "trainer": {
-        *("data", "evaluation", "finetuning", "modeling.build"),
+        *("console", "data", "evaluation", "finetuning", "modeling.build"),
         *("options", "run_folder", "solver", "stopping", "train_step"),
     },
     "weights": set(),

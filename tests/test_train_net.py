@@ -105,7 +105,7 @@ def test_two_cpu_processes_with_torchrun(config_file, tmp_path):
         check=False,
     )
     assert result.returncode == 0, result.stdout[-3000:]
-    assert "World size: 2" in result.stdout
+    assert "processes: 2" in result.stdout
     final = torch.load(tmp_path / "output" / "model_final.pth", weights_only=True)
     assert final["trainer"]["_trainer"]["ema"]["updates"] == 2
 
