@@ -15,7 +15,11 @@ evaluator; only training takes from the CPU time. Each run is a process of its o
 to a file in benchmarks/results, and is skipped if its line is there.
 
 The learning rate of each model is the one that is best on shapes_panoptic_tune; ``show`` and
-``draw`` choose it, and report the runs with this rate on the other data set.
+``draw`` choose it, and report the runs with this rate on shapes_panoptic_val. Runs of one label are
+seeds of the same; to compare options, give each its own:
+
+python benchmarks/learning.py run --model psf --label "without EMA" --lr 1e-3 SOLVER.EMA_DECAY 0.0
+python benchmarks/learning.py show --dataset shapes_panoptic_tune
 """
 
 import argparse
@@ -52,13 +56,12 @@ from psf.train_step import TrainStep
 from psf.trainer import Trainer
 
 CONFIG = "shapes/panoptic_segformer_shapes.yaml"
-TUNING = "shapes_panoptic_tune"
+TUNING, REPORTED = "shapes_panoptic_tune", "shapes_panoptic_val"
 MODELS = {
     "psf": "Panoptic SegFormer",
     "panoptic_fpn": "Panoptic FPN (Detectron2)",
     "mask2former": "Mask2Former (transformers)",
 }
-COLORS = {"psf": "tab:blue", "panoptic_fpn": "tab:orange", "mask2former": "tab:green"}
 METRICS = ("PQ", "PQ_th", "PQ_st")
 SHOWN = (0.25, 0.5, 1.0)  # of the CPU time
 
@@ -73,30 +76,34 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="train one model once")
     runs.add_argument("--model", choices=MODELS, required=True)
+    runs.add_argument("--label", help="default: the model's name")
     runs.add_argument("--lr", type=float, required=True)
     runs.add_argument("--seed", type=int, default=1)
     runs.add_argument("--seconds", type=float, default=480, help="CPU time (%(default)g)")
     runs.add_argument("--points", type=int, default=8, help="evaluations (%(default)s)")
-    runs.add_argument("--dataset", default="shapes_panoptic_val", help="to evaluate on")
+    runs.add_argument("--dataset", default=REPORTED, help="to evaluate on (%(default)s)")
     runs.add_argument("--threads", type=int, default=1)
     runs.add_argument("--config-file", default=CONFIG)
     runs.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
-    commands.add_parser("show", help="print tables")
+    shows = commands.add_parser("show", help="print tables")
     draws = commands.add_parser("draw", help="draw the curves")
     draws.add_argument("picture", type=Path)
+    for command in (shows, draws):
+        command.add_argument("--dataset", default=REPORTED, help="(%(default)s)")
     args = parser.parse_args()
     if args.command == "run":
         run(args)
     elif args.command == "show":
-        show(read(args.results))
+        show(read(args.results), args.dataset)
     else:
-        draw(races(read(args.results)), args.picture)
+        draw(races(read(args.results), args.dataset), args.picture)
 
 
 def run(args: argparse.Namespace) -> None:
     """Train and evaluate; adds a line to the results."""
     keys = ("model", "lr", "seed", "seconds", "dataset", "threads", "opts")
     what = {key: getattr(args, key) for key in keys}
+    what["label"] = args.label or MODELS[args.model]
     if any(what.items() <= row.items() for row in read(args.results)):
         print("This run is in the results already")
         return
@@ -193,40 +200,40 @@ def read(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def best_rate(rows: Sequence[Row], model: str) -> float | None:
+def best_rate(rows: Sequence[Row]) -> float | None:
     """The learning rate that is best at the end, on average over the seeds of the tuning runs."""
     finals: dict[float, list[float]] = {}
     for row in rows:
-        if row["model"] == model and row["dataset"] == TUNING:
+        if row["dataset"] == TUNING:
             finals.setdefault(row["lr"], []).append(row["curve"][-1]["PQ"])
     return max(finals, key=lambda lr: statistics.mean(finals[lr]), default=None)
 
 
-def races(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The runs to report by model: with the tuned rate, not on the data set of the tuning."""
+def races(rows: Sequence[Row], dataset: str) -> dict[str, list[Row]]:
+    """The runs on a data set with the tuned rate, by label; without tuning runs, all rates."""
     found = {}
-    for model in MODELS:
-        reported = [r for r in rows if r["model"] == model and r["dataset"] != TUNING]
-        rate = best_rate(rows, model)
-        chosen = [r for r in reported if rate is None or r["lr"] == rate]
+    for label in dict.fromkeys(row["label"] for row in rows):
+        own = [row for row in rows if row["label"] == label]
+        rate = best_rate(own)
+        chosen = [r for r in own if r["dataset"] == dataset and rate in (None, r["lr"])]
         if chosen:
-            found[model] = chosen
+            found[label] = chosen
     return found
 
 
-def show(rows: Sequence[Row]) -> None:
+def show(rows: Sequence[Row], dataset: str) -> None:
     """Print the tuning runs, then the qualities at parts of the CPU time, means over the seeds."""
     tuning = sorted(
-        (r for r in rows if r["dataset"] == TUNING), key=lambda r: (r["model"], r["lr"])
+        (r for r in rows if r["dataset"] == TUNING), key=lambda r: (r["label"], r["lr"])
     )
     columns = [
-        (r["model"], f"{r['lr']:g}", r["seed"], r["seconds"], *(r["curve"][-1][m] for m in METRICS))
+        (r["label"], f"{r['lr']:g}", r["seed"], r["seconds"], *(r["curve"][-1][m] for m in METRICS))
         for r in tuning
     ]
     headers = ["model", "learning rate", "seed", "CPU seconds", *METRICS]
     print(f"On {TUNING}:\n{tabulate(columns, headers, tablefmt='pipe')}\n")
     table = []
-    for model, chosen in races(rows).items():
+    for label, chosen in races(rows, dataset).items():
         seeds = len(chosen)
         for fraction in SHOWN:
             points = [p for r in chosen for p in r["curve"] if p["fraction"] == fraction]
@@ -235,16 +242,16 @@ def show(rows: Sequence[Row]) -> None:
                 spread = max(p["PQ"] for p in points) - min(p["PQ"] for p in points)
                 iterations = round(statistics.mean(p["iterations"] for p in points))
                 part = f"{fraction:.0%} of {chosen[0]['seconds']:g} s"
-                table.append((MODELS[model], part, iterations, *means, f"{spread:.1f}", seeds))
+                table.append((label, part, iterations, *means, f"{spread:.1f}", seeds))
     headers = ["model", "CPU time", "iterations", *METRICS, "range of PQ", "seeds"]
-    print(tabulate(table, headers, tablefmt="pipe", disable_numparse=True))
+    print(f"On {dataset}:\n{tabulate(table, headers, tablefmt='pipe', disable_numparse=True)}")
 
 
 def draw(found: dict[str, list[Row]], path: Path) -> None:
     """Draw the mean over the seeds, and their range, against the CPU time."""
     figure = Figure(figsize=(12, 4.2), dpi=100, layout="constrained")
     for axes, metric in zip(figure.subplots(1, 3, sharex=True, sharey=True), METRICS, strict=True):
-        for model, rows in found.items():
+        for number, (name, rows) in enumerate(found.items()):
             by_fraction: dict[float, list[Row]] = {}
             for point in (point for row in rows for point in row["curve"]):
                 by_fraction.setdefault(point["fraction"], []).append(point)
@@ -252,10 +259,10 @@ def draw(found: dict[str, list[Row]], path: Path) -> None:
             seconds = [0.0, *(statistics.mean(p["cpu_seconds"] for p in group) for group in points)]
             values = [[p[metric] for p in group] for group in points]
             means = [0.0, *map(statistics.mean, values)]
-            label = f"{MODELS[model]}: {means[-1]:.1f}"
-            axes.plot(seconds, means, "o-", markersize=4, color=COLORS[model], label=label)
+            label, color = f"{name}: {means[-1]:.1f}", f"C{number}"
+            axes.plot(seconds, means, "o-", markersize=4, color=color, label=label)
             low, high = [0.0, *map(min, values)], [0.0, *map(max, values)]
-            axes.fill_between(seconds, low, high, color=COLORS[model], alpha=0.15, linewidth=0)
+            axes.fill_between(seconds, low, high, color=color, alpha=0.15, linewidth=0)
         axes.set(title=metric, xlabel="CPU seconds of training", xlim=(0, None), ylim=(0, 100))
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small", loc="lower right")
