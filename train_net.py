@@ -26,9 +26,9 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.logger import setup_logger
 
 from psf.config import load_config
+from psf.console import log_to
 from psf.files import named, write_text
 from psf.inference import optimize_for_inference
 from psf.predictor import inference_checkpointer
@@ -87,12 +87,20 @@ def start(cfg: CfgNode, args: argparse.Namespace) -> None:
     Set up logging and seeds; a training also writes its config. As Detectron2's ``default_setup``.
     """
     rank = comm.get_rank()
-    for name in ("fvcore", "detectron2", "psf"):
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
-    logger.info("Rank of current process: %d. World size: %d", rank, comm.get_world_size())
-    logger.info("Environment info:\n%s", collect_env_info())
-    logger.info("Command line arguments: %s", args)
-    logger.info("Running with full config:\n%s", cfg.dump())
+    # The tables of a training's evaluations are in the folder and in the log.
+    log_to(cfg.OUTPUT_DIR, rank=rank, hidden=() if args.eval_only else ("psf.evaluation",))
+    logger.info(
+        "%s on %s, processes: %d, threads of each: %d. The log is '%s'",
+        "Evaluation" if args.eval_only else "Training",
+        cfg.MODEL.DEVICE,
+        comm.get_world_size(),
+        torch.get_num_threads(),
+        Path(cfg.OUTPUT_DIR, "log.txt"),
+    )
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA
+    logger.debug("Environment info:\n%s", collect_env_info())
+    logger.debug("Command line arguments: %s", args)
+    logger.debug("Running with full config:\n%s", cfg.dump())
     if comm.is_main_process() and not args.eval_only:
         write_text(Path(cfg.OUTPUT_DIR, CONFIG), cfg.dump())
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)

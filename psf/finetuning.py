@@ -14,6 +14,7 @@ from psf.checkpoint import AUTHORS
 from psf.data import categories
 from psf.data.annotations import TEXT, Keys, find_misfit
 from psf.data.class_map import ClassNames, align_names
+from psf.ema import ModelEma
 from psf.weights import Checkpointer, Origin
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class ClassCheckpointer(Checkpointer):
         class_names: ClassNames | None,
         weights_class_names: ClassNames | None = None,
         same_classes: bool = False,
+        ema: ModelEma | None = None,
         **checkpointables: Any,
     ) -> None:
         """
@@ -114,17 +116,21 @@ class ClassCheckpointer(Checkpointer):
                 the authors' released models have COCO's.
             same_classes: refuse checkpoints that have not the same classes, in any order: for
                 inference, where a new class would be predicted with random weights.
+            ema: average of the model's weights, which is saved as the model.
             checkpointables: other objects to save, as in Detectron2.
         """
         super().__init__(model, save_dir, **checkpointables)
         self.class_names = class_names
         self.weights_class_names = weights_class_names
         self.same_classes = same_classes
+        self.ema = ema
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Save the model with the names of its classes."""
         if self.class_names is not None:
             kwargs["classes"] = {key: list(v) for key, v in self.class_names._asdict().items()}
+        if self.ema is not None:
+            kwargs["model"] = self.ema.state_dict()
         super().save(name, **kwargs)
 
     def _load_model(self, checkpoint: Any) -> Any:
@@ -145,8 +151,8 @@ class ClassCheckpointer(Checkpointer):
                     ours_of="the model's data set",
                     mend="Let DATASETS.TRAIN begin with the data set that it was trained on",
                 )
-            # Moments have rows of classes too.
-            checkpoint.get("trainer", {}).get("_trainer", {}).pop("optimizer", None)
+            for rows_of_classes in ("optimizer", "ema"):
+                checkpoint.get("trainer", {}).get("_trainer", {}).pop(rows_of_classes, None)
             checkpoint = {**checkpoint, "model": self._fit(weights, theirs, ours)}
         return super()._load_model(checkpoint)
 

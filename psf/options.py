@@ -86,6 +86,16 @@ def check_options(cfg: CfgNode) -> None:
         if not (value > 0 if key in _POSITIVE else value >= 0):  # as NaN
             least = "more than 0" if key in _POSITIVE else "0 or more"
             raise ValueError(f"{key} is {value}; it must be {least}")
+    if not 0 <= cfg.SOLVER.EMA_DECAY < 1:
+        raise ValueError(
+            f"SOLVER.EMA_DECAY is {cfg.SOLVER.EMA_DECAY}; it must be 0 (no average) or between 0 "
+            "and 1, such as 0.9998"
+        )
+    if cfg.SOLVER.EMA_DECAY and cfg.TEST.PRECISE_BN.ENABLED:
+        raise ValueError(
+            "TEST.PRECISE_BN computes statistics for the weights that are trained, but with "
+            "SOLVER.EMA_DECAY their average is evaluated. Turn one of them off"
+        )
     if cfg.INPUT.CROP.ENABLED and cfg.INPUT.AUGMENTATION != "multi_scale":
         raise ValueError(
             f"INPUT.CROP.ENABLED has no effect with INPUT.AUGMENTATION '{cfg.INPUT.AUGMENTATION}'. "

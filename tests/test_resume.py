@@ -22,6 +22,7 @@ def resumed(cfg):
 def finished(shapes_cfg):
     """The config of a run of four iterations, which its folder holds."""
     shapes_cfg.merge_from_list(["MODEL.PSF.NUM_THING_CLASSES", 0, "MODEL.PSF.NUM_STUFF_CLASSES", 0])
+    shapes_cfg.SOLVER.EMA_DECAY = 0.5
     test, shapes_cfg.DATASETS.TEST = shapes_cfg.DATASETS.TEST, ()
     trainer = Trainer(shapes_cfg)
     trainer.train()
@@ -75,6 +76,7 @@ def test_other_classes_start_the_optimizer_afresh(finished, other_classes, caplo
     assert "optimizer starts afresh" in caplog.text
     assert "of other classes" in caplog.text
     assert not moments(trainer)
+    assert trainer.ema.updates == 0
     trainer.train()
     assert trainer.iter == 6
 

@@ -19,7 +19,8 @@ from detectron2.modeling import build_model
 from psf.evaluation.charts import write_curves, write_quality_bars
 from psf.evaluation.pictures import SheetRow, write_sheet
 from psf.files import write_beside, write_text
-from psf.trainer import Trainer, TrainStep
+from psf.train_step import TrainStep
+from psf.trainer import Trainer
 from psf.weights import Checkpointer
 
 ROOT = Path(__file__).parent.parent

@@ -106,14 +106,15 @@ def test_two_cpu_processes_with_torchrun(config_file, tmp_path):
     options = ["--standalone", "--local-addr=localhost", "--nproc-per-node=2"]
     result = subprocess.run(
         **command(
-            *("--config-file", config_file, "SOLVER.MAX_ITER", "2"),
+            *("--config-file", config_file, "SOLVER.MAX_ITER", "2", "SOLVER.EMA_DECAY", "0.9"),
             launcher=["-m", "torch.distributed.run", *options],
         ),
         check=False,
     )
     assert result.returncode == 0, result.stdout[-3000:]
-    assert "World size: 2" in result.stdout
-    assert (tmp_path / "output" / "model_final.pth").is_file()
+    assert "processes: 2" in result.stdout
+    final = torch.load(tmp_path / "output" / "model_final.pth", weights_only=True)
+    assert final["trainer"]["_trainer"]["ema"]["updates"] == 2
 
 
 def test_evaluation_of_a_checkpoint(shapes_cfg, tmp_path, monkeypatch):

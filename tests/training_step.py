@@ -8,7 +8,7 @@ from detectron2.utils.events import EventStorage
 from random_input import make_input
 from torch import Tensor, nn
 
-from psf.trainer import TrainStep
+from psf.train_step import TrainStep
 
 
 def odd_batch() -> list[dict[str, Any]]:
