@@ -107,7 +107,12 @@ class Checkpointer(DetectionCheckpointer):
         return str(file)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        """As Detectron2's, without running code that a file contains."""
+        """As Detectron2's, without running code that a file contains; all weights are numbers."""
+        content = self._read(filename)
+        check_values(content["model"], self.model.state_dict(), filename)
+        return content
+
+    def _read(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".pkl"):
             content = checkpoint.read_pickle(filename)
             if "model" in content and "__author__" in content:  # Detectron2's model zoo
@@ -148,6 +153,33 @@ class Checkpointer(DetectionCheckpointer):
                 describe(weights, origin.dropped, absent),
             )
         return super()._load_model(checkpoint)
+
+
+def check_values(weights: Mapping[str, Any], own: Mapping[str, Tensor], path: str) -> None:
+    """
+    Check the values of weights.
+
+    Args:
+        weights: tensors or arrays.
+        own: state dict of the model.
+        path: of their file, for the message.
+
+    Raises:
+        ValueError: some are not finite, or integers or complex where the model's are not.
+    """
+    for name, value in weights.items():
+        tensor = torch.as_tensor(value)
+        if tensor.is_floating_point():
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    f"'{path}': {name} has values that are not finite, so nothing can be predicted "
+                    "with it. Use a checkpoint from before the training diverged."
+                )
+        elif name in own and own[name].is_floating_point():
+            raise ValueError(
+                f"'{path}': {name} is {tensor.dtype} instead of floating-point numbers. Save the "
+                "weights as they were trained."
+            )
 
 
 def check_fit(
