@@ -38,7 +38,7 @@ from psf.finetuning import ClassCheckpointer
 from psf.layers.host_memory import keep_freed_memory
 from psf.modeling.build import TRANSFORMER_LAYERS, model_dataset
 from psf.options import check_training
-from psf.precision import usable_precision
+from psf.precision import gpu_has_bfloat16, usable_precision
 from psf.run_folder import METRICS, cut_metrics
 from psf.solver import (
     build_optimizer,
@@ -91,7 +91,7 @@ class TrainStep(SimpleTrainer):
         """
         super().__init__(model, data_loader, optimizer)
         device_type = next(model.parameters()).device.type
-        has_bfloat16 = device_type != "cuda" or torch.cuda.is_bf16_supported()
+        has_bfloat16 = device_type != "cuda" or gpu_has_bfloat16()
         self.amp_dtype = torch.bfloat16 if has_bfloat16 else torch.float16
         self.amp = amp
         self.device_type = device_type
@@ -244,12 +244,14 @@ class Trainer(DefaultTrainer):
             broadcast_buffers=False,
             device_ids=None if on_cpu else [torch.cuda.current_device()],
         )
+        amp = cfg.SOLVER.AMP.ENABLED
+        if amp and on_cpu:  # a GPU without bfloat16 computes in float16
+            amp = usable_precision("bfloat16", "cpu", "SOLVER.AMP.ENABLED") != "float32"
         self._trainer = TrainStep(
             model,
             data_loader,
             optimizer,
-            amp=cfg.SOLVER.AMP.ENABLED
-            and usable_precision("bfloat16", cfg.MODEL.DEVICE, "SOLVER.AMP.ENABLED") != "float32",
+            amp=amp,
             clip_norm=full_model_clip_norm(cfg),
             norm_type=cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE,
             accumulate_steps=cfg.SOLVER.ACCUMULATE_STEPS,

@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import torch
 from detectron2.data import DatasetCatalog
 
 from psf import precision
@@ -114,10 +115,22 @@ def test_bfloat16_where_the_processor_has_it(tiny_cfg, shapes_cfg, processor, ca
     assert found == ("bfloat16" if processor else "float32")
     line = "X.Y: this processor has no instructions for bfloat16"
     assert (line in caplog.text) != processor
-    assert usable_precision("bfloat16", "cuda", "X.Y") == "bfloat16"
     assert usable_precision("float32", "cpu", "X.Y") == "float32"
     assert found == fast_preset(tiny_cfg).MODEL.PSF.TEST.PRECISION
     shapes_cfg.SOLVER.AMP.ENABLED = True
     trainer = Trainer(shapes_cfg)
     assert trainer._trainer.amp == processor
     assert ("SOLVER.AMP.ENABLED: this processor" in caplog.text) != processor
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_of_gpus_that_only_emulate_it(native, monkeypatch, caplog):
+    """A T4 or V100: torch supports it there, at a fraction of the speed."""
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation or native,
+    )
+    assert usable_precision("bfloat16", "cuda", "X.Y") == ("bfloat16" if native else "float32")
+    assert ("X.Y: this GPU has no instructions for bfloat16" in caplog.text) != native
+    assert usable_precision("float16", "cuda", "X.Y") == "float16"
