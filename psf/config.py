@@ -13,7 +13,7 @@ from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 from detectron2.utils.file_io import PathManager
 
-from psf.options import check_options
+from psf.options import check_options, leaf_keys, warn_of_options
 
 
 def load_config(path: str | Path = "", opts: Sequence[Any] = ()) -> CN:
@@ -32,6 +32,7 @@ def load_config(path: str | Path = "", opts: Sequence[Any] = ()) -> CN:
     """
     cfg = get_cfg()
     add_psf_config(cfg)
+    defaults = cfg.clone()
     if path:
         file = find_config(path)
         with _explain(cfg, f"'{file}'"):
@@ -40,6 +41,7 @@ def load_config(path: str | Path = "", opts: Sequence[Any] = ()) -> CN:
     with _explain(cfg, "KEY VALUE pairs"):
         cfg.merge_from_list(list(opts))
     check_options(cfg)
+    warn_of_options(cfg, defaults)
     cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)
     cfg.MODEL.WEIGHTS = os.path.expanduser(cfg.MODEL.WEIGHTS)
     cfg.DATASETS.REGISTER = [_expand(entry) for entry in cfg.DATASETS.REGISTER]
@@ -109,7 +111,7 @@ def _explain(cfg: CN, source: str) -> Iterator[None]:
         message = " ".join(str(error).strip("'\"").split())
         hint = ""
         if message.startswith("Non-existent"):
-            close = difflib.get_close_matches(message.rpartition(": ")[2], _keys(cfg), n=1)
+            close = difflib.get_close_matches(message.rpartition(": ")[2], leaf_keys(cfg), n=1)
             hint = f". Did you mean {close[0]}?" if close else ""
         raise ValueError(f"Config error in {source}: {message}{hint}") from error
     except yaml.YAMLError as error:
@@ -117,13 +119,6 @@ def _explain(cfg: CN, source: str) -> Iterator[None]:
         if isinstance(error, yaml.constructor.ConstructorError):
             message += ". Tags could run code: write the value itself"
         raise ValueError(f"Config error in {source}: {message}") from error
-
-
-def _keys(node: CN, prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for key, value in node.items():
-        keys += _keys(value, f"{prefix}{key}.") if isinstance(value, CN) else [prefix + key]
-    return keys
 
 
 def add_psf_config(cfg: CN) -> None:

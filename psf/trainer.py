@@ -26,6 +26,7 @@ from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import Tensor, nn
 
 from psf.data import ClassNames, PanopticDatasetMapper, register_listed
@@ -271,6 +272,8 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's, signals before the evaluation, and the pictures, which show the last."""
+        if self.cfg.TEST.PRECISE_BN.ENABLED and not get_bn_modules(self.model):
+            logger.warning("TEST.PRECISE_BN.ENABLED has no effect: no normalization has statistics")
         hooks: list[HookBase] = [hook for hook in super().build_hooks() if hook is not None]
         evaluation = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
         hooks.insert(evaluation, StopHook(self.checkpointer))
@@ -332,6 +335,9 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Detectron2's, which may start from a part of the weights if the config allows it."""
         model: nn.Module = super().build_model(cfg)
+        if not hasattr(model, "allow_partial_weights"):
+            name = cfg.MODEL.META_ARCHITECTURE
+            raise ValueError(f"MODEL.META_ARCHITECTURE is '{name}', not PanopticSegFormer")
         model.allow_partial_weights = cfg.MODEL.PSF.ALLOW_PARTIAL_WEIGHTS
         return model
 
