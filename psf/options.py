@@ -125,6 +125,15 @@ _POSITIVE = (
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE",
     "TEST.DETECTIONS_PER_IMAGE",
     "TEST.PRECISE_BN.NUM_ITER",
+    "INPUT.MIN_SCALE",
+    *(
+        f"MODEL.PSF.{key}"
+        for key in (
+            *("HIDDEN_DIM", "NHEADS", "NUM_POINTS", "DIM_FEEDFORWARD", "MASK_LOSS_SCALE"),
+            *("LOCATION_DECODER.DEC_LAYERS", "MASK_DECODER.DEC_LAYERS"),
+            *("MASK_DECODER.THING_LAYERS", "MASK_DECODER.STUFF_LAYERS", "TEST.THING_PAIRS"),
+        )
+    ),
 )
 _NOT_NEGATIVE = (
     "SOLVER.BASE_LR_END",
@@ -138,13 +147,30 @@ _NOT_NEGATIVE = (
     "DATALOADER.NUM_WORKERS",
     "INPUT.MIN_SIZE_TEST",
     "MODEL.BACKBONE.FREEZE_AT",
+    "SOLVER.BACKBONE_MULTIPLIER",
+    "SOLVER.SAMPLING_MULTIPLIER",
+    *(
+        f"MODEL.PSF.{key}"
+        for key in (
+            *("ENC_LAYERS", "NUM_OBJECT_QUERIES", "MASK_DECODER.MATCHING.NUM_POINTS"),
+            *("CLASS_WEIGHT", "STUFF_CLASS_WEIGHT", "L1_WEIGHT", "GIOU_WEIGHT", "DICE_WEIGHT"),
+            *("THINGS_WEIGHT", "STUFF_WEIGHT", "TEST.CLASS_EXPONENT", "TEST.MASK_EXPONENT"),
+        )
+    ),
+)
+_FRACTIONS = tuple(
+    f"MODEL.PSF.{key}"
+    for key in (
+        *("DROPOUT", "TEST.SCORE_THRESHOLD"),
+        *("TEST.THING_KEEP_FRACTION", "TEST.STUFF_KEEP_FRACTION"),
+    )
 )
 _MOST_SEED = 2**31  # NumPy takes less than 2^32, and each process adds its rank
 
 
 def check_options(cfg: CfgNode) -> None:
     """
-    Check the options of Detectron2.
+    Check the options of Detectron2 and the numbers of the project's.
 
     Raises:
         ValueError: one has no effect here, or a value that nothing can be done with.
@@ -158,13 +184,7 @@ def check_options(cfg: CfgNode) -> None:
         if get_value(cfg, key) not in known:
             choices = ", ".join(map(str, known))
             raise ValueError(f"{key} is {get_value(cfg, key)!r}; known: {choices}")
-    for key in (*_POSITIVE, *_NOT_NEGATIVE):
-        value = get_value(cfg, key)
-        if not value >= 0 or (value == 0 and key in _POSITIVE):  # NaN is not >= 0
-            least = "more than 0" if key in _POSITIVE else "0 or more"
-            raise ValueError(f"{key} is {value}; it must be {least}")
-    if cfg.SEED > _MOST_SEED:
-        raise ValueError(f"SEED is {cfg.SEED}; it must be at most {_MOST_SEED}")
+    _check_numbers(cfg)
     if not cfg.OUTPUT_DIR:
         raise ValueError("OUTPUT_DIR is empty; it must name a folder, such as output/run_1")
     _check_device(cfg.MODEL.DEVICE)
@@ -189,6 +209,24 @@ def warn_of_options(cfg: CfgNode, defaults: CfgNode) -> None:
                 logger.warning("%s has no effect with %s %s", key, other, found)
     if cfg.TEST.EVAL_PERIOD and not cfg.DATASETS.TEST:
         logger.warning("TEST.EVAL_PERIOD has no effect: DATASETS.TEST is empty")
+
+
+def _check_numbers(cfg: CfgNode) -> None:
+    for key in (*_POSITIVE, *_NOT_NEGATIVE):
+        value = get_value(cfg, key)
+        if not value >= 0 or (value == 0 and key in _POSITIVE):  # NaN is not >= 0
+            least = "more than 0" if key in _POSITIVE else "0 or more"
+            raise ValueError(f"{key} is {value}; it must be {least}")
+    for key in _FRACTIONS:
+        if not 0 <= get_value(cfg, key) <= 1:
+            raise ValueError(f"{key} is {get_value(cfg, key)}; it must be in 0..1")
+    if cfg.INPUT.MIN_SCALE > cfg.INPUT.MAX_SCALE:
+        raise ValueError(
+            f"INPUT.MIN_SCALE is {cfg.INPUT.MIN_SCALE}; it must not be above INPUT.MAX_SCALE, "
+            f"{cfg.INPUT.MAX_SCALE}"
+        )
+    if cfg.SEED > _MOST_SEED:
+        raise ValueError(f"SEED is {cfg.SEED}; it must be at most {_MOST_SEED}")
 
 
 def _check_device(device: str) -> None:

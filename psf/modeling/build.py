@@ -25,6 +25,8 @@ from psf.modeling.release_decoder import DecoupledMaskDecoder
 from psf.modeling.runtime import Runtime
 from psf.precision import usable_precision
 
+MOST_LEVELS = 4  # the coarsest of stride 64
+
 MaskDecoder = JointMaskDecoder | DecoupledMaskDecoder
 
 TRANSFORMER_LAYERS = (EncoderLayer, LocationDecoderLayer, MaskDecoderLayer)
@@ -121,6 +123,16 @@ def _build_backbone(cfg: CfgNode) -> Backbone:
             f"{list(shapes)}. Name maps of the backbone (MODEL.RESNETS.OUT_FEATURES)"
         )
     strides = [shapes[key].stride for key in psf.IN_FEATURES]
+    if not strides or strides != sorted(strides):
+        raise ValueError(
+            f"MODEL.PSF.IN_FEATURES is {psf.IN_FEATURES} of strides {strides}; it must name maps "
+            "from fine to coarse"
+        )
+    if not len(strides) <= psf.NUM_FEATURE_LEVELS <= MOST_LEVELS:
+        raise ValueError(
+            f"MODEL.PSF.NUM_FEATURE_LEVELS is {psf.NUM_FEATURE_LEVELS}; it must be in "
+            f"{len(strides)}..{MOST_LEVELS}, as MODEL.PSF.IN_FEATURES has {len(strides)}"
+        )
     if psf.TEST.PAD_TO and strides != [8 * 2**level for level in range(len(strides))]:
         raise ValueError(
             f"MODEL.PSF.TEST.PAD_TO needs maps of strides 8, 16, 32, but {psf.IN_FEATURES} have "
