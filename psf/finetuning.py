@@ -119,10 +119,14 @@ class ClassCheckpointer(Checkpointer):
     def _load_model(self, checkpoint: Any) -> Any:
         saved = checkpoint.pop("classes", None)
         ours, weights = self.class_names, checkpoint["model"]
-        unnamed = self.weights_class_names or _released_classes(checkpoint.get("origin"), weights)
-        theirs = ClassNames(**saved) if saved is not None else unnamed
+        theirs, source = self.weights_class_names, "MODEL.PSF.WEIGHTS_DATASET"
+        if saved is not None:
+            theirs, source = _saved_classes(saved), "The entry 'classes' of the checkpoint"
+        elif theirs is None:
+            theirs = _released_classes(checkpoint.get("origin"), weights)
         has_heads = any(_THING_ROWS.search(name) for name in weights)
         if has_heads and theirs is not None and ours is not None and theirs != ours:
+            _check_counts(theirs, weights, source)
             if self.same_classes:
                 align_names(
                     theirs,
@@ -153,6 +157,31 @@ class ClassCheckpointer(Checkpointer):
                 ", ".join(matches.unused) or "none",
             )
         return transfer_classes(weights, self.model.state_dict(), things=things, stuff=stuff)
+
+
+def _saved_classes(saved: Any) -> ClassNames:
+    """The entry ``classes`` of a checkpoint; ValueError if it is something else."""
+    has_kinds = isinstance(saved, Mapping) and set(saved) == set(ClassNames._fields)
+    if not has_kinds or not all(
+        isinstance(kind, list) and all(isinstance(name, str) for name in kind)
+        for kind in saved.values()
+    ):
+        raise ValueError(
+            "The entry 'classes' of the checkpoint is not the names of its things and stuff. "
+            "Remove it, and set MODEL.PSF.WEIGHTS_DATASET to a data set with its classes."
+        )
+    return ClassNames(**saved)
+
+
+def _check_counts(classes: ClassNames, weights: Mapping[str, Any], source: str) -> None:
+    """Raise ValueError unless there is a name for each row of classes."""
+    for names, pattern in zip(classes, (_THING_ROWS, _STUFF_ROWS), strict=True):
+        for name in filter(pattern.search, weights):
+            if len(weights[name]) != len(names):
+                raise ValueError(
+                    f"{source} names {len(names)} classes, but the checkpoint has "
+                    f"{len(weights[name])} of this kind ({name})."
+                )
 
 
 def _released_classes(origin: Origin | None, weights: Mapping[str, Tensor]) -> ClassNames | None:
