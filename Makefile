@@ -16,7 +16,7 @@ setup: $(VENV)/.extension-built  ## Make .venv, install the requirements, build 
 demo: setup  ## Train on the synthetic data set, evaluate, draw; ends with PQ and the pictures.
 	$(BIN)/python train_net.py --config-file $(DEMO_CONFIG) --resume OUTPUT_DIR $(DEMO_OUTPUT)
 
-test: setup lint types unit  ## Everything that CI runs; CI=true runs the slow tests, too.
+test: setup lint types unit $(if $(CI),fuzz)  ## Everything; CI=true adds slow tests and a minute of fuzzing.
 
 lint: setup  ## Style of the Python code.
 	$(BIN)/ruff check .

@@ -26,13 +26,13 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.logger import setup_logger
 
 from psf.config import load_config
-from psf.files import write_beside
+from psf.console import log_to
+from psf.files import named, write_text
 from psf.inference import optimize_for_inference
 from psf.predictor import inference_checkpointer
-from psf.run_folder import CONFIG, check_folder, claimed
+from psf.run_folder import CONFIG, check_folder, claimed, require_folder
 from psf.trainer import CONTACT_SHEET, CURVES, Trainer, summary, write_pictures
 from psf.weights import LAST_CHECKPOINT, check_weights
 
@@ -53,6 +53,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
             check_evaluation(cfg, resume=args.resume)
         else:
             check_folder(cfg.OUTPUT_DIR, resume=args.resume)
+        require_folder(cfg.OUTPUT_DIR)
     cfg.freeze()
     return cfg
 
@@ -74,10 +75,10 @@ def check_evaluation(cfg: CfgNode, *, resume: bool) -> None:
 
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
-    """Errors of what the user gave end the program with their message alone."""
+    """Errors of files and of what the user gave end the program with their message alone."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
         raise SystemExit(str(error)) from error
 
 
@@ -86,15 +87,22 @@ def start(cfg: CfgNode, args: argparse.Namespace) -> None:
     Set up logging and seeds; a training also writes its config. As Detectron2's ``default_setup``.
     """
     rank = comm.get_rank()
-    for name in ("fvcore", "detectron2", "psf"):
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
-    logger.info("Rank of current process: %d. World size: %d", rank, comm.get_world_size())
-    logger.info("Environment info:\n%s", collect_env_info())
-    logger.info("Command line arguments: %s", args)
-    logger.info("Running with full config:\n%s", cfg.dump())
+    # The tables of a training's evaluations are in the folder and in the log.
+    log_to(cfg.OUTPUT_DIR, rank=rank, hidden=() if args.eval_only else ("psf.evaluation",))
+    logger.info(
+        "%s on %s, processes: %d, threads of each: %d. The log is '%s'",
+        "Evaluation" if args.eval_only else "Training",
+        cfg.MODEL.DEVICE,
+        comm.get_world_size(),
+        torch.get_num_threads(),
+        Path(cfg.OUTPUT_DIR, "log.txt"),
+    )
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA
+    logger.debug("Environment info:\n%s", collect_env_info())
+    logger.debug("Command line arguments: %s", args)
+    logger.debug("Running with full config:\n%s", cfg.dump())
     if comm.is_main_process() and not args.eval_only:
-        with write_beside(Path(cfg.OUTPUT_DIR, CONFIG)) as partial:
-            partial.write_text(cfg.dump(), encoding="utf-8")
+        write_text(Path(cfg.OUTPUT_DIR, CONFIG), cfg.dump())
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
     if not args.eval_only:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
@@ -111,14 +119,14 @@ def main(args: argparse.Namespace) -> OrderedDict[str, Any] | None:
 
 def evaluate(cfg: CfgNode, args: argparse.Namespace) -> OrderedDict[str, Any]:
     """Evaluate ``MODEL.WEIGHTS``, or with ``--resume`` the last checkpoint."""
-    start(cfg, args)
     with one_line():
+        start(cfg, args)
         Trainer.check_test_sets(cfg)
         model = Trainer.build_model(cfg).eval()
         checkpointer = inference_checkpointer(cfg, model, cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-    optimize_for_inference(model)
-    results: OrderedDict[str, Any] = Trainer.test(cfg, model)
+        optimize_for_inference(model)
+        results: OrderedDict[str, Any] = Trainer.test(cfg, model)
     if comm.is_main_process():
         write_pictures(cfg, model)
         verify_results(cfg, results)
@@ -127,15 +135,13 @@ def evaluate(cfg: CfgNode, args: argparse.Namespace) -> OrderedDict[str, Any]:
 
 def train(cfg: CfgNode, args: argparse.Namespace) -> OrderedDict[str, Any] | None:
     """Train; returns the results of the last evaluation."""
-    with contextlib.ExitStack() as until_the_end:
-        if comm.is_main_process():
-            with one_line():
-                until_the_end.enter_context(claimed(cfg.OUTPUT_DIR))
+    is_main = comm.is_main_process()
+    with one_line(), claimed(cfg.OUTPUT_DIR) if is_main else contextlib.nullcontext():
         start(cfg, args)
-        with one_line():
-            trainer = Trainer(cfg)
-            trainer.resume_or_load(resume=args.resume)
-        trainer.train()
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        with named(cfg.OUTPUT_DIR):
+            trainer.train()
         return trainer.last_results
 
 

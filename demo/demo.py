@@ -32,7 +32,9 @@ from PIL import Image
 
 from psf.config import load_config, user_path
 from psf.evaluation.pictures import draw_panoptic
+from psf.files import write_beside
 from psf.images import read_image
+from psf.output_paths import refuse_inputs
 from psf.predictor import Predictor
 from psf.weights import check_weights
 
@@ -152,8 +154,10 @@ def plan(sources: Sequence[Path], output: Path | None) -> list[Job]:
         other = by_target.setdefault(target, source)
         if other != source:
             raise SystemExit(f"--output: '{other}' and '{source}' would both be '{target}'")
-        if target.exists() and target.samefile(source):
-            raise SystemExit(f"--output: '{target}' would overwrite an input image")
+    try:
+        refuse_inputs(targets, sources)
+    except ValueError as error:
+        raise SystemExit(f"--output: {error}") from error
     return [Job(source, target) for source, target in zip(sources, targets, strict=True)]
 
 
@@ -229,8 +233,8 @@ def save(picture: NDArray[np.uint8], target: Path) -> None:
             f"the picture has {width} x {height} pixels, but {target.suffix} at most {most} on a "
             "side: use --output <folder> with PNGs, or a smaller image"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(target, quality=95)  # of JPEG and WebP
+    with write_beside(target) as partial:
+        Image.fromarray(picture).save(partial, quality=95)  # of JPEG and WebP
 
 
 def describe(error: BaseException) -> str:

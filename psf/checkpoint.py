@@ -5,15 +5,10 @@ prefix. Every entry of a checkpoint must be in the table or in the list of dropp
 is skipped silently.
 """
 
-import pickle
 import re
-import struct
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor
 
 
@@ -199,152 +194,6 @@ OLD_NAMES = {
 }
 
 
-# First bytes of the old and the present file format of torch.save.
-_PICKLE, _ZIP = b"\x80", b"PK\x03\x04"
-
-# What unpickling raises on damaged files, besides UnpicklingError.
-DAMAGED = (
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    OverflowError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
-
-
-def read(path: str) -> dict[str, Any]:
-    """
-    Read a file of ``torch.save`` that holds tensors and plain values only, without running code.
-
-    Raises:
-        ValueError: the file holds something else, is damaged, or has another format.
-    """
-    with open(path, "rb") as file:
-        begin = file.read(4)
-    if begin[:1] != _PICKLE and begin != _ZIP:
-        raise ValueError(
-            f"'{path}' is not a PyTorch checkpoint: it {_describe(begin)}. If a download failed, "
-            "repeat it."
-        )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        forbidden = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = "a pickle of another kind" if forbidden is None else f"it holds {forbidden[1]}"
-        raise ValueError(
-            f"'{path}' is not a PyTorch checkpoint of tensors and plain values: {what}. Reading it "
-            "could run code. If you trust its source, load it with "
-            "torch.load(path, weights_only=False) and save its state dict with torch.save."
-        ) from error
-    except DAMAGED as error:
-        raise ValueError(
-            f"'{path}' is not a complete PyTorch checkpoint: it is truncated or damaged, or a zip "
-            "file of another kind. Copy or download it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"'{path}' holds a {type(content).__name__}, not a dict of weights")
-    return content
-
-
-def read_pickle(path: str) -> dict[str, Any]:
-    """
-    Read a pickle of NumPy arrays and strings, as Detectron2's model zoo has, without running code.
-
-    Raises:
-        ValueError: the file holds something else, or is damaged.
-    """
-    try:
-        with open(path, "rb") as file:
-            content = _ArrayUnpickler(file, encoding="latin1").load()
-    except _NotAllowed as error:
-        raise ValueError(
-            f"'{path}' is not a pickle of arrays and strings: {error}. Reading it could run code. "
-            "If you trust its source, save its weights with torch.save."
-        ) from error
-    except (pickle.UnpicklingError, SystemError, *DAMAGED) as error:  # SystemError is NumPy's
-        raise ValueError(f"'{path}' is truncated or damaged. Copy or download it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"'{path}' holds a {type(content).__name__}, not a dict of weights")
-    return content
-
-
-def arrays(content: Any, path: str) -> dict[str, Any]:
-    """
-    Check the weights of a pickle.
-
-    Raises:
-        ValueError: they are not a dict of arrays by name.
-    """
-    named = isinstance(content, dict) and all(
-        isinstance(name, str) and isinstance(value, np.ndarray) for name, value in content.items()
-    )
-    if not named:
-        raise ValueError(f"'{path}' holds no dict of arrays by name, but other things")
-    return dict(content)
-
-
-class _NotAllowed(pickle.UnpicklingError):
-    """The file holds something that is not an array, text or number."""
-
-
-class _ArrayUnpickler(pickle._Unpickler):
-    """
-    Refuses everything but what NumPy arrays of numbers and dicts are made of.
-
-    Python's own unpickler, since that in C allocates 64 GB if four bytes of the file say so. Byte
-    arrays are read before they are allocated.
-    """
-
-    def _byte_array(self: Any) -> None:
-        (length,) = struct.unpack("<Q", self.read(8))
-        self.append(bytearray(self.read(length)))
-
-    _loads: ClassVar[dict[int, Any]] = pickle._Unpickler.dispatch
-    dispatch: ClassVar[dict[int, Any]] = {**_loads, pickle.BYTEARRAY8[0]: _byte_array}
-
-    def find_class(self, module: str, name: str) -> Callable[..., Any]:
-        """Called by pickle for each object that is not a plain value."""
-        allowed = _PICKLED.get(f"{module.replace('numpy._core', 'numpy.core')}.{name}")
-        if allowed is None:
-            raise _NotAllowed(f"it holds {f'{module}.{name}'!r}")
-        return allowed
-
-
-def _number_type(code: str, *options: bool) -> "np.dtype[Any]":
-    if not re.fullmatch(r"[<>=|]?[biuf][0-9]+", code):
-        raise _NotAllowed(f"it holds an array of type '{code}'")
-    return np.dtype(code, *options)
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """How Python 3 pickles bytes in the protocols of Python 2."""
-    if encoding != "latin1":
-        raise _NotAllowed(f"it holds text in '{encoding}'")
-    return text.encode(encoding)
-
-
-_PICKLED: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": OrderedDict,
-    "_codecs.encode": _encode,
-    "numpy.ndarray": np.ndarray,
-    "numpy.dtype": _number_type,
-    # The functions that NumPy names in pickles, by their names in NumPy 1.
-    "numpy.core.multiarray._reconstruct": np.empty(0).__reduce__()[0],  # type: ignore[dict-item]
-    "numpy.core.multiarray.scalar": np.float32(0).__reduce__()[0],  # type: ignore[dict-item]
-    "numpy.core.numeric._frombuffer": np.empty(0).__reduce_ex__(5)[0],  # type: ignore[dict-item]
-}
-
-
-def _describe(begin: bytes) -> str:
-    return f"begins with {begin!r}" if begin else "is empty"
-
-
 def find_state_dict(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """
     Find the weights in a checkpoint; strips ``module.`` of wrapped models, renames early names.
@@ -362,11 +211,15 @@ def find_state_dict(content: Mapping[str, Any]) -> dict[str, Tensor]:
             break
     if not content:
         raise ValueError("The checkpoint holds no weights")
-    others = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    others = [
+        str(name)
+        for name, value in content.items()
+        if not (isinstance(name, str) and isinstance(value, Tensor))
+    ]
     if others:
         raise ValueError(
             f"The checkpoint has no weights under 'state_dict' or 'model', and its entries "
-            f"{', '.join(sorted(others)[:5])} are not tensors"
+            f"{', '.join(sorted(others)[:5])} are not tensors with names"
         )
     weights = {name.removeprefix("module."): value for name, value in content.items()}
     for old, new in OLD_NAMES.items():

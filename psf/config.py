@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,9 @@ from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 from detectron2.utils.file_io import PathManager
 
-from psf.options import check_options, leaf_keys, warn_of_options
+from psf.options import check_options, values_by_key, warn_of_options
+
+_MOST_VALUES = 100_000  # of a file; a few aliases can stand for more than fits into memory
 
 
 def load_config(path: str | Path = "", opts: Sequence[Any] = ()) -> CN:
@@ -32,16 +35,23 @@ def load_config(path: str | Path = "", opts: Sequence[Any] = ()) -> CN:
     """
     cfg = get_cfg()
     add_psf_config(cfg)
-    defaults = cfg.clone()
+    pristine = cfg.clone()
+    defaults = values_by_key(cfg)
+    sources = ["KEY VALUE pairs"] if opts or not path else []
     if path:
         file = find_config(path)
-        with _explain(cfg, f"'{file}'"):
+        sources.insert(0, f"'{file}'")
+        with _explain(cfg, sources[0]):
             _check_yaml(str(file))
             cfg.merge_from_file(str(file), allow_unsafe=False)
     with _explain(cfg, "KEY VALUE pairs"):
         cfg.merge_from_list(list(opts))
-    check_options(cfg)
-    warn_of_options(cfg, defaults)
+    with _explain(cfg, " and ".join(sources)):
+        for key, value in values_by_key(cfg).items():
+            if value is None and defaults.get(key) is not None:
+                raise ValueError(f"{key} is null; the default is {defaults[key]!r}")
+        check_options(cfg)
+    warn_of_options(cfg, pristine)
     cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)
     cfg.MODEL.WEIGHTS = os.path.expanduser(cfg.MODEL.WEIGHTS)
     cfg.DATASETS.REGISTER = [_expand(entry) for entry in cfg.DATASETS.REGISTER]
@@ -72,6 +82,8 @@ def _check_yaml(path: str, above: tuple[str, ...] = ()) -> None:
         raise ValueError(f"'{path}' is its own _BASE_")
     with PathManager.open(path, "r") as file:
         content = yaml.safe_load(file)
+    if sum(1 for _ in itertools.islice(_parts(content), _MOST_VALUES)) == _MOST_VALUES:
+        raise ValueError(f"'{path}' holds {_MOST_VALUES} values or more, counting aliases (*)")
     bases = content.get("_BASE_", []) if isinstance(content, dict) else None
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -80,6 +92,14 @@ def _check_yaml(path: str, above: tuple[str, ...] = ()) -> None:
         # As fvcore: a path is relative to the file that names it.
         is_url = base.startswith(("https://", "http://"))
         _check_yaml(base if is_url else os.path.join(os.path.dirname(path), base), (*above, path))
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """A value of YAML and those in it, as often as they are there."""
+    yield value
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _parts(part)
 
 
 def find_config(path: str | Path) -> Path:
@@ -102,16 +122,22 @@ def find_config(path: str | Path) -> Path:
     )
 
 
+# What wrong files and values raise, besides errors of YAML.
+_CAUSES = (
+    *(AssertionError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError),
+)
+
+
 @contextlib.contextmanager
 def _explain(cfg: CN, source: str) -> Iterator[None]:
     """Turn what yacs and YAML raise into one line that names the source of the error."""
     try:
         yield
-    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except _CAUSES as error:
         message = " ".join(str(error).strip("'\"").split())
         hint = ""
         if message.startswith("Non-existent"):
-            close = difflib.get_close_matches(message.rpartition(": ")[2], leaf_keys(cfg), n=1)
+            close = difflib.get_close_matches(message.rpartition(": ")[2], values_by_key(cfg), n=1)
             hint = f". Did you mean {close[0]}?" if close else ""
         raise ValueError(f"Config error in {source}: {message}{hint}") from error
     except yaml.YAMLError as error:
@@ -168,6 +194,21 @@ def _add_model(cfg: CN) -> None:
 
     cfg.MODEL.PSF.LOCATION_DECODER = CN()
     cfg.MODEL.PSF.LOCATION_DECODER.DEC_LAYERS = 6  # paper, section 4.2
+    # Ways of learning faster that the paper does not have; all are off by default.
+    # Queries start at the encoder's best tokens (Deformable DETR's two stages, DINO's mixed query
+    # selection).
+    cfg.MODEL.PSF.LOCATION_DECODER.QUERY_SELECTION = False
+    # Denoising queries (DN-DETR, contrastive as in DINO): every thing occurs in so many GROUPS; 0:
+    # none. LABEL_NOISE is the probability of a random label, BOX_NOISE the largest shift of an
+    # edge in halves of the box's side.
+    cfg.MODEL.PSF.LOCATION_DECODER.DENOISING = CN()
+    cfg.MODEL.PSF.LOCATION_DECODER.DENOISING.GROUPS = 0
+    cfg.MODEL.PSF.LOCATION_DECODER.DENOISING.LABEL_NOISE = 0.25
+    cfg.MODEL.PSF.LOCATION_DECODER.DENOISING.BOX_NOISE = 1.0
+    # Extra queries in training, REPEATS of them for every thing (H-DETR: 1500 and 6). 0: none.
+    cfg.MODEL.PSF.LOCATION_DECODER.ONE_TO_MANY = CN()
+    cfg.MODEL.PSF.LOCATION_DECODER.ONE_TO_MANY.QUERIES = 0
+    cfg.MODEL.PSF.LOCATION_DECODER.ONE_TO_MANY.REPEATS = 6
 
     # Activation checkpointing of "backbone" (Detectron2's ResNets), "encoder", "location_decoder",
     # "mask_decoder": same losses and gradients, less memory, more time.
@@ -204,6 +245,13 @@ def _add_losses(cfg: CN) -> None:
     cfg.MODEL.PSF.DICE_WEIGHT = 2.0
     # Masks are upsampled by this factor before the Dice loss (official code: 2, to stride 4).
     cfg.MODEL.PSF.MASK_LOSS_SCALE = 2
+    # Class scores learn the quality of the box or mask (generalised focal loss, IoU or Dice).
+    cfg.MODEL.PSF.QUALITY_SCORES = False
+    # Weight of binary cross-entropy of masks at random points beside the Dice loss, and the number
+    # of points (Mask2Former, section 3.3: 5 and 12544). "joint" only.
+    cfg.MODEL.PSF.MASK_POINTS = CN()
+    cfg.MODEL.PSF.MASK_POINTS.WEIGHT = 0.0
+    cfg.MODEL.PSF.MASK_POINTS.NUM_POINTS = 12544
     # lambda_things and lambda_stuff (paper, equation 1), besides the weighting by counts.
     cfg.MODEL.PSF.THINGS_WEIGHT = 1.0
     cfg.MODEL.PSF.STUFF_WEIGHT = 1.0
@@ -299,6 +347,10 @@ def _add_solver(cfg: CN) -> None:
     cfg.SOLVER.REFERENCE_BATCH_SIZE = 0
     # Gradient accumulation: split each batch of IMS_PER_BATCH images into this many parts.
     cfg.SOLVER.ACCUMULATE_STEPS = 1
+    # Average the weights over the iterations (exponential moving average, as RT-DETR does), for
+    # evaluation and checkpoints; 0: no average. 0.9998 averages over about 5000 iterations. The
+    # decay grows to this value as in TensorFlow: min(EMA_DECAY, (1 + i) / (10 + i)).
+    cfg.SOLVER.EMA_DECAY = 0.0
     # Compile the layers with torch.compile in training (docs/training_performance.md). Needs a C++
     # compiler on a CPU, Triton on a GPU.
     cfg.SOLVER.COMPILE = False

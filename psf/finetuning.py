@@ -12,19 +12,27 @@ from torch import Tensor, nn
 
 from psf.checkpoint import AUTHORS
 from psf.data import categories
+from psf.data.annotations import TEXT, Keys, find_misfit
 from psf.data.class_map import ClassNames, align_names
+from psf.ema import ModelEma
 from psf.weights import Checkpointer, Origin
 
 logger = logging.getLogger(__name__)
 
 # Parameters with one row per thing class, and with one row per stuff class.
-_THING_ROWS = re.compile(r"(^|\.)(class_heads|thing_heads)\.\d+\.(weight|bias)$")
+_THING_ROWS = re.compile(
+    r"(^|\.)(class_heads\.\d+|thing_heads\.\d+|selection\.class_head|label_embed)\.(weight|bias)$"
+)
 _STUFF_ROWS = re.compile(r"(^|\.)stuff_query\.weight$")
 
 # The authors' released models are of COCO, in the order of its categories.
 RELEASED_CLASSES = ClassNames(
     *([c["name"] for c in categories.COCO if c["isthing"] == kind] for kind in (1, 0))
 )
+
+
+_NAMES = (lambda v: type(v) is list and all(map(TEXT[0], v)), "a list of names")
+_CLASSES: Keys = {"things": _NAMES, "stuff": _NAMES}
 
 
 class Matches(NamedTuple):
@@ -92,6 +100,7 @@ class ClassCheckpointer(Checkpointer):
         class_names: ClassNames | None,
         weights_class_names: ClassNames | None = None,
         same_classes: bool = False,
+        ema: ModelEma | None = None,
         **checkpointables: Any,
     ) -> None:
         """
@@ -103,25 +112,32 @@ class ClassCheckpointer(Checkpointer):
                 the authors' released models have COCO's.
             same_classes: refuse checkpoints that have not the same classes, in any order: for
                 inference, where a new class would be predicted with random weights.
+            ema: average of the model's weights, which is saved as the model.
             checkpointables: other objects to save, as in Detectron2.
         """
         super().__init__(model, save_dir, **checkpointables)
         self.class_names = class_names
         self.weights_class_names = weights_class_names
         self.same_classes = same_classes
+        self.ema = ema
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Save the model with the names of its classes."""
         if self.class_names is not None:
             kwargs["classes"] = {key: list(v) for key, v in self.class_names._asdict().items()}
+        if self.ema is not None:
+            kwargs["model"] = self.ema.state_dict()
         super().save(name, **kwargs)
 
     def _load_model(self, checkpoint: Any) -> Any:
         saved = checkpoint.pop("classes", None)
+        misfit = None if saved is None else find_misfit(saved, _CLASSES)
+        if misfit:
+            raise ValueError(f"'classes' in the checkpoint: {misfit}. Remove it from the file")
         ours, weights = self.class_names, checkpoint["model"]
         theirs, source = self.weights_class_names, "MODEL.PSF.WEIGHTS_DATASET"
         if saved is not None:
-            theirs, source = _saved_classes(saved), "The entry 'classes' of the checkpoint"
+            theirs, source = ClassNames(**saved), "The entry 'classes' of the checkpoint"
         elif theirs is None:
             theirs = _released_classes(checkpoint.get("origin"), weights)
         has_heads = any(_THING_ROWS.search(name) for name in weights)
@@ -135,8 +151,8 @@ class ClassCheckpointer(Checkpointer):
                     ours_of="the model's data set",
                     mend="Let DATASETS.TRAIN begin with the data set that it was trained on",
                 )
-            # Moments have rows of classes too.
-            checkpoint.get("trainer", {}).get("_trainer", {}).pop("optimizer", None)
+            for rows_of_classes in ("optimizer", "ema"):
+                checkpoint.get("trainer", {}).get("_trainer", {}).pop(rows_of_classes, None)
             checkpoint = {**checkpoint, "model": self._fit(weights, theirs, ours)}
         return super()._load_model(checkpoint)
 
@@ -159,25 +175,11 @@ class ClassCheckpointer(Checkpointer):
         return transfer_classes(weights, self.model.state_dict(), things=things, stuff=stuff)
 
 
-def _saved_classes(saved: Any) -> ClassNames:
-    """The entry ``classes`` of a checkpoint; ValueError if it is something else."""
-    has_kinds = isinstance(saved, Mapping) and set(saved) == set(ClassNames._fields)
-    if not has_kinds or not all(
-        isinstance(kind, list) and all(isinstance(name, str) for name in kind)
-        for kind in saved.values()
-    ):
-        raise ValueError(
-            "The entry 'classes' of the checkpoint is not the names of its things and stuff. "
-            "Remove it, and set MODEL.PSF.WEIGHTS_DATASET to a data set with its classes."
-        )
-    return ClassNames(**saved)
-
-
 def _check_counts(classes: ClassNames, weights: Mapping[str, Any], source: str) -> None:
     """Raise ValueError unless there is a name for each row of classes."""
     for names, pattern in zip(classes, (_THING_ROWS, _STUFF_ROWS), strict=True):
         for name in filter(pattern.search, weights):
-            if len(weights[name]) != len(names):
+            if len(weights[name]) not in (len(names), max(1, len(names))):  # one embedding at least
                 raise ValueError(
                     f"{source} names {len(names)} classes, but the checkpoint has "
                     f"{len(weights[name])} of this kind ({name})."

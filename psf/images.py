@@ -119,8 +119,8 @@ def require_few_pixels(path: str, width: int, height: int) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
         raise ValueError(
-            f"'{path}' has {width} x {height} pixels by its header, more than the limit of {limit}."
-            f" If it is not damaged, set the environment variable {PIXELS_VARIABLE} to more (at "
+            f"'{path}' declares {width} x {height} pixels, more than the limit of {limit}. "
+            f"If it is not damaged, set the environment variable {PIXELS_VARIABLE} to more (at "
             f"most {MOST_PIXELS}), or make the image smaller."
         )
 

@@ -185,6 +185,16 @@ def check_options(cfg: CfgNode) -> None:
             choices = ", ".join(map(str, known))
             raise ValueError(f"{key} is {get_value(cfg, key)!r}; known: {choices}")
     _check_numbers(cfg)
+    if not 0 <= cfg.SOLVER.EMA_DECAY < 1:
+        raise ValueError(
+            f"SOLVER.EMA_DECAY is {cfg.SOLVER.EMA_DECAY}; it must be 0 (no average) or between 0 "
+            "and 1, such as 0.9998"
+        )
+    if cfg.SOLVER.EMA_DECAY and cfg.TEST.PRECISE_BN.ENABLED:
+        raise ValueError(
+            "TEST.PRECISE_BN computes statistics for the weights that are trained, but with "
+            "SOLVER.EMA_DECAY their average is evaluated. Turn one of them off"
+        )
     if not cfg.OUTPUT_DIR:
         raise ValueError("OUTPUT_DIR is empty; it must name a folder, such as output/run_1")
     _check_device(cfg.MODEL.DEVICE)
@@ -341,7 +351,9 @@ def get_value(cfg: CfgNode, key: str) -> Any:
 def changed_keys(cfg: CfgNode, defaults: CfgNode, group: str) -> list[str]:
     """The keys of a group, or a single key, whose values are not the defaults."""
     node = get_value(defaults, group)
-    keys = [f"{group}.{key}" for key in leaf_keys(node)] if isinstance(node, CfgNode) else [group]
+    keys = (
+        [f"{group}.{key}" for key in values_by_key(node)] if isinstance(node, CfgNode) else [group]
+    )
     return [key for key in keys if _plain(get_value(cfg, key)) != _plain(get_value(defaults, key))]
 
 
@@ -350,10 +362,10 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def leaf_keys(node: CfgNode, prefix: str = "") -> list[str]:
-    """All keys below a node, with dots."""
-    keys: list[str] = []
+def values_by_key(node: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """All values below a node, by their keys with dots."""
+    values: dict[str, Any] = {}
     for key, value in node.items():
         is_node = isinstance(value, CfgNode)
-        keys += leaf_keys(value, f"{prefix}{key}.") if is_node else [prefix + key]
-    return keys
+        values |= values_by_key(value, f"{prefix}{key}.") if is_node else {prefix + key: value}
+    return values

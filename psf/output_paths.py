@@ -25,6 +25,12 @@ def below(folder: str | os.PathLike[str], name: str) -> Path:
     return path
 
 
+def refuse_files(output: Path, files: Iterable[str | Path]) -> None:
+    """As :func:`refuse_inputs` for one file, fast where there are many inputs."""
+    name = output.resolve().name
+    refuse_inputs([output], (path for path in map(Path, files) if path.name == name))
+
+
 def refuse_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
     """
     Check that outputs are no inputs.
@@ -36,11 +42,11 @@ def refuse_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
     Raises:
         ValueError: an output is an input, or a folder that has it.
     """
-    read = [path.resolve() for path in inputs]
+    resolved = [(path, path.resolve()) for path in inputs]
+    read = {part: path for path, full in resolved for part in (full, *full.parents)}
     for output in outputs:
-        target = output.resolve()
-        for path in read:
-            if target == path or target in path.parents:
-                raise ValueError(
-                    f"'{output}' would overwrite the input '{path}'. Choose another output folder."
-                )
+        path = read.get(output.resolve())
+        if path is not None:
+            raise ValueError(
+                f"'{output}' would overwrite the input '{path}'. Choose another output folder."
+            )

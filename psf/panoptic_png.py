@@ -11,6 +11,7 @@ import numpy as np
 from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 
+from .files import named
 from .images import damaged, decode, read_bytes, require_few_pixels
 
 MAX_ID = (1 << 24) - 1
@@ -108,5 +109,5 @@ def write_panoptic_ids(path: str, ids: NDArray[np.integer]) -> None:
     # Run-length compression is the fastest, and flat images become as small as by the default.
     rle = [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE, cv2.IMWRITE_PNG_COMPRESSION, 1]
     _, png = cv2.imencode(".png", cv2.cvtColor(rgba, cv2.COLOR_RGBA2BGR), rle)
-    with PathManager.open(path, "wb") as file:
+    with named(path), PathManager.open(path, "wb") as file:
         file.write(png.tobytes())

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,12 +19,30 @@ CONFIG = "config.yaml"
 METRICS = "metrics.json"
 
 
+def require_folder(output_dir: str) -> None:
+    """
+    Create a folder.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        raise ValueError(
+            f"OUTPUT_DIR '{output_dir}' is not a folder that can be written ({error}). Set it to "
+            "another."
+        ) from error
+
+
 def check_folder(output_dir: str, *, resume: bool) -> None:
     """
     Check that a training may write into a folder.
 
     Raises:
-        ValueError: it has the checkpoints of a run that is not to be continued, or that cannot be.
+        ValueError: it has the checkpoints of a run that is not to be continued, or that cannot be,
+            or a config that no run wrote.
     """
     folder = Path(output_dir)
     names = [
@@ -41,19 +60,29 @@ def check_folder(output_dir: str, *, resume: bool) -> None:
             f"--resume: OUTPUT_DIR '{folder}' has checkpoints ({names[-1]}) but no "
             f"'{LAST_CHECKPOINT}'. Write the name of the checkpoint to continue from into it."
         )
+    if not names and not tagged:
+        _require_config_of_a_run(folder / CONFIG)
     if resume and not tagged:
         logger.warning("--resume: no checkpoint in '%s', the training starts anew", folder)
+
+
+def _require_config_of_a_run(path: Path) -> None:
+    """Refuse to overwrite a config that a person wrote: those of runs have all keys."""
+    if path.is_file() and "\nCUDNN_BENCHMARK:" not in f"\n{path.read_text(errors='replace')}":
+        raise ValueError(
+            f"'{path}' would be overwritten by that of the training. Rename it, or set OUTPUT_DIR "
+            "to another folder."
+        )
 
 
 @contextlib.contextmanager
 def claimed(output_dir: str) -> Iterator[None]:
     """
-    Keep other trainings out of a folder, which is created, until this process ends or leaves.
+    Keep other trainings out of a folder until this process ends or leaves.
 
     Raises:
         ValueError: another process trains into it.
     """
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
     with Path(output_dir, LOCK).open("a+", encoding="utf-8") as file:
         try:
             # The lock of a process: gone with it, however it ends, and not inherited by workers.
@@ -66,6 +95,8 @@ def claimed(output_dir: str) -> Iterator[None]:
             ) from error
         except OSError as error:
             logger.warning("'%s' cannot be locked against other trainings: %s", output_dir, error)
+        for leftover in Path(output_dir).glob("model_*.partial.pth"):
+            leftover.unlink()  # a kill left it
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

@@ -1,7 +1,6 @@
 """AdamW with the learning-rate groups of Deformable DETR and the paper."""
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,44 +44,6 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if full_model_clip_norm(cfg) is not None:
         return optimizer  # the trainer clips
     return maybe_add_gradient_clipping(cfg, optimizer)
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any] | None) -> None:
-    """
-    Load the moments of a checkpoint; learning rates and decays stay those of the config.
-
-    If the moments are of other parameters, the optimizer starts afresh, and a line says so.
-
-    Args:
-        optimizer: newly built.
-        state: its ``state_dict`` in the checkpoint; None: the checkpoint has none that fits.
-    """
-    misfit = "it is of other classes" if state is None else _misfit(optimizer, state)
-    if state is None or misfit is not None:
-        logger.warning(
-            "The optimizer starts afresh, its state in the checkpoint is not of this model: %s",
-            misfit,
-        )
-        return
-    own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    optimizer.load_state_dict(dict(state))
-    for group, options in zip(optimizer.param_groups, own, strict=True):
-        group.update(options)
-
-
-def _misfit(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> str | None:
-    """Why a state is not of an optimizer's parameters; None if it is."""
-    groups = [group["params"] for group in optimizer.param_groups]
-    saved = [group["params"] for group in state["param_groups"]]
-    counts, saved_counts = list(map(len, groups)), list(map(len, saved))
-    if counts != saved_counts:
-        return f"groups of {saved_counts} parameters instead of {counts}"
-    for params, indices in zip(groups, saved, strict=True):
-        for param, index in zip(params, indices, strict=True):
-            for name, value in state["state"].get(index, {}).items():
-                if name != "step" and value.shape != param.shape:
-                    return f"'{name}' {list(value.shape)} instead of {list(param.shape)}"
-    return None
 
 
 def full_model_clip_norm(cfg: CfgNode) -> float | None:

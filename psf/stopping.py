@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the training ends after the iteration, with a checkpoint."""
+"""SIGTERM, SIGHUP and Ctrl-C: the training ends after the iteration, with a checkpoint."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from detectron2.utils import comm
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopHook(HookBase):
@@ -33,9 +33,10 @@ class StopHook(HookBase):
         self.process = os.getpid()
 
     def before_train(self) -> None:
-        """Take the signals over, where Python allows it: in the main thread."""
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        """Take the signals over, except those that are ignored (as SIGHUP is under nohup)."""
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python cannot
+            heeded = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
+            self.handlers = {number: signal.signal(number, self._receive) for number in heeded}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:

@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import shutil
-import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -20,16 +19,18 @@ from detectron2.data import (
     build_detection_test_loader,
     build_detection_train_loader,
 )
-from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, create_ddp_model
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
 from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
-from torch import Tensor, nn
+from torch import nn
 
+from psf.console import ProgressHook
 from psf.data import ClassNames, PanopticDatasetMapper, register_listed
+from psf.ema import ModelEma
 from psf.evaluation import build_evaluators
 from psf.evaluation.charts import drawn_or_warned, write_curves
 from psf.evaluation.ground_truth import PanopticSegmentation, load_ground_truth
@@ -39,16 +40,17 @@ from psf.finetuning import ClassCheckpointer
 from psf.layers.host_memory import keep_freed_memory
 from psf.modeling.build import TRANSFORMER_LAYERS, model_dataset
 from psf.options import check_training
-from psf.precision import gpu_has_bfloat16, usable_precision
+from psf.precision import usable_precision
+from psf.resuming import check_trainer_state
 from psf.run_folder import METRICS, cut_metrics
 from psf.solver import (
     build_optimizer,
     check_reference_world_size,
     full_model_clip_norm,
-    load_optimizer,
     scale_to_batch_size,
 )
 from psf.stopping import StopHook
+from psf.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
 
@@ -58,120 +60,6 @@ CURVES = "curves.png"
 # Compilations of one function, for all layers that share it (torch's limit is 8). A ResNet has
 # eight kinds of blocks, each compiled for fixed and for symbolic sizes.
 RECOMPILE_LIMIT = 64
-
-
-class TrainStep(SimpleTrainer):
-    """
-    One training iteration: forward, loss check, backward, clipping, optimizer step.
-
-    Unlike Detectron2's AMPTrainer it supports mixed precision on any device (bfloat16, or float16
-    with loss scaling on GPUs without it), clips unscaled gradients, and accumulates gradients.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        data_loader: Any,
-        optimizer: torch.optim.Optimizer,
-        *,
-        amp: bool,
-        clip_norm: float | None,
-        norm_type: float = 2.0,
-        accumulate_steps: int = 1,
-    ) -> None:
-        """
-        Args:
-            model: returns a dict of losses in training.
-            data_loader: infinite.
-            optimizer: of the model's parameters.
-            amp: use mixed precision.
-            clip_norm: maximum norm of the whole gradient; None: no clipping.
-            norm_type: p of that norm.
-            accumulate_steps: number of parts that each batch is split into. If more than one, the
-                model must have ``count_segments`` and take its result as ``num_segments``.
-        """
-        super().__init__(model, data_loader, optimizer)
-        device_type = next(model.parameters()).device.type
-        has_bfloat16 = device_type != "cuda" or gpu_has_bfloat16()
-        self.amp_dtype = torch.bfloat16 if has_bfloat16 else torch.float16
-        self.amp = amp
-        self.device_type = device_type
-        self.clip_norm = clip_norm
-        self.norm_type = norm_type
-        self.accumulate_steps = accumulate_steps
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.grad_scaler = torch.amp.GradScaler(device_type, enabled=amp and not has_bfloat16)
-
-    def run_step(self) -> None:
-        """Run one iteration; losses are written to the event storage."""
-        start = time.perf_counter()
-        data = next(self._data_loader_iter)
-        data_time = time.perf_counter() - start
-        self.optimizer.zero_grad()
-        losses = self._backward(data) if self.accumulate_steps == 1 else self._accumulate(data)
-        self.after_backward()
-        self._write_metrics(losses, data_time)
-        self._step()
-
-    def _backward(self, data: Any, **options: Any) -> dict[str, Tensor]:
-        """Add the gradient of a batch, or of a part of it; returns its losses on the host."""
-        with torch.autocast(self.device_type, self.amp_dtype, enabled=self.amp):
-            losses: dict[str, Tensor] = self.model(data, **options)
-        values = torch.stack(list(losses.values()))
-        on_host = dict(zip(losses, values.detach().cpu(), strict=True))  # one transfer
-        self._check_finite(on_host)
-        self.grad_scaler.scale(values.sum()).backward()
-        return on_host
-
-    def _accumulate(self, data: list[Any]) -> dict[str, Tensor]:
-        """As :meth:`_backward`, part by part; losses are divided by the whole batch's segments."""
-        if len(data) % self.accumulate_steps:
-            raise ValueError(
-                f"SOLVER.ACCUMULATE_STEPS is {self.accumulate_steps}, but the batch of a process "
-                f"has {len(data)} images: SOLVER.IMS_PER_BATCH must be a multiple of "
-                "ACCUMULATE_STEPS times the number of processes"
-            )
-        distributed = isinstance(self.model, nn.parallel.DistributedDataParallel)
-        module: Any = self.model.module if distributed else self.model
-        num_segments = module.count_segments(data)
-        size = len(data) // self.accumulate_steps
-        total: dict[str, Tensor] = {}
-        for start in range(0, len(data), size):
-            last = start + size == len(data)
-            # Gradients are averaged over processes once, in the last part.
-            sync = contextlib.nullcontext() if last or not distributed else self.model.no_sync()
-            with sync:
-                losses = self._backward(data[start : start + size], num_segments=num_segments)
-            total = {name: total.get(name, 0) + loss for name, loss in losses.items()}
-        return total
-
-    def _step(self) -> None:
-        """Clip the gradient and update the weights."""
-        if self.clip_norm is not None:
-            self.grad_scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm, self.norm_type)
-        self.grad_scaler.step(self.optimizer)
-        self.grad_scaler.update()
-
-    def _check_finite(self, losses: dict[str, Tensor]) -> None:
-        bad = [f"{name} = {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
-        if bad:
-            raise FloatingPointError(
-                f"The loss is not finite at iteration {self.iter}: {', '.join(bad)}. Resume from "
-                "the last checkpoint with --resume, with a lower SOLVER.BASE_LR or with "
-                "SOLVER.AMP.ENABLED False."
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As Detectron2's, for an optimizer and a precision that may differ."""
-        TrainerBase.load_state_dict(self, state_dict)
-        load_optimizer(self.optimizer, state_dict.get("optimizer"))
-        scaler = state_dict.get("grad_scaler")
-        if scaler and self.grad_scaler.is_enabled():
-            self.grad_scaler.load_state_dict(scaler)
 
 
 def compile_layers(model: nn.Module) -> None:
@@ -216,7 +104,8 @@ class PicturesHook(HookBase):
     def after_train(self) -> None:
         """Draw if training reached its last iteration."""
         if self.trainer.iter + 1 >= self.trainer.max_iter and comm.is_main_process():
-            write_pictures(self.trainer.cfg, self.trainer.model)
+            with self.trainer.evaluated_weights():
+                write_pictures(self.trainer.cfg, self.trainer.model)
 
 
 class Trainer(DefaultTrainer):
@@ -256,6 +145,7 @@ class Trainer(DefaultTrainer):
             clip_norm=full_model_clip_norm(cfg),
             norm_type=cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE,
             accumulate_steps=cfg.SOLVER.ACCUMULATE_STEPS,
+            ema_decay=cfg.SOLVER.EMA_DECAY,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = ClassCheckpointer(
@@ -263,6 +153,7 @@ class Trainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             class_names=_class_names(cfg.DATASETS.TRAIN[0]),
             weights_class_names=_class_names(cfg.MODEL.PSF.WEIGHTS_DATASET),
+            ema=self.ema,
             trainer=weakref.proxy(self),
         )
         self.start_iter = 0
@@ -276,13 +167,33 @@ class Trainer(DefaultTrainer):
             logger.warning("TEST.PRECISE_BN.ENABLED has no effect: no normalization has statistics")
         hooks: list[HookBase] = [hook for hook in super().build_hooks() if hook is not None]
         evaluation = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        hooks[evaluation] = EvalHook(self.cfg.TEST.EVAL_PERIOD, self.evaluate)
+        if comm.is_main_process():
+            hooks.insert(evaluation + 1, ProgressHook())
         hooks.insert(evaluation, StopHook(self.checkpointer))
         return [*hooks, PicturesHook()]
+
+    def evaluate(self) -> OrderedDict[str, Any]:
+        """Evaluate the model, or the average of its weights if there is one."""
+        with self.evaluated_weights():
+            self._last_eval_results: OrderedDict[str, Any] = self.test(self.cfg, self.model)
+        return self._last_eval_results
+
+    def evaluated_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Give the model the weights to evaluate: the average, if there is one."""
+        return contextlib.nullcontext() if self.ema is None else self.ema.applied()
+
+    @property
+    def ema(self) -> ModelEma | None:
+        """The average of the model's weights (``SOLVER.EMA_DECAY``)."""
+        return self._trainer.ema
 
     def resume_or_load(self, resume: bool = True) -> None:
         """As Detectron2's; ``metrics.json`` keeps the iterations that are not trained again."""
         self.iter = -1  # before the first; a checkpoint of a training has its last
         super().resume_or_load(resume)
+        if self.start_iter == 0 and self.ema is not None:
+            self.ema.restart()  # from the weights that were loaded
         resumed = resume and self.checkpointer.has_checkpoint()
         if resumed and self.start_iter == 0:
             logger.warning("The checkpoint holds weights alone: the training starts with these")
@@ -304,9 +215,10 @@ class Trainer(DefaultTrainer):
         Continue a run with the learning rate and the schedule of the config.
 
         Raises:
-            ValueError: its batches have another number of images, so its iterations count
-                differently.
+            ValueError: it cannot be continued, or its batches have another number of images, so
+                its iterations count differently.
         """
+        check_trainer_state(state_dict)
         ours = self.cfg.SOLVER.IMS_PER_BATCH
         theirs = state_dict.get("images_per_batch", ours)
         if theirs != ours:

@@ -13,8 +13,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
-from psf import checkpoint
-from psf.files import write_beside
+from psf import checkpoint, checkpoint_files
+from psf.files import save_tensors, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ class Checkpointer(DetectionCheckpointer):
 
         Raises:
             OSError: there is no such file, or the URL cannot be downloaded.
+            ValueError: the file is damaged, or its weights are not those of this model.
         """
         path = os.path.expanduser(path)
         check_weights(path)
@@ -71,6 +72,11 @@ class Checkpointer(DetectionCheckpointer):
                 f"MODEL.WEIGHTS: '{path}' cannot be downloaded ({error}). Check the URL and the "
                 "connection, or download the file by other means and give its path."
             ) from error
+        except ValueError as error:
+            message = " ".join(str(error).split())
+            if message == str(error) and Path(path).name in message:
+                raise
+            raise ValueError(f"MODEL.WEIGHTS: '{path}': {message}") from error
         return rest
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -80,14 +86,12 @@ class Checkpointer(DetectionCheckpointer):
         states = {key: part.state_dict() for key, part in self.checkpointables.items()}
         path = Path(self.save_dir, f"{name}.pth")
         logger.info("Saving the checkpoint '%s'", path)
-        with write_beside(path) as partial:
-            torch.save({"model": self.model.state_dict(), **states, **kwargs}, partial)
+        save_tensors(path, {"model": self.model.state_dict(), **states, **kwargs})
         self.tag_last_checkpoint(path.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Write the name of the file for ``--resume``."""
-        with write_beside(Path(self.save_dir, LAST_CHECKPOINT)) as partial:
-            partial.write_text(last_filename_basename, encoding="utf-8")
+        write_text(Path(self.save_dir, LAST_CHECKPOINT), last_filename_basename)
 
     def get_checkpoint_file(self) -> str:
         """
@@ -107,21 +111,16 @@ class Checkpointer(DetectionCheckpointer):
         return str(file)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        """As Detectron2's, without running code that a file contains; all weights are numbers."""
-        content = self._read(filename)
-        check_values(content["model"], self.model.state_dict(), filename)
-        return content
-
-    def _read(self, filename: str) -> dict[str, Any]:
+        """As Detectron2's, without running code that a file contains."""
         if filename.endswith(".pkl"):
-            content = checkpoint.read_pickle(filename)
+            content = checkpoint_files.read_pickle(filename)
             if "model" in content and "__author__" in content:  # Detectron2's model zoo
-                return {**content, "model": checkpoint.arrays(content["model"], filename)}
-            weights = checkpoint.arrays(content.get("blobs", content), filename)  # Caffe2's
+                return {**content, "model": checkpoint_files.arrays(content["model"], filename)}
+            weights = checkpoint_files.arrays(content.get("blobs", content), filename)  # Caffe2's
             weights = {k: v for k, v in weights.items() if not k.endswith("_momentum")}
             return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
         if filename.endswith(".pyth"):
-            content = checkpoint.read(filename)
+            content = checkpoint_files.read(filename)
             weights = checkpoint.find_state_dict(content.get("model_state", {}))
             weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
             return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
@@ -129,7 +128,7 @@ class Checkpointer(DetectionCheckpointer):
         return loaded
 
     def _torch_load(self, f: str) -> dict[str, Any]:
-        content = checkpoint.read(f)
+        content = checkpoint_files.read(f)
         weights = checkpoint.find_state_dict(content)
         if CONVERTED_FROM in content:
             origin = Origin(f, checkpoint.by_name(content[CONVERTED_FROM]), {})
@@ -142,6 +141,8 @@ class Checkpointer(DetectionCheckpointer):
         return {"model": conversion.state_dict, "origin": origin}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        self._convert_ndarray_to_tensor(checkpoint["model"])
+        check_values(checkpoint["model"], self.model.state_dict())
         origin: Origin | None = checkpoint.pop("origin", None)
         if origin is not None:
             weights = checkpoint["model"]
@@ -155,30 +156,24 @@ class Checkpointer(DetectionCheckpointer):
         return super()._load_model(checkpoint)
 
 
-def check_values(weights: Mapping[str, Any], own: Mapping[str, Tensor], path: str) -> None:
+def check_values(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     """
-    Check the values of weights.
-
-    Args:
-        weights: tensors or arrays.
-        own: state dict of the model.
-        path: of their file, for the message.
+    Check the numbers of a checkpoint.
 
     Raises:
-        ValueError: some are not finite, or integers or complex where the model's are not.
+        ValueError: a weight is sparse, is not finite, or has integers where the model has not.
     """
     for name, value in weights.items():
-        tensor = torch.as_tensor(value)
-        if tensor.is_floating_point():
-            if not tensor.isfinite().all():
-                raise ValueError(
-                    f"'{path}': {name} has values that are not finite, so nothing can be predicted "
-                    "with it. Use a checkpoint from before the training diverged."
-                )
-        elif name in own and own[name].is_floating_point():
+        floating = name in own and own[name].is_floating_point()
+        if value.layout != torch.strided or (floating and not value.is_floating_point()):
             raise ValueError(
-                f"'{path}': {name} is {tensor.dtype} instead of floating-point numbers. Save the "
-                "weights as they were trained."
+                f"{name} is {value.dtype} ({value.layout}), not floating-point numbers. Save the "
+                "weights as dense float32 tensors."
+            )
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(
+                f"{name} has values that are not finite: the training diverged, or the file is "
+                "damaged. Use an earlier checkpoint."
             )
 
 

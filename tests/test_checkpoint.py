@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from psf import checkpoint
+from psf import checkpoint, checkpoint_files
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import convert_checkpoint  # a script, not a module of the package
@@ -147,14 +147,14 @@ class Dangerous:
 def test_a_file_that_could_run_code(tmp_path, capsys):
     torch.save({"state_dict": Dangerous()}, tmp_path / "file.pth")
     with pytest.raises(ValueError, match=r"file\.pth' is not .*: it holds [\w.]*print\. Reading"):
-        checkpoint.read(str(tmp_path / "file.pth"))
+        checkpoint_files.read(str(tmp_path / "file.pth"))
     assert capsys.readouterr().out == ""
 
 
 def test_a_file_of_something_else(tmp_path):
     torch.save([1, 2], tmp_path / "file.pth")
     with pytest.raises(ValueError, match=r"file\.pth' holds a list"):
-        checkpoint.read(str(tmp_path / "file.pth"))
+        checkpoint_files.read(str(tmp_path / "file.pth"))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_file_of_something_else(tmp_path):
 def test_files_of_other_programs(tmp_path, content, message):
     (tmp_path / "file.pth").write_bytes(content)
     with pytest.raises(ValueError, match=rf"file\.pth' is .*{message}"):
-        checkpoint.read(str(tmp_path / "file.pth"))
+        checkpoint_files.read(str(tmp_path / "file.pth"))
 
 
 @pytest.mark.parametrize("as_zip", [True, False], ids=["present format", "old format"])
@@ -178,12 +178,12 @@ def test_truncated_files(tmp_path, as_zip):
     path = tmp_path / "file.pth"
     content = {"state_dict": weights(*(f"layer.{i}.weight" for i in range(20)))}
     torch.save(content, path, _use_new_zipfile_serialization=as_zip)
-    assert checkpoint.read(str(path))["state_dict"].keys() == content["state_dict"].keys()
+    assert checkpoint_files.read(str(path))["state_dict"].keys() == content["state_dict"].keys()
     whole = path.read_bytes()
     for kept in (2, 40, len(whole) // 3, len(whole) // 2, len(whole) - 3):
         path.write_bytes(whole[:kept])
         with pytest.raises(ValueError, match=r"file\.pth' is not a"):
-            checkpoint.read(str(path))
+            checkpoint_files.read(str(path))
 
 
 class TestTool:

@@ -86,10 +86,15 @@ def test_outputs_that_cannot_be_written(demo, photos):
         demo.plan([Path("a.jpg"), Path("b.jpg")], Path("result.png"))
     with pytest.raises(SystemExit, match="would both be"):
         demo.plan([Path("x/a.jpg"), Path("y/a.jpg")], Path("out"))
-    with pytest.raises(SystemExit, match="would overwrite an input"):
+    with pytest.raises(SystemExit, match="would overwrite the input"):
         demo.plan([photos / "a.jpg"], photos)
-    with pytest.raises(SystemExit, match="would overwrite an input"):
+    with pytest.raises(SystemExit, match="would overwrite the input"):
         demo.plan([photos / "a.jpg"], photos / "a.jpg")
+    out = photos.parent / "out"
+    out.mkdir()
+    (out / "a.jpg").symlink_to(photos / "b.png")  # another image than the one it would be of
+    with pytest.raises(SystemExit, match=r"out/a\.jpg' would overwrite the input .*b\.png"):
+        demo.plan([photos / "a.jpg", photos / "b.png"], out)
 
 
 def test_pictures_are_written_and_bad_images_reported(demo, photos, capsys):

@@ -74,10 +74,10 @@ def test_inference_refuses_a_checkpoint_of_other_classes(tiny_cfg, tmp_path, thi
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (THINGS, "is not the names of its things and stuff"),
-        ({"things": THINGS}, "is not the names of its things and stuff"),
-        ({"things": THINGS, "stuff": [1, 2]}, "is not the names of its things and stuff"),
-        ({"things": THINGS, "stuff": "ab"}, "is not the names of its things and stuff"),
+        (THINGS, "'classes' in the checkpoint: is "),
+        ({"things": THINGS}, "'classes' in the checkpoint: lacks stuff"),
+        ({"things": THINGS, "stuff": [1, 2]}, "'classes' in the checkpoint: stuff is "),
+        ({"things": THINGS, "stuff": "ab"}, "'classes' in the checkpoint: stuff is "),
         ({"things": THINGS[:2], "stuff": ["a", "b"]}, r"names 2 classes, .* has 3 of this kind"),
         ({"things": THINGS, "stuff": ["a"]}, r"names 1 classes, .* has 2 of this kind \(mask_dec"),
         (None, r"WEIGHTS_DATASET names 4 classes, .* has 3 of this kind"),

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent / "psf"
 # The shell, and which other parts of it each part may import. Everything else is the core.
 SHELL = {
     "config": {"options"},
+    "console": set(),
     "data": {"images", "panoptic_png"},
     "evaluation": {"data", "images", "panoptic_png"},
     "finetuning": {"data", "weights"},
@@ -21,12 +22,14 @@ SHELL = {
     "options": set(),
     "panoptic_png": {"images"},
     "predictor": {"data", "finetuning", "images", "inference", "modeling.build"},
+    "resuming": {"data"},
     "run_folder": {"weights"},
     "solver": set(),
     "stopping": set(),
+    "train_step": {"resuming"},
     "trainer": {
-        *("data", "evaluation", "finetuning", "modeling.build"),
-        *("options", "run_folder", "solver", "stopping"),
+        *("console", "data", "evaluation", "finetuning", "modeling.build", "options"),
+        *("resuming", "run_folder", "solver", "stopping", "train_step"),
     },
     "weights": set(),
 }

@@ -75,7 +75,7 @@ def test_every_truncation_and_damaged_byte_is_refused(tmp_path):
         content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :] for i in range(len(content) - 4)
     ]
     path = tmp_path / "a.png"
-    message = r"a\.png' (is not a readable image|has \d+ x \d+ pixels by its header)"
+    message = r"a\.png' (is not a readable image|declares \d+ x \d+ pixels)"
     for data in damaged:
         path.write_bytes(data)
         with pytest.raises(ValueError, match=message):

@@ -1,6 +1,7 @@
 """``--resume`` continues exactly, or says what starts afresh, or refuses."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ def resumed(cfg):
 def finished(shapes_cfg):
     """The config of a run of four iterations, which its folder holds."""
     shapes_cfg.merge_from_list(["MODEL.PSF.NUM_THING_CLASSES", 0, "MODEL.PSF.NUM_STUFF_CLASSES", 0])
+    shapes_cfg.SOLVER.EMA_DECAY = 0.5
     test, shapes_cfg.DATASETS.TEST = shapes_cfg.DATASETS.TEST, ()
     trainer = Trainer(shapes_cfg)
     trainer.train()
@@ -74,6 +76,7 @@ def test_other_classes_start_the_optimizer_afresh(finished, other_classes, caplo
     assert "optimizer starts afresh" in caplog.text
     assert "of other classes" in caplog.text
     assert not moments(trainer)
+    assert trainer.ema.updates == 0
     trainer.train()
     assert trainer.iter == 6
 
@@ -134,3 +137,59 @@ def test_weights_alone_are_a_start(finished, caplog):
     torch.save({"model": saved["model"]}, folder / "model_final.pth")
     assert resumed(finished).start_iter == 0
     assert "holds weights alone" in caplog.text
+
+
+def put(content, path, value):
+    """Replace a value deep in a checkpoint; a function is applied to it."""
+    *folders, key = path.split("/")
+    for folder in folders:
+        content = content[int(folder) if folder.isdecimal() else folder]
+    content[key] = value(content[key]) if callable(value) else value
+
+
+STATE = "trainer/_trainer/optimizer"
+WEIGHT = "model/backbone.stem.conv1.weight"
+REFUSED = [
+    ("trainer", [1], r"is \[1\] instead of an object"),
+    ("trainer/iteration", "x", "iteration is 'x' instead of an integer"),
+    ("trainer/_trainer", None, "_trainer is None instead of an object"),
+    ("trainer/hooks/LRScheduler", None, "is None instead of an object"),
+    ("trainer/hooks/LRScheduler/base_lrs", [], r"base_lrs is \[\] instead of a list of learning"),
+    ("trainer/hooks/LRScheduler/get_lr", 3, r"its LRScheduler has \['get_lr'\]"),
+    ("classes", 3, "'classes' in the checkpoint: is 3 instead of an object"),
+    ("classes/things", [3], r"'classes' in the checkpoint: things is \[3\] instead of a list of"),
+    ("classes/things", lambda v: [*v, "x", "y"][::-1], "names 7 classes, but the checkpoint has 5"),
+    (WEIGHT, lambda v: v * float("nan"), r"conv1\.weight has values that are not finite"),
+    (WEIGHT, lambda v: v.int(), r"conv1\.weight is torch\.int32"),
+    (WEIGHT, lambda v: v.to_sparse(), r"conv1\.weight is .*torch\.sparse_coo"),
+]
+AFRESH = [
+    ("", {}, "lacks param_groups, state"),
+    ("/state", [], r"state is \[\] instead of an object"),
+    ("/param_groups", lambda v: [None, *v[1:]], r"groups of \[.*\] parameters instead of"),
+    ("/state", lambda v: {**v, 3: None, 4: 3}, "parameter 4: no exp_avg, exp_avg_sq, step"),
+    ("/state", lambda v: {**v, 4: {**v[4], "step": "x"}}, "4: 'step' is not a tensor of floating"),
+    ("/state/3/exp_avg", torch.zeros(1), r"3: 'exp_avg' \[1\] instead of \["),
+    ("/state/3/exp_avg", lambda v: v / 0, "3: 'exp_avg' is not finite"),
+]
+
+
+def test_damaged_states_of_a_run(finished, caplog):
+    """What cannot be continued is refused; without its optimizer's state a run goes on."""
+    path = Path(finished.OUTPUT_DIR, "model_final.pth")
+    for place, value, message in REFUSED:
+        saved = torch.load(path, weights_only=False)
+        put(saved, place, value)
+        torch.save(saved, path.with_name("damaged.pth"))
+        path.with_name("last_checkpoint").write_text("damaged.pth")
+        with pytest.raises(ValueError, match=rf"damaged\.pth': .*{message}"):
+            resumed(finished)
+    for place, value, message in AFRESH:
+        saved = torch.load(path, weights_only=False)
+        put(saved, STATE + place, value)
+        torch.save(saved, path.with_name("damaged.pth"))
+        caplog.clear()
+        trainer = resumed(finished)
+        assert re.search(f"optimizer starts afresh, .*{message}", caplog.text), place
+        assert trainer.start_iter == 4
+        assert not moments(trainer)

@@ -11,12 +11,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
 
-from psf.files import write_beside
-from psf.trainer import Trainer, TrainStep
+from psf.evaluation.charts import write_curves, write_quality_bars
+from psf.evaluation.pictures import SheetRow, write_sheet
+from psf.files import write_beside, write_text
+from psf.train_step import TrainStep
+from psf.trainer import Trainer
 from psf.weights import Checkpointer
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +32,17 @@ def run(*options):
     return train_net.main(
         train_net.default_argument_parser().parse_args(["--config-file", *options])
     )
+
+
+@contextlib.contextmanager
+def full_disk(size=10_000):
+    """Files cannot become larger than this."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("failure", [OSError("no space"), KeyboardInterrupt(), MemoryError()])
@@ -45,15 +60,77 @@ def test_a_full_disk_leaves_the_old_checkpoint(tiny_cfg, tmp_path):
     checkpointer = Checkpointer(build_model(tiny_cfg), str(tmp_path))
     checkpointer.save("model_final")
     before = (tmp_path / "model_final.pth").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    try:
-        with pytest.raises((OSError, RuntimeError)):
-            checkpointer.save("model_final")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = r"model_final\.pth' cannot be written. Is the disk full"
+    with full_disk(), pytest.raises(OSError, match=message):
+        checkpointer.save("model_final")
     assert {p.name for p in tmp_path.iterdir()} == {"model_final.pth", "last_checkpoint"}
     assert (tmp_path / "model_final.pth").read_bytes() == before
+
+
+def write_noise(path):
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    write_sheet([SheetRow("a", [noise])], ("noise",), 300, path)
+
+
+WRITERS = {
+    "text": lambda path: write_text(path, "x" * 20_000),
+    "sheet": write_noise,
+    "curves": lambda path: write_curves(path.with_name("metrics.json"), path),
+    "bars": lambda path: write_quality_bars([], path, title="title"),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_full_disk_leaves_the_old_text_or_picture(tmp_path, kind):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"old")
+    (tmp_path / "metrics.json").write_text('{"iteration": 1, "total_loss": 2}\n')
+    with full_disk(3000), pytest.raises(OSError, match=r"File too large: '.*a\.png'"):
+        WRITERS[kind](path)
+    assert path.read_bytes() == b"old"
+    assert {p.name for p in tmp_path.iterdir()} == {"a.png", "metrics.json"}
+
+
+def test_a_full_disk_ends_an_evaluation_without_a_json_of_other_predictions(shapes_cfg, tmp_path):
+    """The PNGs of the evaluation before are overwritten one by one, so its JSON goes first."""
+    shapes_cfg.MODEL.PSF.TEST.SAVE_PREDICTIONS = True
+    model = Trainer.build_model(shapes_cfg)
+    Trainer.test(shapes_cfg, model)
+    (folder,) = (tmp_path / "output" / "inference").iterdir()
+    assert (folder / "predictions.json").is_file()
+    with full_disk(100), pytest.raises(OSError, match=r"File too large: '.*predictions/.*png'"):
+        Trainer.test(shapes_cfg, model)
+    assert not (folder / "predictions.json").exists()
+    with full_disk(800), pytest.raises(OSError, match=r"File too large: '.*predictions\.json'"):
+        Trainer.test(shapes_cfg, model)
+    assert not list(folder.glob("predictions*.json"))
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("file", "OUTPUT_DIR '.*file' is not a folder that can be written"),
+        ("file/below", "OUTPUT_DIR '.*file/below' is not a folder that can be written"),
+        ("", "OUTPUT_DIR '' is not a folder that can be written"),
+        ("mine", r"mine/config\.yaml' would be overwritten"),
+        ("mine", r"mine/log\.txt"),
+    ],
+)
+def test_folders_that_cannot_be_written(config_file, tmp_path, folder, message):
+    """A file, nothing, a user's own config in it, or a folder in the place of a file."""
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "mine" / "log.txt").mkdir(parents=True)
+    output = str(tmp_path / folder) if folder else ""
+    own = tmp_path / "mine" / "config.yaml"
+    if "config" in message:
+        own.write_text(f"# mine\n_BASE_: {config_file}\n")
+    with pytest.raises(SystemExit, match=message):
+        run(config_file, "OUTPUT_DIR", output)
+    if folder.startswith("file"):
+        weights = ["MODEL.WEIGHTS", config_file, "DATASETS.TEST", "('registered_shapes',)"]
+        with pytest.raises(SystemExit, match=message):
+            run(config_file, "--eval-only", *weights, "OUTPUT_DIR", output)
+    assert "config" not in message or own.read_text().startswith("# mine")
 
 
 def test_a_finished_run_is_continued_or_left_alone(config_file, tmp_path, caplog):
@@ -98,8 +175,15 @@ def test_curves_are_of_one_run(shapes_cfg, tmp_path):
     assert train(resume=True) == [3, 5]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("moment", ["iteration", "evaluation"])
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        (signal.SIGTERM, "iteration"),
+        (signal.SIGTERM, "evaluation"),
+        (signal.SIGINT, "evaluation"),
+        (signal.SIGHUP, "iteration"),
+    ],
+)
 def test_a_signal_saves_the_iteration(shapes_cfg, tmp_path, monkeypatch, caplog, number, moment):
     shapes_cfg.SOLVER.CHECKPOINT_PERIOD, shapes_cfg.TEST.EVAL_PERIOD = 1000, 2
     step, test = TrainStep.run_step, Trainer.test
@@ -129,6 +213,18 @@ def test_a_signal_saves_the_iteration(shapes_cfg, tmp_path, monkeypatch, caplog,
     trainer = Trainer(shapes_cfg)
     trainer.resume_or_load(resume=True)
     assert trainer.start_iter == 2
+
+
+def test_a_signal_that_is_ignored_stays_ignored(shapes_cfg, tmp_path, monkeypatch):
+    """SIGHUP under nohup, SIGINT of a script's background process."""
+    shapes_cfg.DATASETS.TEST, step = (), TrainStep.run_step
+    monkeypatch.setattr(TrainStep, "run_step", lambda s: (step(s), signal.raise_signal(1)))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        Trainer(shapes_cfg).train()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (tmp_path / "output" / "model_final.pth").is_file()
 
 
 def test_ctrl_c_and_a_second_training(config_file, tmp_path):

@@ -16,7 +16,8 @@ from psf.evaluation.offline import INVENTED, MISSED, score_predictions
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "evaluation"))
 sys.path.insert(0, str(ROOT / "tools"))
-import evaluate_predictions  # noqa: E402  scripts, not modules of the package
+import check_dataset  # noqa: E402  scripts, not modules of the package
+import evaluate_predictions  # noqa: E402
 import visualize_data  # noqa: E402
 from tiny_panoptic import ANT, CAT, GRASS, SKY, Maker, panoptic_output  # noqa: E402
 
@@ -93,7 +94,7 @@ def test_evaluate_predictions(saved, tmp_path, capsys):
         (lambda data: data["annotations"].pop(), "no prediction for 1 of the 2 images"),
         (
             lambda data: data["annotations"][0]["segments_info"].pop(),
-            r"segment ids \[\d+\] that segments_info does not list",
+            r"predictions\.json': .* segment ids \[\d+\] that segments_info does not list",
         ),
         (
             lambda data: data["annotations"][0]["segments_info"][0].update(category_id=77),
@@ -196,6 +197,27 @@ def test_visualize_data_says_what_is_wrong(tmp_path, options, message):
     assert message in str(error.value)
     with pytest.raises(SystemExit, match=r"no config 'nowhere\.yaml'"):
         visualize_data.main(["--config-file", "nowhere.yaml", "--output", "x.png"])
+
+
+def test_the_tools_do_not_write_over_what_they_read(saved, tmp_path, capsys):
+    """A PNG of the ground truth, and folders where a PNG may have the name of a picture."""
+    name, predictions, _ = saved
+    metadata = MetadataCatalog.get(name)
+    pngs = Path(metadata.panoptic_root)
+    before = (pngs / "0.png").read_bytes()
+    paths = ["--json", metadata.panoptic_json, "--images", "/", "--pngs", str(pngs)]
+    check_dataset.main([*paths, "--sheet", str(pngs / "0.png")])
+    assert "No sheet: " in capsys.readouterr().out
+    for folder in (pngs, predictions.with_suffix("")):
+        options = ["--name", name, "--predictions", str(predictions), "--output", str(folder)]
+        with pytest.raises(SystemExit, match=r"pq\.txt' would overwrite the input"):
+            evaluate_predictions.main(options)
+    (tmp_path / "own.yaml").write_text(f"DATASETS:\n  TRAIN: ('{name}',)\n")
+    with pytest.raises(SystemExit, match=r"0\.png' would overwrite the input"):
+        visualize_data.main(
+            ["--config-file", str(tmp_path / "own.yaml"), "--output", str(pngs / "0.png")]
+        )
+    assert (pngs / "0.png").read_bytes() == before
 
 
 def test_missing_predictions(saved, tmp_path, capsys):

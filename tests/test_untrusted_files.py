@@ -1,9 +1,11 @@
 """Weights and configs from anywhere: nothing that they hold is run, and the good ones load."""
 
-import contextlib
+import functools
+import io
 import os
 import pickle
 import resource
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from psf import checkpoint
+from psf import checkpoint_files
 from psf.config import load_config
 from psf.weights import Checkpointer
 
@@ -68,13 +70,14 @@ def test_last_checkpoint_is_a_name_in_its_folder(tiny_cfg, tmp_path, mark, tag):
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "list", "no arrays", "huge"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "list", "no arrays", "none", "huge"])
 def test_damaged_pickles_are_one_line(tiny_cfg, tmp_path, damage):
     whole = pickle.dumps({"model": {"a": np.zeros(9)}, "__author__": "x"})
     content = {
         "truncated": whole[:-9],
         "empty": b"",
         "list": pickle.dumps([1]),
+        "none": pickle.dumps({"model": {}, "__author__": "x"}),
         "no arrays": pickle.dumps({"model": {"a": "b"}, "__author__": "x"}),
         "huge": b"\x80\x04\x8e" + (2**60).to_bytes(8, "little") + b".",
     }[damage]
@@ -145,6 +148,10 @@ def test_configs_do_not_run(tmp_path, mark, tag, above):
     assert not mark.exists()
 
 
+# Thirty lists, each of which holds the one before twice.
+ALIASES = functools.reduce(lambda text, i: f"&a{i} [{text}, *a{i - 1}]", range(1, 30), "&a0 [1]")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -154,6 +161,11 @@ def test_configs_do_not_run(tmp_path, mark, tag, above):
         (b"_BASE_: a.yaml\n", "is its own _BASE_"),
         (b"\xff\xfe\x00", "codec can't decode|special characters"),
         (b"MODEL: 3\n", "not iterable"),
+        (b"MODEL: {WEIGHTS: null}\n", "MODEL.WEIGHTS is null"),
+        (b"_BASE_: gone.yaml\n", r"No such file or directory: '.*gone\.yaml"),
+        (b"SEED: " + b"[" * 9999, "recursion"),
+        (b"SEED: " + ALIASES.encode(), "100000 values or more"),
+        (b"SOLVER: {BASE_LR: .nan}\n", "SOLVER.BASE_LR is nan"),
     ],
 )
 def test_malformed_configs(tmp_path, content, message):
@@ -169,17 +181,61 @@ def test_home_folders(tmp_path, monkeypatch):
     assert (f"{tmp_path}/out", f"{tmp_path}/a.pth") == (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS)
 
 
+FOUR_GB = b"\x8e" + (2**32).to_bytes(8, "little")  # the length of what follows
+NUMBER = b"\x8a\x05" + (2**32).to_bytes(5, "little")
+ARRAY, RECONSTRUCT = b"cnumpy\nndarray\n", b"cnumpy.core.multiarray\n_reconstruct\n"
+SMALL_PICKLES = {
+    "number of a memo entry": b"]r\xff\xff\xff\xff",
+    "bytes": FOUR_GB,
+    "text": b"\x8d" + FOUR_GB[1:],
+    "byte array": b"\x96" + FOUR_GB[1:],
+    "frame": b"\x95" + FOUR_GB[1:],
+    "call of the array's type": ARRAY + NUMBER + b"\x85R",
+    "new array": ARRAY + NUMBER + b"\x85\x81",
+    "array to be filled": RECONSTRUCT + ARRAY + NUMBER + b"\x85C\x01b\x87R",
+    # Not large, but of what is in the memory by chance.
+    "array that is not filled": RECONSTRUCT + ARRAY + b"K\x04\x85C\x01b\x87R",
+}
+
+
+def torch_file(pickled=None, zeros=0, compression=zipfile.ZIP_STORED):
+    """A file of torch.save with another pickle, or with so many zeros in place of a tensor."""
+    buffer, changed = io.BytesIO(), io.BytesIO()
+    torch.save({"a": torch.zeros(4)}, buffer)
+    with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(changed, "w", compression) as target:
+        for name in source.namelist():
+            content = source.read(name)
+            if name.endswith("data.pkl"):
+                content = pickled or content
+            target.writestr(name, bytes(zeros) if zeros and "/data/" in name else content)
+    return changed.getvalue()
+
+
+HEX = b"c_codecs\nencode\n" * 3 + b"X\x01\0\0\0aX\x05\0\0\0utf-8\x86R" + b"X\x03\0\0\0hex\x86R" * 2
+SMALL_TORCH_FILES = {
+    "byte array": torch_file(b"\x80\x02c__builtin__\nbytearray\n" + NUMBER + b"\x85R."),
+    "tensor": torch_file(b"\x80\x02ctorch\nFloatTensor\n" + NUMBER + b"\x85R."),
+    "codecs": torch_file(b"\x80\x02" + HEX + b"."),
+    "old format": b"\x80\x02" + HEX + b".",
+    "compressed": torch_file(zeros=2**28, compression=zipfile.ZIP_DEFLATED),
+}
+
+
 @pytest.mark.parametrize(
-    "content",
+    ("name", "content"),
     [
-        b"\x80\x02}r\xff\xff\xff\xff.",  # the number of a memo entry
-        b"\x80\x05\x96" + (2**32).to_bytes(8, "little") + b"x.",  # the length of a byte array
+        *(pytest.param("a.pkl", b"\x80\x05" + c + b".", id=i) for i, c in SMALL_PICKLES.items()),
+        *(pytest.param("a.pth", c, id=i) for i, c in SMALL_TORCH_FILES.items()),
     ],
 )
-def test_a_small_pickle_takes_little_memory(tmp_path, content):
-    path = tmp_path / "weights.pkl"
+def test_a_small_file_takes_little_memory(tmp_path, name, content):
+    """Its size decides, not what it says."""
+    path = tmp_path / name
     path.write_bytes(content)
+    read = checkpoint_files.read_pickle if name == "a.pkl" else checkpoint_files.read
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with contextlib.suppress(ValueError):
-        checkpoint.read_pickle(str(path))
+    with pytest.raises(ValueError, match=rf"'{path}'") as error:
+        read(str(path))
+    assert "\n" not in str(error.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
+    assert not isinstance(error.value.__cause__, MemoryError)

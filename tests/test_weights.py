@@ -193,6 +193,17 @@ def test_weights_of_something_else(model, tmp_path, key):
         Checkpointer(model).load(str(tmp_path / "other.pth"))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [{"a\nb": 3}, {"model": {}}, {"model": {"a": "b"}}, {"model": {1: torch.zeros(2), "a": 3}}],
+)
+def test_the_error_is_one_line_with_the_file(model, tmp_path, content):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"^MODEL\.WEIGHTS: '.*other\.pth': .*weights") as error:
+        Checkpointer(model).load(str(tmp_path / "other.pth"))
+    assert "\n" not in str(error.value)
+
+
 def without(weights, part):
     return {name: value for name, value in weights.items() if part not in name}
 
@@ -244,15 +255,15 @@ def test_a_checkpoint_of_a_deeper_model(released_cfg, model, tmp_path, caplog, e
     [
         (lambda w: w.fill_(math.nan), "has values that are not finite"),
         (lambda w: w.half().fill_(math.inf), "has values that are not finite"),
-        (lambda w: w.to(torch.int8), r"is torch\.int8 instead of floating-point"),
-        (lambda w: w.to(torch.complex64), r"is torch\.complex64 instead of floating-point"),
+        (lambda w: w.to(torch.int8), r"is torch\.int8 .* not floating-point"),
+        (lambda w: w.to(torch.complex64), r"is torch\.complex64 .* not floating-point"),
     ],
 )
 def test_weights_that_are_no_numbers(model, tmp_path, change, message):
     name = "backbone.res3.0.conv2.weight"
     weights = {**model.state_dict(), name: change(model.state_dict()[name].clone())}
     torch.save({"model": weights}, tmp_path / "model.pth")
-    with pytest.raises(ValueError, match=rf"model\.pth': {re.escape(name)} {message}"):
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} {message}"):
         Checkpointer(model).load(str(tmp_path / "model.pth"))
 
 

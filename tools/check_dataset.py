@@ -28,6 +28,7 @@ from psf.data.check import Defect, check_dataset
 from psf.evaluation.ground_truth import PanopticSegmentation, load_ground_truth
 from psf.evaluation.pictures import SheetRow, cell_size, draw_panoptic, resize_picture, write_sheet
 from psf.images import read_image
+from psf.output_paths import refuse_files
 
 EXAMPLES = 5  # defects of one kind that are printed
 VALUES = re.compile(r"'[^']*'|\[[^]]*\]|-?\d[\d.e+]*")  # what differs within a kind
@@ -107,6 +108,8 @@ def draw(args: argparse.Namespace, image_file: Callable[[str], str] | None) -> N
         records = load_coco_panoptic(
             str(args.json), str(args.images), str(args.pngs), image_file=image_file
         )
+        read = [str(r[key]) for r in records for key in ("file_name", "pan_seg_file_name")]
+        refuse_files(args.sheet, [args.json, *read])
         metadata = Metadata(name="checked", **panoptic_metadata(read_categories(args.json)))
         chosen = records[:: max(1, len(records) // args.samples)][: args.samples]
         readable = [read for record in chosen if (read := read_annotated(record)) is not None]

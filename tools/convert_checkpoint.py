@@ -16,12 +16,11 @@ from typing import Any
 
 import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
 
-import torch
 from torch import Tensor
 
-from psf import checkpoint
+from psf import checkpoint, checkpoint_files
 from psf.config import user_path
-from psf.files import write_beside
+from psf.files import save_tensors
 from psf.weights import CONVERTED_FROM
 
 
@@ -51,7 +50,7 @@ def load(path: Path) -> dict[str, Tensor]:
             return checkpoint.find_state_dict(load_file(path))
         except SafetensorError as error:
             raise ValueError(f"'{path}' is no complete safetensors file: {error}") from error
-    return checkpoint.find_state_dict(checkpoint.read(str(path)))
+    return checkpoint.find_state_dict(checkpoint_files.read(str(path)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -69,11 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             content = {"state_dict": to_authors(weights, args.source)}
         else:
             content = convert(weights, args.source)
-    except ValueError as error:
+        save_tensors(args.target, content)
+    except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
-    args.target.parent.mkdir(parents=True, exist_ok=True)
-    with write_beside(args.target) as partial:
-        torch.save(content, partial)
     print(f"{args.target}")
 
 

@@ -32,16 +32,19 @@ from psf.evaluation.pictures import (
     resize_picture,
     write_sheet,
 )
+from psf.files import write_text
 from psf.images import read_image
+from psf.output_paths import refuse_inputs
 from psf.panoptic_png import read_panoptic_ids
+
+# The files in the output folder.
+WRITTEN = ("pq.txt", "confusion.txt", "images.txt", "pq.png", "worst.png")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     try:
         write_scores(args)
-    except KeyError as error:
-        raise SystemExit(error.args[0]) from error  # str() would quote it
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
     print(f"\n{args.output}")
@@ -49,18 +52,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def write_scores(args: argparse.Namespace) -> None:
     """Print and write the tables, then draw the pictures."""
+    folders = [args.pngs, args.prediction_pngs, *([args.images] if args.images else [])]
+    inputs = [args.json, args.predictions, *(f / name for f in folders for name in WRITTEN)]
+    refuse_inputs([args.output / name for name in WRITTEN], inputs)
     scores = score_predictions(
         args.json, args.pngs, args.predictions, args.prediction_pngs, boundary=args.boundary
     )
     table = quality_table(scores.rows)
     confused = confusion_table(scores, args.confusions)
     print(f"{table}\n\n{confused}")
-    args.output.mkdir(parents=True, exist_ok=True)
     title = "Boundary panoptic quality" if args.boundary else "Panoptic quality"
-    (args.output / "pq.txt").write_text(f"{table}\n", encoding="utf-8")
-    (args.output / "confusion.txt").write_text(f"{confused}\n", encoding="utf-8")
     lines = [f"{s.pq:.2f} {s.image_id} {s.file_name}\n" for s in scores.images]
-    (args.output / "images.txt").write_text("".join(lines), encoding="utf-8")
+    texts = {"pq.txt": f"{table}\n", "confusion.txt": f"{confused}\n", "images.txt": "".join(lines)}
+    for name, text in texts.items():
+        write_text(args.output / name, text)
     write_quality_bars(scores.rows, args.output / "pq.png", title=title)
     if args.images is not None:
         draw_worst(args, scores)

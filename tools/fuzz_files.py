@@ -3,12 +3,15 @@
 
     python tools/fuzz_files.py --seconds 60
 
-Images, panoptic PNGs, annotations and checkpoints are damaged at random; the same seed damages them
-the same way. A reader may return something, or raise its own error: a ValueError or an OSError of
-one line that names the file. Anything else is a fault: it is printed, and the exit status is 1.
+Images, panoptic PNGs, annotations of several kinds, configs and checkpoints are damaged at random.
+The seed and the number of the round decide how; only the number of rounds depends on the machine. A
+reader may return something, or raise its own error: a ValueError or an OSError of one line that
+names the file. Anything else is a fault: it is printed, and the exit status is 1.
 """
 
 import argparse
+import copy
+import faulthandler
 import functools
 import io
 import json
@@ -17,13 +20,15 @@ import os
 import pickle
 import random
 import resource
+import signal
 import sys
 import tempfile
 import time
 import traceback
 import warnings
+import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,45 +38,56 @@ os.environ.setdefault("PSF_MAX_IMAGE_PIXELS", str(2**20))
 
 import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
 
+import convert_checkpoint  # beside this script
 import numpy as np
+import safetensors.torch
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 
+from psf.config import load_config
 from psf.data import load_coco_panoptic
 from psf.data.check import check_dataset
+from psf.data.prepare.convert import convert_instances, convert_labelme
 from psf.evaluation.ground_truth import load_ground_truth, read_annotations
+from psf.evaluation.offline import score_predictions
 from psf.images import read_image, read_values
 from psf.panoptic_png import read_panoptic_ids, write_panoptic_ids
 from psf.weights import Checkpointer
 
 SIZE = (24, 32)  # height and width of the images
-MOST_SECONDS, MOST_MEMORY = 30, 500_000_000  # of one file
+# Of one file. Seconds of the processor, since others may share it.
+MOST_SECONDS, MOST_MEMORY = 30, 500_000_000
 # So that a fault ends this process, and not others for want of memory.
 ADDRESS_SPACE = 8 << 30
 # Values that a key of a JSON is given instead of its own.
 WRONG_VALUES = (
     *(None, True, False, 0, 1, -1, 3, 255, 1 << 24, 1 << 31, 1 << 63, 10**30),
     *(0.5, -2.5, 1e308, float("nan"), float("inf"), -float("inf")),
-    *(
-        "",
-        "0",
-        "1",
-        "cat",
-        "../x.png",
-        "/etc/hosts",
-        "a\0b",
-        "x" * 5000,
-        "ä\ud800",
-        "~",
-        "a\\b.png",
-    ),
+    *("", "0", "1", "cat", "../x.png", "/data/outside.png", "a\0b", "x" * 5000, "ä\ud800", "~"),
+    "a\\b.png",
     *([], [[]], [None], [1, 2, 3, 4], ["a"], {}, {"id": 1}, [{"id": 1}], [[1, 2], [3]]),
 )
 
 
+# Damage of a text that damage of bytes does not hit upon.
+LARGE_TEXTS = (b"[" * 100_000, b'{"a":' * 100_000, b"9" * 10_000, b"1e" + b"9" * 400)
+
+
 class Fault(Exception):
     """What a reader did and must not do."""
+
+
+def prepare_process() -> None:
+    """No output but this script's; what takes far too much memory or time ends the process."""
+    warnings.simplefilter("ignore")
+    logging.disable()
+    sys.stderr = os.fdopen(os.dup(2), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where libraries in C print
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+    faulthandler.enable(sys.stderr)
+    faulthandler.register(signal.SIGPROF, sys.stderr, chain=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,9 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60, help="of fuzzing (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the damage (%(default)s)")
     args = parser.parse_args(argv)
-    warnings.simplefilter("ignore")
-    logging.disable()
-    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+    prepare_process()
     counts: Counter[str] = Counter()
     faults = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -105,9 +119,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def watch(call: Callable[[], str]) -> str:
     """Call something that must end soon and with little memory."""
-    start, before = time.monotonic(), peak_memory()
+    start, before = time.process_time(), peak_memory()
+    signal.setitimer(signal.ITIMER_PROF, 4 * MOST_SECONDS)  # for what does not end
     ended = call()
-    seconds, taken = time.monotonic() - start, peak_memory() - before
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    seconds, taken = time.process_time() - start, peak_memory() - before
     if seconds > MOST_SECONDS or taken > MOST_MEMORY:
         raise Fault(f"{ended} after {seconds:.0f} s, with {taken / 1e6:.0f} MB more at its peak")
     return ended
@@ -122,11 +138,16 @@ def make_targets(folder: Path) -> dict[str, Callable[[random.Random], str]]:
     """What is fuzzed, by name; each damages something, reads it, and says how that ended."""
     images = make_images()
     pngs = [content for name, content in images.items() if name.startswith("PNG")]
+    data = DataSet(folder / "data")
     return {
         "image": lambda rng: fuzz_image(rng, folder, list(images.values())),
         "panoptic PNG": lambda rng: fuzz_png(rng, folder, pngs),
-        "annotations": DataSet(folder / "data").fuzz,
-        "checkpoint": lambda rng: fuzz_checkpoint(rng, folder, make_checkpoints()),
+        "annotations": data.fuzz,
+        "predictions": data.fuzz_predictions,
+        "instances": data.fuzz_instances,
+        "LabelMe": lambda rng: fuzz_labelme(rng, folder / "labelme"),
+        "config": lambda rng: fuzz_config(rng, folder / "own.yaml"),
+        "checkpoint": lambda rng: fuzz_checkpoint(rng, folder),
         "last_checkpoint": lambda rng: fuzz_last_checkpoint(rng, folder),
     }
 
@@ -176,6 +197,18 @@ def damage(rng: random.Random, content: bytes) -> bytes:
     return bytes(data)
 
 
+def repair_png(data: bytes) -> bytes:
+    """With the right checksums of chunks, so that damage gets further."""
+    at, repaired = 8, data[:8]
+    while at + 12 <= len(data):
+        end = at + 8 + int.from_bytes(data[at : at + 4], "big")
+        if end + 4 > len(data):
+            break
+        repaired += data[at:end] + zlib.crc32(data[at + 4 : end]).to_bytes(4, "big")
+        at = end + 4
+    return repaired + data[at:]
+
+
 def make_images() -> dict[str, bytes]:
     """Small images of all formats and modes."""
     noise = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
@@ -215,32 +248,97 @@ def make_images() -> dict[str, bytes]:
 
 def fuzz_image(rng: random.Random, folder: Path, contents: Sequence[bytes]) -> str:
     path = folder / rng.choice(("photo.jpg", "photo.png", "photo.tif"))
-    path.write_bytes(damage(rng, rng.choice(contents)))
+    content = damage(rng, rng.choice(contents))
+    path.write_bytes(repair_png(content) if content[1:4] == b"PNG" else content)
     read = read_values if rng.random() < 0.2 else read_image
     return expect(lambda: read(str(path)), path)
 
 
 def fuzz_png(rng: random.Random, folder: Path, contents: Sequence[bytes]) -> str:
     path = folder / "panoptic.png"
-    path.write_bytes(damage(rng, rng.choice(contents)))
+    content = damage(rng, rng.choice(contents))
+    path.write_bytes(repair_png(content) if rng.random() < 0.7 else content)
     return expect(lambda: read_panoptic_ids(str(path)), path)
 
 
+def damage_content(rng: random.Random, content: Any) -> Any:
+    """A copy with damage in one to five places."""
+    content = copy.deepcopy(content)
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        content = damage_json(rng, content)
+    return content
+
+
+def write_damaged(rng: random.Random, path: Path, content: Any) -> None:
+    """Write JSON, damaged as a text or in its values."""
+    if rng.random() < 0.7:
+        text = json.dumps(damage_content(rng, content)).encode()
+    else:
+        text = damage(rng, json.dumps(content).encode())
+    if rng.random() < 0.05:
+        start = rng.randrange(len(text) + 1)
+        text = text[:start] + rng.choice(LARGE_TEXTS) + text[start:]
+    path.write_bytes(text)
+
+
+def fuzz_config(rng: random.Random, path: Path) -> str:
+    """A config in YAML, of which JSON is a part."""
+    content = {
+        "_BASE_": str(path.with_name("base.yaml")),
+        "MODEL": {"PSF": {"HIDDEN_DIM": 64, "IN_FEATURES": ["res3"]}, "WEIGHTS": "a.pth"},
+        "DATASETS": {"TRAIN": ["own"], "REGISTER": [["own", "images", "pngs", "own.json"]]},
+        "SOLVER": {"BASE_LR": 1e-4, "STEPS": [3, 4]},
+    }
+    path.with_name("base.yaml").write_text("SOLVER: {MAX_ITER: 9}\n", encoding="utf-8")
+    if rng.random() < 0.3:
+        path.write_bytes(damage(rng, yaml.safe_dump(content).encode()))
+    else:
+        write_damaged(rng, path, content)
+    return expect(lambda: load_config(path), path)
+
+
+def fuzz_labelme(rng: random.Random, folder: Path) -> str:
+    """A folder with one file of LabelMe."""
+    folder.mkdir(exist_ok=True)
+    height, width = SIZE
+    polygon = {"label": "cat", "points": [[1, 1], [9, 1.5], [5, 20]], "shape_type": "polygon"}
+    shapes = [
+        {**polygon, "group_id": None, "flags": {}},
+        {"label": "sky", "points": [[0, 0], [31, 5]], "shape_type": "rectangle"},
+        {"label": "dog", "points": [[9, 9], [12, 12]], "shape_type": "circle", "group_id": 3},
+    ]
+    sizes = {"imagePath": "1.jpg", "imageHeight": height, "imageWidth": width}
+    path = folder / "labelme.json"
+    write_damaged(rng, path, {"version": "5.5.0", "shapes": shapes, **sizes, "flags": {}})
+    return expect(lambda: convert_labelme(folder, ["sky"], folder / "converted"), folder)
+
+
 @functools.cache
-def make_checkpoints() -> dict[str, bytes]:
-    """Weights of a layer, as this project and as Detectron2's model zoo store them."""
-    weights = nn.Linear(4, 4).state_dict()
-    buffer = io.BytesIO()
-    torch.save({"model": weights, "iteration": 3}, buffer)
-    arrays = {name: value.numpy() for name, value in weights.items()}
-    content = {"model": arrays, "__author__": "fuzz", "matching_heuristics": True}
-    return {".pth": buffer.getvalue(), ".pkl": pickle.dumps(content, protocol=2)}
+def make_weights() -> dict[str, torch.Tensor]:
+    return nn.Linear(4, 4).state_dict()
 
 
-def fuzz_checkpoint(rng: random.Random, folder: Path, contents: Mapping[str, bytes]) -> str:
-    suffix = rng.choice(list(contents))
+def fuzz_checkpoint(rng: random.Random, folder: Path) -> str:
+    """Weights of a layer, as this project, Detectron2's model zoo and timm store them."""
+    weights = make_weights()
+    suffix = rng.choice((".pth", ".pkl", ".safetensors"))
     path = folder / f"weights{suffix}"
-    path.write_bytes(damage(rng, contents[suffix]))
+    if suffix == ".safetensors":
+        path.write_bytes(damage(rng, safetensors.torch.save(weights)))
+        return expect(lambda: convert_checkpoint.load(path), path)
+    content: dict[str, Any] = {"model": weights, "iteration": 3}
+    if suffix == ".pkl":
+        arrays = {name: value.numpy() for name, value in weights.items()}
+        content = {"model": arrays, "__author__": "fuzz", "matching_heuristics": True}
+    whole = rng.random() < 0.3
+    if whole:
+        content = damage_content(rng, content)
+    buffer = io.BytesIO()
+    if suffix == ".pkl":
+        pickle.dump(content, buffer, protocol=rng.choice((0, 2, 4, 5)))
+    else:
+        torch.save(content, buffer, _use_new_zipfile_serialization=rng.random() < 0.5)
+    path.write_bytes(buffer.getvalue() if whole else damage(rng, buffer.getvalue()))
     return expect(lambda: Checkpointer(nn.Linear(4, 4)).load(str(path)), path)
 
 
@@ -268,17 +366,19 @@ class DataSet:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        root.mkdir()
+        self.labels = root / "labels"
+        self.labels.mkdir(parents=True)
         self.json = root / "panoptic.json"
         ids = np.full(SIZE, 5)
         ids[2:9, 3:11] = 70000
         for i in (1, 2):
             Image.new("RGB", SIZE[::-1]).save(root / f"{i}.jpg")
             write_panoptic_ids(str(root / f"{i}.png"), ids)
-        self.text = json.dumps(self.content())
+            Image.new("L", SIZE[::-1], 2).save(self.labels / f"{i}.png")
+        self.content = self.make_content()
 
     @staticmethod
-    def content() -> dict[str, Any]:
+    def make_content() -> dict[str, Any]:
         height, width = SIZE
         area = height * width
         segments = [
@@ -301,14 +401,39 @@ class DataSet:
 
     def fuzz(self, rng: random.Random) -> str:
         """Check a damaged data set, which raises nothing, then load it, then read its PNGs."""
-        if rng.random() < 0.3:
-            self.json.write_bytes(damage(rng, self.text.encode()))
-        else:
-            content = json.loads(self.text)
-            for _ in range(rng.choice((1, 1, 2, 5))):
-                content = damage_json(rng, content)
-            self.json.write_text(json.dumps(content), encoding="utf-8")
+        write_damaged(rng, self.json, self.content)
         return self.read()
+
+    def fuzz_predictions(self, rng: random.Random) -> str:
+        """Score predictions with a damaged JSON; those without damage are the truth."""
+        truth, predictions = self.root / "truth.json", self.root / "predictions.json"
+        truth.write_text(json.dumps(self.content), encoding="utf-8")
+        write_damaged(rng, predictions, {"annotations": self.content["annotations"]})
+        # What is missing may be a PNG, in the same folder.
+        return expect(
+            lambda: score_predictions(truth, self.root, predictions, self.root), self.root
+        )
+
+    def fuzz_instances(self, rng: random.Random) -> str:
+        """Convert a damaged JSON of instances; the label maps are the PNGs of images."""
+        height, width = SIZE
+        masks = [
+            [[1, 1, 9, 1.5, 5, 20], [20, 2, 30, 2, 25, 9]],
+            {"size": [height, width], "counts": [99, 9, height * width - 108]},
+            {"size": [height, width], "counts": "S36b000000ma0"},
+        ]
+        annotations = [
+            {"id": i, "image_id": 1 + i % 2, "category_id": 1, "segmentation": mask, "iscrowd": 0}
+            for i, mask in enumerate(masks)
+        ]
+        path = self.root / "instances.json"
+        images, things = self.content["images"], [{"id": 1, "name": "cat"}]
+        write_damaged(
+            rng, path, {"images": images, "annotations": annotations, "categories": things}
+        )
+        stuff, output = [{"id": 2, "name": "grass"}], self.root / "converted"
+        # What is missing may be a label map, in a folder below.
+        return expect(lambda: convert_instances(path, self.labels, stuff, output), self.root)
 
     def read(self) -> str:
         defects = expect_no_error(lambda: check_dataset(self.json, self.root, self.root))
@@ -356,7 +481,7 @@ def damage_json(rng: random.Random, value: Any) -> Any:
         return [value]
     if kind == 1:
         return {"value": value}
-    return rng.choice(WRONG_VALUES)
+    return copy.deepcopy(rng.choice(WRONG_VALUES))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from psf.config import load_config, user_path
 from psf.data import ClassMap, PanopticDatasetMapper
 from psf.evaluation.pictures import SheetRow, cell_size, draw_panoptic, resize_picture, write_sheet
+from psf.output_paths import refuse_files
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -42,9 +43,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--samples and --repeats must be at least 1")
     try:
         cfg = load_config(args.config_file, args.opts)
-        results = map_images(cfg, args.samples, args.repeats, args.seed)
+        write_targets(cfg, args)
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
+    print(args.output)
+
+
+def write_targets(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Write the sheet of the command line."""
+    results = map_images(cfg, args.samples, args.repeats, args.seed)
+    records = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
+    read = [str(r[key]) for r in records for key in ("file_name", "pan_seg_file_name")]
+    refuse_files(args.output, read)
     metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
     class_map = ClassMap.from_metadata(metadata)
     images = [to_rgb(result, cfg.INPUT.FORMAT) for result in results]
@@ -54,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         for result, image in zip(results, images, strict=True)
     ]
     write_sheet(rows, ("image", "targets"), cell, args.output)
-    print(args.output)
 
 
 def map_images(cfg: CfgNode, samples: int, repeats: int, seed: int) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from .coco_panoptic import (
 )
 from .index_masks import IndexMasks
 from .mapper import PanopticDatasetMapper
-from .shapes import generate_shapes, register_shapes
+from .shapes import generate_shapes, register_shapes, register_tuning_shapes
 from .shapes.dataset import default_root as _shapes_root
 
 __all__ = [
@@ -36,7 +36,9 @@ __all__ = [
     "register_listed",
     "register_panoptic",
     "register_shapes",
+    "register_tuning_shapes",
 ]
 
 register_shapes(_shapes_root())
+register_tuning_shapes(f"{_shapes_root()}_tune")
 register_builtin(_datasets_root())

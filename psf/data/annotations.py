@@ -5,6 +5,7 @@ Types and ranges of their values are checked here, for training, evaluation and 
 
 import json
 import os
+import re
 import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -47,9 +48,22 @@ def _is_color(value: Any) -> bool:
     return value is None or (is_three and all(_is_int(v) and 0 <= v <= 255 for v in value))
 
 
+# What no table can have in a cell: control characters, surrogates and line separators.
+_UNWRITABLE = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029]")
+_NO_FILES = ("", ".", "..")
+_FILE_NAMES = ("file_name", "sem_seg_file_name")
+
 # For each key of an object: whether a value fits, and what would.
 Keys = Mapping[str, tuple[Callable[[Any], bool], str]]
 TEXT = (lambda v: type(v) is str and bool(v.strip()), "a text")
+NAME = (
+    lambda v: TEXT[0](v) and not _UNWRITABLE.search(v),
+    "a text without line breaks and control characters",
+)
+FILE = (
+    lambda v: TEXT[0](v) and "\0" not in v and slashes(v).rpartition("/")[2] not in _NO_FILES,
+    "the name of a file",
+)
 LIST = (lambda v: type(v) is list, "a list")
 SIDE = (lambda v: _is_int(v) and 0 < v < 1 << 31, "a positive integer")
 FLAG = (lambda v: type(v) in (int, bool) and v in (0, 1), "0 or 1")
@@ -59,12 +73,12 @@ IMAGE_ID = (lambda v: type(v) in (int, str), "an integer or a text")
 _SEGMENT_ID = (lambda v: _is_int(v) and 0 < v <= MAX_ID, f"an integer in 1..{MAX_ID} (0 is void)")
 _BOX = (_is_box, "[x, y, width, height]")
 
-CATEGORY: Keys = {"id": CLASS_ID, "name": TEXT, "isthing": FLAG}
+CATEGORY: Keys = {"id": CLASS_ID, "name": NAME, "isthing": FLAG}
 _HAS_ID: Keys = {"id": CLASS_ID}
 _CATEGORY_OPTIONS: Keys = {"color": (_is_color, "three integers in 0..255")}
-IMAGE: Keys = {"id": IMAGE_ID, "file_name": TEXT, "height": SIDE, "width": SIDE}
-ANNOTATION: Keys = {"image_id": IMAGE_ID, "file_name": TEXT, "segments_info": LIST}
-_ANNOTATION_OPTIONS: Keys = {"sem_seg_file_name": TEXT}
+IMAGE: Keys = {"id": IMAGE_ID, "file_name": FILE, "height": SIDE, "width": SIDE}
+ANNOTATION: Keys = {"image_id": IMAGE_ID, "file_name": FILE, "segments_info": LIST}
+_ANNOTATION_OPTIONS: Keys = {"sem_seg_file_name": FILE}
 SEGMENT: Keys = {"id": _SEGMENT_ID, "category_id": CLASS_ID}
 SEGMENT_OPTIONS: Keys = {"iscrowd": FLAG, "area": SIZE, "bbox": _BOX}
 
@@ -138,11 +152,11 @@ def read_panoptic_json(
     """
     data = read_json(path)
     require_none(find_problems(data, categories), path)
-    images = {image["id"]: _with_slashes(image) for image in data["images"]}
+    images = {image["id"]: with_slashes(image) for image in data["images"]}
     chosen = [dict(c) for c in categories or data["categories"]]
     annotations = data.get("annotations")
     if annotations is not None:
-        annotations = [_with_slashes(annotation) for annotation in annotations]
+        annotations = [with_slashes(annotation) for annotation in annotations]
     return PanopticJson(chosen, images, annotations)
 
 
@@ -151,8 +165,10 @@ def slashes(file_name: str) -> str:
     return file_name.replace("\\", "/")
 
 
-def _with_slashes(item: Mapping[str, Any]) -> dict[str, Any]:
-    return {**item, "file_name": slashes(item["file_name"])}
+def with_slashes(item: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of an image or an annotation with / between folders."""
+    names = {key: slashes(item[key]) for key in _FILE_NAMES if key in item}
+    return {**item, **names}
 
 
 def read_categories(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -185,7 +201,7 @@ def read_predictions(
     require_none(_contradictions(data.get("categories"), categories), path)
     ids = {category["id"] for category in categories}
     require_none(_annotation_problems(data["annotations"], ids, None, {}), path)
-    return {a["image_id"]: _with_slashes(a) for a in data["annotations"]}
+    return {a["image_id"]: with_slashes(a) for a in data["annotations"]}
 
 
 def require_keys(data: Any, keys: Keys, path: object) -> None:

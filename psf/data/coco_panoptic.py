@@ -19,7 +19,6 @@ from .annotations import (
     read_categories,
     read_panoptic_json,
     require_none,
-    slashes,
 )
 
 logger = logging.getLogger(__name__)
@@ -201,7 +200,7 @@ def load_coco_panoptic(
             "segments_info": [_convert(s, classes) for s in annotation["segments_info"]],
         }
         if sem_seg_root is not None and labels is not None:
-            record["sem_seg_file_name"] = os.path.join(sem_seg_root, slashes(labels))
+            record["sem_seg_file_name"] = os.path.join(sem_seg_root, labels)
         records.append(record)
     _require_files("image", panoptic_json, image_root, [r["file_name"] for r in records])
     pngs = [r["pan_seg_file_name"] for r in records if r["pan_seg_file_name"] is not None]

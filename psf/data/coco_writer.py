@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pycocotools.mask
 import tqdm  # type: ignore[import-untyped]
+from filelock import FileLock
 from numpy.typing import NDArray
 
+from psf.files import named, write_text
 from psf.output_paths import below
 from psf.panoptic_png import PNG_END, write_panoptic_ids
 
@@ -105,7 +107,7 @@ def convert_split(
 
     Raises:
         ValueError: there are not as many images as there should be, two images have the same
-            files, or the JSON files exist but were not written by this.
+            files, or JSON files or PNGs exist that were not written by this.
     """
     if len(sources) != num_images and not (allow_partial and sources):
         raise ValueError(
@@ -115,33 +117,53 @@ def convert_split(
     categories = [dict(category) for category in split.categories]
     marks = {str(source): fingerprint(categories, *inputs(source)) for source in sources}
     conversion = fingerprint(_VERSION, marks)
-    if _is_complete(split, conversion):
-        logger.info("%s: %d images exist.", split.name, len(sources))
-        return
-    notes = split.panoptic_json.with_name(f"{split.panoptic_json.name}.partial")
-    done = _read_notes(notes, split, marks)
-    split.panoptic_root.mkdir(parents=True, exist_ok=True)
-    taken: dict[str, Path] = {}
-    with open(notes, "a", encoding="utf-8") as file:
-        for source in tqdm.tqdm(sources, desc=split.name, unit=" images", disable=None):
-            key = str(source)
-            if key in done:
-                entries = done[key]
-                _take(taken, source, entries.annotation["file_name"], entries.image["file_name"])
-                continue
-            image = convert(source)
-            _take(taken, source, image.png, image.file_name)
-            done[key] = write_image(split, image)
-            file.write(json.dumps([key, marks[key], *done[key]]) + "\n")
-    written = [done[str(source)] for source in sources]
-    write_json_files(split, written, info={"conversion": conversion})
-    notes.unlink()
+    split.panoptic_json.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{split.panoptic_json}.lock"):  # another process may convert it, too
+        if _is_complete(split, conversion):
+            logger.info("%s: %d images exist.", split.name, len(sources))
+            return
+        written = _convert_all(split, convert, marks)
+        write_json_files(split, written, info={"conversion": conversion})
+        _notes(split).unlink()
     _report(split, written)
 
 
-def _take(taken: dict[str, Path], source: Path, png: str, image: str) -> None:
+def _notes(split: Split) -> Path:
+    return split.panoptic_json.with_name(f"{split.panoptic_json.name}.partial")
+
+
+def _convert_all(
+    split: Split, convert: Callable[[Path], PanopticImage], marks: Mapping[str, str]
+) -> list[Entries]:
+    """Write the PNGs of the sources, which are the keys of ``marks``."""
+    notes = _notes(split)
+    ours = any(path.exists() for path in (notes, split.panoptic_json, split.instances_json))
+    if not ours and split.panoptic_root.is_dir() and any(split.panoptic_root.iterdir()):
+        raise ValueError(
+            f"'{split.panoptic_root}' has files that no conversion wrote, which may be overwritten."
+            " Move them away, or choose another output folder."
+        )
+    done = _read_notes(notes, split, marks)
+    split.panoptic_root.mkdir(parents=True, exist_ok=True)
+    taken: dict[str, str] = {}
+    with named(notes), open(notes, "a", encoding="utf-8") as file:
+        for source in tqdm.tqdm(marks, desc=split.name, unit=" images", disable=None):
+            if source in done:
+                entries = done[source]
+                _take(taken, source, entries.annotation["file_name"], entries.image["file_name"])
+                continue
+            image = convert(Path(source))
+            _take(taken, source, image.png, image.file_name)
+            for path in (split.panoptic_json, split.instances_json):
+                path.unlink(missing_ok=True)  # of other PNGs, if this ends early
+            done[source] = write_image(split, image)
+            file.write(json.dumps([source, marks[source], *done[source]]) + "\n")
+    return [done[source] for source in marks]
+
+
+def _take(taken: dict[str, str], source: str, png: str, image: str) -> None:
     """Note that a source has this PNG and image, which no other may have."""
-    for name in (f"PNG '{png}'", f"image '{image}'"):
+    for name in (f"PNG '{os.path.normpath(png)}'", f"image '{os.path.normpath(image)}'"):
         if name in taken:
             raise ValueError(f"'{taken[name]}' and '{source}' both have the {name}. Rename one.")
         taken[name] = source
@@ -203,16 +225,17 @@ def _read_notes(path: Path, split: Split, marks: Mapping[str, str]) -> dict[str,
         return {}
     done = {}
     lines = []
-    for line in path.read_bytes().split(b"\n")[:-1]:  # the last was cut off
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for line in text.split("\n")[:-1]:  # the last was cut off
         try:
             source, mark, *fields = json.loads(line)
-            finished = Entries(*fields)
-        except (TypeError, ValueError):  # damaged: the image is converted again
-            continue
-        if marks.get(source) == mark and _has_files(split, finished.annotation):
+        except (TypeError, ValueError):
+            continue  # damaged: the image is converted again
+        finished = Entries(*fields) if marks.get(source) == mark else None
+        if finished is not None and _has_files(split, finished.annotation):
             done[source] = finished
-            lines.append(line + b"\n")
-    path.write_bytes(b"".join(lines))
+            lines.append(f"{line}\n")
+    write_text(path, "".join(lines))
     return done
 
 
@@ -222,7 +245,7 @@ def write_image(split: Split, image: PanopticImage) -> Entries:
         segment._replace(id=_segment_id(i)) if segment.id is None else segment
         for i, segment in enumerate(image.segments)
     ]
-    ids = np.array([0, *(s.id for s in segments)], dtype=np.int64)
+    ids = np.array([0, *(s.id for s in segments)], dtype=np.uint32)
     png = below(split.panoptic_root, image.png)
     png.parent.mkdir(parents=True, exist_ok=True)
     write_panoptic_ids(str(png), ids[image.index_map])
@@ -284,6 +307,4 @@ def write_json_files(split: Split, entries: Sequence[Entries], **more: Any) -> N
         (split.instances_json, instances_content),
         (split.panoptic_json, panoptic_content),
     ):
-        partial = path.with_name(f"{path.name}.new")
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, json.dumps(content))

@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
+from psf.files import write_beside
+
 from .panoptic_quality import ClassQuality
 
 logger = logging.getLogger(__name__)
@@ -71,7 +73,7 @@ def write_curves(
             axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
         else:
             axes.text(0.5, 0.5, "nothing logged yet", ha="center", transform=axes.transAxes)
-    _save(figure, path)
+    write_figure(figure, path)
 
 
 @plain_text
@@ -102,7 +104,7 @@ def write_quality_bars(
         _draw_bars(axes, column, means.get(group, math.nan), color)
         without = f", {absent} without" if absent else ""
         axes.set_title(f"{group}: {len(column)} classes{without}", fontsize="medium")
-    _save(figure, path)
+    write_figure(figure, path)
 
 
 def _draw_bars(axes: Axes, rows: Sequence[ClassQuality], mean: float, color: str) -> None:
@@ -207,6 +209,7 @@ def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64
     return (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(os.fspath(path))
+def write_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a PNG; its folder is created."""
+    with write_beside(path) as partial:
+        FigureCanvasAgg(figure).print_png(os.fspath(partial))

@@ -67,8 +67,8 @@ def score_predictions(
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: an image has no prediction, or a file is not usable.
-        KeyError: a prediction and its PNG have different segments.
+        ValueError: an image has no prediction, a prediction and its PNG have different segments,
+            or a file is not usable.
     """
     truth = read_panoptic_json(truth_json)
     if not truth.annotations:
@@ -91,9 +91,12 @@ def score_predictions(
         pred_ids = read_panoptic_ids(str(pred_root / prediction["file_name"]))
         segments = pack(annotation).segments
         predicted = {s["id"]: s["category_id"] for s in prediction["segments_info"]}
-        record = compare(
-            truth_ids, segments, pred_ids, predicted, image_id=image_id, boundary=boundary
-        )
+        try:
+            record = compare(
+                truth_ids, segments, pred_ids, predicted, image_id=image_id, boundary=boundary
+            )
+        except KeyError as error:
+            raise ValueError(f"'{pred_json}': {error.args[0]}") from error
         records.append(record)
         file_name = truth.images[image_id]["file_name"]
         scores.append(ImageScore(image_id, file_name, _pq_of(record, categories)))

@@ -20,7 +20,7 @@ from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from psf.files import write_beside
+from psf.files import write_text
 from psf.output_paths import below, refuse_inputs
 from psf.panoptic_png import read_panoptic_ids, write_panoptic_ids
 
@@ -109,11 +109,15 @@ class PanopticEvaluator(DatasetEvaluator):
             )
         }
         self._predictions_root = Path(output_dir or "", PREDICTIONS)
+        self._predictions_json = self._predictions_root.with_suffix(".json")
+        self.reset()
         if save_predictions:
             inputs = [Path(self._metadata.panoptic_root), Path(self._metadata.panoptic_json)]
-            outputs = [self._predictions_root, self._predictions_root.with_suffix(".json")]
-            refuse_inputs(outputs, inputs)
-        self.reset()
+            refuse_inputs([self._predictions_root, self._predictions_json], inputs)
+            self._read_annotations()
+            for name in self._png_names.values():
+                below(self._predictions_root, name)
+            self.reset()
 
     def reset(self) -> None:
         """Forget all predictions and the annotations, which are read when needed."""
@@ -185,6 +189,7 @@ class PanopticEvaluator(DatasetEvaluator):
         png = self._png_names[image_id]
         path = below(self._predictions_root, png)
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._predictions_json.unlink(missing_ok=True)  # of other PNGs, if this ends early
         write_panoptic_ids(str(path), ids)
         infos = [{"id": i, "category_id": category_id} for i, category_id in pred.items()]
         return {"image_id": image_id, "file_name": png, "segments_info": infos}
@@ -272,14 +277,12 @@ class PanopticEvaluator(DatasetEvaluator):
         logger.info("%s:\n%s", title, table)
         if self._output_dir is None:
             return
-        PathManager.mkdirs(self._output_dir)
         rows_json = json.dumps([_without_nan(row) for row in rows], indent=1)
         for name, text in (
             (f"{prefix}pq.txt", table),
             (f"{prefix}panoptic_results.json", rows_json),
         ):
-            with write_beside(os.path.join(self._output_dir, name)) as partial:
-                partial.write_text(f"{text}\n", encoding="utf-8")
+            write_text(os.path.join(self._output_dir, name), f"{text}\n")
         chart = os.path.join(self._output_dir, f"{prefix}pq.png")
         with drawn_or_warned(chart):
             write_quality_bars(rows, chart, title=title)
@@ -290,10 +293,9 @@ class PanopticEvaluator(DatasetEvaluator):
         categories: Sequence[Mapping[str, Any]],
     ) -> None:
         """Write the JSON of a submission (cocodataset.org/#format-results)."""
-        path = os.path.join(str(self._output_dir), f"{PREDICTIONS}.json")
+        path = self._predictions_json
         content = {"annotations": annotations, "categories": categories}
-        with write_beside(path) as partial:
-            partial.write_text(json.dumps(content), encoding="utf-8")
+        write_text(path, json.dumps(content))
         logger.info("Wrote the predictions for %d images to '%s'.", len(annotations), path)
 
 

@@ -13,7 +13,6 @@ import numpy as np
 from detectron2.data import Metadata
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from psf.images import read_image
 
-from .charts import plain_text
+from .charts import plain_text, write_figure
 from .ground_truth import PanopticSegmentation
 
 # Longest side of a picture on a contact sheet, in pixels: for small images and for photos.
@@ -202,8 +201,7 @@ def write_sheet(
             sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
         top += row.pictures[0].shape[0] + _GAP
     figure.figimage(sheet, zorder=-1)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(os.fspath(path))
+    write_figure(figure, path)
 
 
 def _write(figure: Figure, text: str, x: float, y: float, **style: Any) -> None:

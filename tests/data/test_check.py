@@ -218,6 +218,14 @@ def put(value, *path):
 INFOS = ("annotations", 1, "segments_info")
 # What is put where in the JSON, and what the report says about it.
 MALFORMED = {
+    "image without a name": (put("..", "images", 1, "file_name"), "file_name is '..' instead of"),
+    "PNG of a folder": (put("x\\", "annotations", 1, "file_name"), "instead of the name of a file"),
+    "labels 3": (
+        put(3, "annotations", 1, "sem_seg_file_name"),
+        "file_name is 3 instead of",
+    ),
+    "class of two lines": (put("a\nb", "categories", 0, "name"), "without line breaks"),
+    "half a letter": (put("a\ud800", "categories", 0, "name"), "without line breaks"),
     "null images": (put(None, "images"), "images: not a list"),
     "null annotations": (put(None, "annotations"), "annotations: not a list"),
     "categories are an object": (put({"1": "cat"}, "categories"), "categories: not a list"),
@@ -231,14 +239,14 @@ MALFORMED = {
     "list segment id": (put([5], *INFOS, 0, "id"), "id is [5] instead of an integer"),
     "float segment id": (put(5.0, *INFOS, 0, "id"), "id is 5.0 instead of an integer"),
     "list category": (put([2], *INFOS, 0, "category_id"), "category_id is [2] instead of"),
-    "null file": (put(None, "images", 1, "file_name"), "file_name is None instead of a text"),
+    "null file": (put(None, "images", 1, "file_name"), "file_name is None instead of the"),
     "text height": (put("4", "images", 1, "height"), "height is '4' instead of"),
     "null box": (put(None, *INFOS, 0, "bbox"), "bbox is None instead of"),
     "short box": (put([1, 2, 3], *INFOS, 0, "bbox"), "bbox is [1, 2, 3] instead of"),
     "infinite box": (put([0, 0, float("inf"), 1], *INFOS, 0, "bbox"), "bbox is [0, 0, inf, 1]"),
     "NaN area": (put(float("nan"), *INFOS, 0, "area"), "area is nan instead of"),
     "long name": (put("x" * 5000, "images", 1, "file_name"), "does not exist"),
-    "NUL in a name": (put("a\0b", "annotations", 1, "file_name"), "does not exist"),
+    "NUL in a name": (put("a\0b", "annotations", 1, "file_name"), "file_name is 'a\\x00b' instead"),
     "half a character": (put("\ud800.jpg", "images", 1, "file_name"), "does not exist"),
     "instances": (put([{"segmentation": []}], "annotations"), "has instance annotations: convert"),
 }

@@ -203,8 +203,14 @@ RUNS = {"size": [10, 20], "counts": [200]}
         (spoil_mask(9, "category_id"), "category_id 9 is not among the categories"),
         (lambda d: d["categories"][0].update(name="Sky"), "another category has the name 'sky'"),
         (lambda d: d["images"].append({**d["images"][0], "id": 8}), "image 8: another image has"),
+        (
+            lambda d: d["images"].append({**d["images"][0], "id": 8, "file_name": "a.tif"}),
+            r"both have the PNG 'a\.png'",
+        ),
+        (lambda d: d["images"][0].update(file_name="."), "image 7: file_name is '.' instead of"),
         (lambda d: d["images"][0].update(file_name="../a.jpg"), "outside of the output folder"),
         (lambda d: d.update(annotations=None), "annotations is None instead of a list"),
+        (lambda d: d.update(images=[], annotations=[]), r"instances\.json' has no images"),
     ],
 )
 def test_instances_that_are_damaged(instances, spoil, message):
@@ -251,6 +257,12 @@ def test_inputs_are_not_overwritten(instances, labelme):
     (instances / "panoptic").rename(instances / "labels")
     with pytest.raises(ValueError, match=r"panoptic\.json' exists, but was not written by this"):
         convert_instances(instances / "input.json", instances / "labels", STUFF, instances)
+    png = instances / "out" / "panoptic" / "a.png"
+    png.parent.mkdir(parents=True)
+    png.write_bytes(before)
+    with pytest.raises(ValueError, match=r"out/panoptic' has files that no conversion wrote"):
+        convert_instances(instances / "input.json", instances / "labels", STUFF, instances / "out")
+    assert png.read_bytes() == before
 
 
 def test_a_conversion_that_is_repeated(instances):
@@ -267,6 +279,12 @@ def test_a_conversion_that_is_repeated(instances):
         damage()
         run_instances(instances)
         assert png.read_bytes() == whole
+    (instances / "labels" / "x").mkdir()
+    with pytest.raises(SystemExit, match=r"both have the PNG 'a\.png'"):
+        run_instances(
+            instances,
+            lambda d: d["images"].append({**d["images"][0], "id": 8, "file_name": "x/../a.jpg"}),
+        )
 
 
 @pytest.mark.parametrize("annotations", [None, 3, [None], [{"image_id": 1}]])
@@ -284,6 +302,41 @@ def test_damaged_notes_of_an_interrupted_conversion(instances, notes):
     path.write_bytes(notes)
     run_instances(instances)
     assert not path.exists()
+
+
+def test_a_conversion_that_stops_leaves_no_json_of_other_pngs(instances):
+    """Otherwise the JSON before would be taken for that of the PNGs that are changed already."""
+    labels, png = instances / "labels" / "b.png", instances / "out" / "panoptic" / "a.png"
+    Image.new("L", (20, 10), 101).save(labels)
+
+    def add_b(data):
+        data["images"].append({**data["images"][0], "id": 8, "file_name": "b.jpg"})
+
+    first = run_instances(instances, add_b)
+    before, json_before = png.read_bytes(), (instances / "instances.json").read_bytes()
+    Image.new("L", (3, 3)).save(labels)
+    with pytest.raises(SystemExit, match=r"b\.png' is \(3, 3\)"):
+        run_instances(instances, spoil_mask([square(2, 2, 4)]))
+    assert png.read_bytes() != before
+    assert list((instances / "out").glob("*.json")) == []
+    with (instances / "out" / "panoptic.json.partial").open("a") as notes:
+        notes.write('3\n["no"]\nnull\n\x00')  # damage
+    (instances / "instances.json").write_bytes(json_before)
+    Image.new("L", (20, 10), 101).save(labels)
+    assert run_instances(instances) == first
+    assert png.read_bytes() == before
+
+
+def test_names_from_windows_and_folders_that_look_like_files(instances, labelme, tmp_path):
+    (instances / "labels" / "x").mkdir()
+    (instances / "labels" / "a.png").rename(instances / "labels" / "x" / "a.png")
+    (annotation,) = run_instances(
+        instances, lambda data: data["images"][0].update(file_name="x\\a.jpg")
+    )
+    assert annotation["file_name"] == "x/a.png"
+    (labelme / "folder.json").mkdir()
+    convert_labelme(labelme, ["sky"], tmp_path / "o")
+    assert (tmp_path / "o" / "panoptic" / "a.png").is_file()
 
 
 def test_things_go_over_stuff_and_what_is_covered_is_said(tmp_path, caplog):
@@ -316,14 +369,17 @@ def test_things_go_over_stuff_and_what_is_covered_is_said(tmp_path, caplog):
         ("label", 3, "shape number 1: label is 3 instead of a text"),
         ("group_id", [1], r"shape number 1: group_id is \[1\] instead of"),
         ("imageHeight", "10", "JSON: imageHeight is '10' instead of a positive integer"),
-        ("imagePath", None, "JSON: imagePath is None instead of a text"),
+        ("imagePath", None, "JSON: imagePath is None instead of the name of a file"),
+        ("imagePath", "x\\", "JSON: imagePath is .* instead of the name of a file"),
+        ("imageHeight", 1 << 30, "declares 20 x 1073741824 pixels, more than the limit of 2684354"),
+        ("label", "a\nb", "shape number 1: label is .* instead of a text without line breaks"),
     ],
 )
 def test_labelme_files_that_are_damaged(labelme, tmp_path, key, value, message):
     content = json.loads((labelme / "a.json").read_text())
     (content if key.startswith("image") else content["shapes"][0])[key] = value
     (labelme / "a.json").write_text(json.dumps(content))
-    with pytest.raises(SystemExit, match=rf"a\.json': .*{message}"):
+    with pytest.raises(SystemExit, match=rf"a\.json':? .*{message}"):
         tool.main(["labelme", "--input", str(labelme), "--output", str(tmp_path / "o")])
 
 

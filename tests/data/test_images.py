@@ -151,9 +151,8 @@ def test_truncated_and_damaged_files_are_named(tmp_path, suffix):
             read_image(str(path))
         except ValueError as error:
             refused += 1
-            assert f"damaged.{suffix}' is not a readable image" in str(error) or (  # noqa: PT017
-                f"damaged.{suffix}' has" in str(error) and "by its header" in str(error)
-            )
+            known = ("is not a readable image", "declares")
+            assert any(f"damaged.{suffix}' {k}" in str(error) for k in known)  # noqa: PT017
     assert refused > len(content) // 80
 
 
@@ -205,7 +204,7 @@ def save_bomb(path: Path) -> str:
 def test_bombs_are_refused_by_their_header(tmp_path, suffix, read):
     """Decoded, each would take 10 GB."""
     path = save_bomb(tmp_path / f"a{suffix}")
-    message = r"60000 x 60000 pixels by its header.*limit of 268435456.*PSF_MAX_IMAGE_PIXELS"
+    message = r"60000 x 60000 pixels.*limit of 268435456.*PSF_MAX_IMAGE_PIXELS"
     if read is read_panoptic_ids and suffix != ".png":
         message = r"it is no PNG"
     with pytest.raises(ValueError, match=rf"a\{suffix}' .*{message}"):
@@ -218,7 +217,7 @@ def test_the_limit_is_exact(tmp_path, monkeypatch, suffix):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 6)
     assert read_image(path).shape == (2, 3, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
-    with pytest.raises(ValueError, match=r"3 x 2 pixels by its header, more than the limit of 5"):
+    with pytest.raises(ValueError, match=r"3 x 2 pixels, more than the limit of 5"):
         read_image(path)
 
 

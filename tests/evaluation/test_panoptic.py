@@ -354,9 +354,7 @@ def test_predictions_stay_below_the_output_folder(make_dataset, tmp_path, kind):
         (output / "predictions").symlink_to(png.parent)
     message = "overwrite the input" if kind == "folder" else "outside of the output folder"
     with pytest.raises(ValueError, match=message):
-        PanopticEvaluator(name, str(output), save_predictions=True).process(
-            DatasetCatalog.get(name), [panoptic_output(NOTHING)]
-        )
+        PanopticEvaluator(name, str(output), save_predictions=True)
     assert png.read_bytes() == before
 
 
@@ -373,12 +371,12 @@ def test_images_of_one_name_do_not_overwrite_each_other(make_dataset, tmp_path, 
     else:
         del content["annotations"]
     path.write_text(json.dumps(content))
+    if annotated:  # before the first prediction
+        with pytest.raises(ValueError, match=r"images 100 and 101 would both be '\./0\.png'"):
+            PanopticEvaluator(name, str(tmp_path / "out"), save_predictions=True)
+        return
     evaluator = PanopticEvaluator(name, str(tmp_path / "out"), save_predictions=True)
     outputs = [panoptic_output(layout) for layout in (HALVES, NOTHING, HALVES)]
-    if annotated:
-        with pytest.raises(ValueError, match=r"images 100 and 101 would both be '\./0\.png'"):
-            evaluator.process(DatasetCatalog.get(name), outputs)
-        return
     evaluator.process(DatasetCatalog.get(name), outputs)
     evaluator.evaluate()
     saved = json.loads((tmp_path / "out" / "predictions.json").read_text())["annotations"]

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from psf.files import named
 from psf.images import read_values
 
 from .. import categories
@@ -68,7 +69,8 @@ def _convert(data: Path, folder: str, image: Path) -> PanopticImage:
     semantic = labels - np.uint8(1)  # 0, unlabelled, becomes 255
     target = data / "annotations_detectron2" / folder / f"{image.stem}.png"
     target.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(semantic).save(target)
+    with named(target):
+        Image.fromarray(semantic).save(target)
 
     things = _read(data / "annotations_instance" / folder / f"{image.stem}.png")
     if things.shape != (*semantic.shape, 3):

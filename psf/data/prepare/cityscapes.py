@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from psf.files import named
 from psf.images import read_values
 
 from .. import categories
@@ -54,7 +55,8 @@ def _convert(source: Path) -> PanopticImage:
     values = read_values(str(source)).astype(np.int32)
     name = source.name.removesuffix(_ENDING)  # city, sequence, frame
     labels = source.with_name(f"{name}_gtFine_labelTrainIds.png")
-    Image.fromarray(_train_ids(values)).save(labels)
+    with named(labels):
+        Image.fromarray(_train_ids(values)).save(labels)
     things = {c["id"]: bool(c["isthing"]) for c in categories.CITYSCAPES}
     index_map = np.zeros(values.shape, dtype=np.int32)
     segments: list[Segment] = []

@@ -14,13 +14,15 @@ import numpy as np
 import pycocotools.mask
 from numpy.typing import NDArray
 
-from psf.images import read_values
+from psf.images import read_values, require_few_pixels
 from psf.output_paths import refuse_inputs
 
 from ..annotations import (
     CLASS_ID,
+    FILE,
     INSTANCES,
     LIST,
+    NAME,
     SIDE,
     TEXT,
     Keys,
@@ -32,14 +34,16 @@ from ..annotations import (
     read_json,
     require_keys,
     require_none,
+    slashes,
+    with_slashes,
 )
 from ..coco_writer import PanopticImage, Segment, Split, convert_split
 
 logger = logging.getLogger(__name__)
 
 _RUNS: Keys = {"size": LIST, "counts": (lambda v: isinstance(v, list | str), "run lengths")}
-_LABELME: Keys = {"shapes": LIST, "imageHeight": SIDE, "imageWidth": SIDE, "imagePath": TEXT}
-_SHAPE: Keys = {"label": TEXT, "points": LIST}
+_LABELME: Keys = {"shapes": LIST, "imageHeight": SIDE, "imageWidth": SIDE, "imagePath": FILE}
+_SHAPE: Keys = {"label": NAME, "points": LIST}
 _SHAPE_OPTIONS: Keys = {
     "group_id": (lambda v: v is None or type(v) in (int, str), "an integer, a text or null"),
     "flags": (lambda v: v is None or isinstance(v, dict), "an object or null"),
@@ -75,6 +79,9 @@ def convert_instances(
     require_keys({"stuff categories": stuff_categories}, {"stuff categories": LIST}, "--stuff")
     categories = _unite_categories(data["categories"], stuff_categories, instances_json)
     require_none(find_instance_problems(data, scored=False), instances_json)
+    if not data["images"]:
+        raise ValueError(f"'{instances_json}' has no images.")
+    data["images"] = [with_slashes(image) for image in data["images"]]
     annotations: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in data["images"]}
     for annotation in data["annotations"]:
         annotations[annotation["image_id"]].append(annotation)
@@ -97,7 +104,7 @@ def _unite_categories(
     things: Sequence[Any], stuff: Sequence[Any], instances_json: Path
 ) -> list[dict[str, Any]]:
     for category in (*things, *stuff):
-        misfit = find_misfit(category, {"id": CLASS_ID, "name": TEXT})
+        misfit = find_misfit(category, {"id": CLASS_ID, "name": NAME})
         require_none((Problem("a category", what) for what in [misfit] if what), instances_json)
     shared = {c["id"] for c in things} & {c["id"] for c in stuff}
     if shared:
@@ -111,7 +118,7 @@ def _unite_categories(
 
 
 def _png(image: Mapping[str, Any]) -> Path:
-    return Path(image["file_name"]).with_suffix(".png")
+    return Path(slashes(image["file_name"])).with_suffix(".png")
 
 
 def _unite(
@@ -236,9 +243,10 @@ def convert_labelme(source: Path, stuff: Sequence[str], output: Path) -> None:
     """
     files: dict[Path, list[str]] = {}  # with the labels of their shapes
     for path in sorted(source.glob("*.json")):
-        content = read_json(path)
+        content = read_json(path) if path.is_file() else None
         if isinstance(content, dict) and "shapes" in content:
             require_none(_labelme_problems(content), path)
+            require_few_pixels(str(path), content["imageWidth"], content["imageHeight"])
             files[path] = [shape["label"] for shape in content["shapes"]]
         else:
             logger.warning("'%s' is no file of LabelMe (it lacks 'shapes') and is left out.", path)
@@ -293,7 +301,7 @@ def _convert_labelme(categories: Sequence[Mapping[str, Any]], source: Path) -> P
             logger.warning("%s has no pixel in the image.", where)
     return PanopticImage(
         image_id=source.stem,
-        file_name=Path(content["imagePath"].replace("\\", "/")).name,
+        file_name=Path(slashes(content["imagePath"])).name,
         png=f"{source.stem}.png",
         index_map=index_map,
         segments=segments,

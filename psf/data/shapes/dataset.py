@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,7 @@ NUM_TRAIN = 2000
 NUM_VAL = 200
 SIZE = 128
 SEED = 0
+TUNING_SEED = 1
 
 _SPLITS = ("train", "val")
 
@@ -63,15 +65,25 @@ def register_shapes(
         generate_shapes, root, num_train=num_train, num_val=num_val, size=size, seed=seed
     )
     for split in _SPLITS:
-        register_panoptic(
-            f"{prefix}_{split}",
-            image_root=os.path.join(root, split),
-            panoptic_root=os.path.join(root, f"panoptic_{split}"),
-            panoptic_json=os.path.join(root, f"panoptic_{split}.json"),
-            instances_json=os.path.join(root, f"instances_{split}.json"),
-            categories=CATEGORIES,
-            prepare=generate,
-        )
+        _register_split(f"{prefix}_{split}", root, split, generate)
+
+
+def register_tuning_shapes(root: str, *, name: str = "shapes_panoptic_tune") -> None:
+    """Register other images, to choose options and thresholds with: of no split of shapes."""
+    generate = partial(generate_shapes, root, num_train=0, seed=TUNING_SEED)
+    _register_split(name, root, "val", generate)
+
+
+def _register_split(name: str, root: str, split: str, generate: Callable[[], None]) -> None:
+    register_panoptic(
+        name,
+        image_root=os.path.join(root, split),
+        panoptic_root=os.path.join(root, f"panoptic_{split}"),
+        panoptic_json=os.path.join(root, f"panoptic_{split}.json"),
+        instances_json=os.path.join(root, f"instances_{split}.json"),
+        categories=CATEGORIES,
+        prepare=generate,
+    )
 
 
 def generate_shapes(
