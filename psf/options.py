@@ -195,8 +195,6 @@ def check_options(cfg: CfgNode) -> None:
             "TEST.PRECISE_BN computes statistics for the weights that are trained, but with "
             "SOLVER.EMA_DECAY their average is evaluated. Turn one of them off"
         )
-    if not cfg.OUTPUT_DIR:
-        raise ValueError("OUTPUT_DIR is empty; it must name a folder, such as output/run_1")
     _check_device(cfg.MODEL.DEVICE)
     _check_lists(cfg)
     _check_crop(cfg)

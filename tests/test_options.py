@@ -54,7 +54,6 @@ from psf.trainer import Trainer
         ("INPUT.MIN_SIZE_TRAIN", ()),
         ("INPUT.MIN_SIZE_TRAIN", (0,)),
         ("INPUT.MIN_SIZE_TEST", -1),
-        ("OUTPUT_DIR", ""),
         ("INPUT.MIN_SCALE", 3.0),
         ("MODEL.PSF.NHEADS", 0),
         ("MODEL.PSF.MASK_DECODER.DEC_LAYERS", 0),
