@@ -14,7 +14,7 @@ from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 from detectron2.utils.file_io import PathManager
 
-from psf.options import check_options
+from psf.options import check_options, values_by_key, warn_of_options
 
 _MOST_VALUES = 100_000  # of a file; a few aliases can stand for more than fits into memory
 
@@ -35,7 +35,8 @@ def load_config(path: str | Path = "", opts: Sequence[Any] = ()) -> CN:
     """
     cfg = get_cfg()
     add_psf_config(cfg)
-    defaults = _values(cfg)
+    pristine = cfg.clone()
+    defaults = values_by_key(cfg)
     sources = ["KEY VALUE pairs"] if opts or not path else []
     if path:
         file = find_config(path)
@@ -46,10 +47,11 @@ def load_config(path: str | Path = "", opts: Sequence[Any] = ()) -> CN:
     with _explain(cfg, "KEY VALUE pairs"):
         cfg.merge_from_list(list(opts))
     with _explain(cfg, " and ".join(sources)):
-        for key, value in _values(cfg).items():
+        for key, value in values_by_key(cfg).items():
             if value is None and defaults.get(key) is not None:
                 raise ValueError(f"{key} is null; the default is {defaults[key]!r}")
         check_options(cfg)
+    warn_of_options(cfg, pristine)
     cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)
     cfg.MODEL.WEIGHTS = os.path.expanduser(cfg.MODEL.WEIGHTS)
     cfg.DATASETS.REGISTER = [_expand(entry) for entry in cfg.DATASETS.REGISTER]
@@ -135,7 +137,7 @@ def _explain(cfg: CN, source: str) -> Iterator[None]:
         message = " ".join(str(error).strip("'\"").split())
         hint = ""
         if message.startswith("Non-existent"):
-            close = difflib.get_close_matches(message.rpartition(": ")[2], _values(cfg), n=1)
+            close = difflib.get_close_matches(message.rpartition(": ")[2], values_by_key(cfg), n=1)
             hint = f". Did you mean {close[0]}?" if close else ""
         raise ValueError(f"Config error in {source}: {message}{hint}") from error
     except yaml.YAMLError as error:
@@ -143,15 +145,6 @@ def _explain(cfg: CN, source: str) -> Iterator[None]:
         if isinstance(error, yaml.constructor.ConstructorError):
             message += ". Tags could run code: write the value itself"
         raise ValueError(f"Config error in {source}: {message}") from error
-
-
-def _values(node: CN, prefix: str = "") -> dict[str, Any]:
-    """By full key."""
-    values: dict[str, Any] = {}
-    for key, value in node.items():
-        below = isinstance(value, CN)
-        values |= _values(value, f"{prefix}{key}.") if below else {f"{prefix}{key}": value}
-    return values
 
 
 def add_psf_config(cfg: CN) -> None:

@@ -81,10 +81,6 @@ def transfer_classes(
     result = dict(weights)
     for pattern, matches in ((_THING_ROWS, things), (_STUFF_ROWS, stuff)):
         for name in filter(pattern.search, weights.keys() & own.keys()):
-            if max((r for r in matches.rows if r is not None), default=-1) >= len(weights[name]):
-                raise ValueError(
-                    f"{name} has {len(weights[name])} rows, less than the checkpoint has classes"
-                )
             rows = own[name].detach().cpu().clone()
             for i, row in enumerate(matches.rows):
                 if row is not None:
@@ -139,10 +135,14 @@ class ClassCheckpointer(Checkpointer):
         if misfit:
             raise ValueError(f"'classes' in the checkpoint: {misfit}. Remove it from the file")
         ours, weights = self.class_names, checkpoint["model"]
-        unnamed = self.weights_class_names or _released_classes(checkpoint.get("origin"), weights)
-        theirs = ClassNames(**saved) if saved is not None else unnamed
+        theirs, source = self.weights_class_names, "MODEL.PSF.WEIGHTS_DATASET"
+        if saved is not None:
+            theirs, source = ClassNames(**saved), "The entry 'classes' of the checkpoint"
+        elif theirs is None:
+            theirs = _released_classes(checkpoint.get("origin"), weights)
         has_heads = any(_THING_ROWS.search(name) for name in weights)
         if has_heads and theirs is not None and ours is not None and theirs != ours:
+            _check_counts(theirs, weights, source)
             if self.same_classes:
                 align_names(
                     theirs,
@@ -173,6 +173,17 @@ class ClassCheckpointer(Checkpointer):
                 ", ".join(matches.unused) or "none",
             )
         return transfer_classes(weights, self.model.state_dict(), things=things, stuff=stuff)
+
+
+def _check_counts(classes: ClassNames, weights: Mapping[str, Any], source: str) -> None:
+    """Raise ValueError unless there is a name for each row of classes."""
+    for names, pattern in zip(classes, (_THING_ROWS, _STUFF_ROWS), strict=True):
+        for name in filter(pattern.search, weights):
+            if len(weights[name]) not in (len(names), max(1, len(names))):  # one embedding at least
+                raise ValueError(
+                    f"{source} names {len(names)} classes, but the checkpoint has "
+                    f"{len(weights[name])} of this kind ({name})."
+                )
 
 
 def _released_classes(origin: Origin | None, weights: Mapping[str, Tensor]) -> ClassNames | None:

@@ -16,6 +16,7 @@ from .images import damaged, decode, read_bytes, require_few_pixels
 
 MAX_ID = (1 << 24) - 1
 
+PNG_END = b"IEND\xaeB`\x82"  # of a whole file
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _GRAY = 0x010101  # ids of gray pixels are its multiples
 

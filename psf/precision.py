@@ -1,4 +1,4 @@
-"""Precisions that a processor computes in; without instructions for one it takes far longer."""
+"""Precisions that a device computes in; without instructions for one it takes far longer."""
 
 import functools
 import logging
@@ -20,7 +20,7 @@ _INSTRUCTIONS = {
 
 def usable_precision(precision: str, device: str | torch.device, option: str) -> str:
     """
-    Check that the processor has instructions for a precision; other devices are taken as they are.
+    Check that a device has instructions for a precision.
 
     Args:
         precision: "float32", "bfloat16" or "float16".
@@ -28,18 +28,28 @@ def usable_precision(precision: str, device: str | torch.device, option: str) ->
         option: the name of what asks for it, for the log.
 
     Returns:
-        The precision, or "float32" where the processor would be several times slower.
+        The precision, or "float32" where the device would be several times slower.
     """
-    instructions = _INSTRUCTIONS.get(precision)
-    if torch.device(device).type != "cpu" or not instructions or instructions & _flags(CPU_INFO):
+    kind = torch.device(device).type
+    if precision not in _INSTRUCTIONS or kind not in ("cpu", "cuda"):
+        return precision
+    if kind == "cuda":
+        is_fast = precision == "float16" or gpu_has_bfloat16()
+    else:
+        is_fast = bool(_INSTRUCTIONS[precision] & _flags(CPU_INFO))
+    if is_fast:
         return precision
     logger.warning(
-        "%s: this processor has no instructions for %s and would take several times as long. "
+        "%s: this %s has no instructions for %s and would take several times as long. "
         "float32 is used.",
-        option,
-        precision,
+        *(option, "GPU" if kind == "cuda" else "processor", precision),
     )
     return "float32"
+
+
+def gpu_has_bfloat16() -> bool:
+    """Whether the GPU computes in bfloat16; older ones emulate it."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @functools.cache

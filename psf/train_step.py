@@ -11,6 +11,7 @@ from detectron2.engine import SimpleTrainer, TrainerBase
 from torch import Tensor, nn
 
 from psf.ema import ModelEma, copy_weights
+from psf.precision import gpu_has_bfloat16
 from psf.resuming import load_optimizer
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class TrainStep(SimpleTrainer):
         self.module = cast(nn.Module, model.module if is_wrapped else model)
         self.ema = ModelEma(self.module, ema_decay) if ema_decay else None
         device_type = next(model.parameters()).device.type
-        has_bfloat16 = device_type != "cuda" or torch.cuda.is_bf16_supported()
+        has_bfloat16 = device_type != "cuda" or gpu_has_bfloat16()
         self.amp_dtype = torch.bfloat16 if has_bfloat16 else torch.float16
         self.amp = amp
         self.device_type = device_type

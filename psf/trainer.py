@@ -25,6 +25,7 @@ from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from psf.console import ProgressHook
@@ -133,12 +134,14 @@ class Trainer(DefaultTrainer):
             broadcast_buffers=False,
             device_ids=None if on_cpu else [torch.cuda.current_device()],
         )
+        amp = cfg.SOLVER.AMP.ENABLED
+        if amp and on_cpu:  # a GPU without bfloat16 computes in float16
+            amp = usable_precision("bfloat16", "cpu", "SOLVER.AMP.ENABLED") != "float32"
         self._trainer = TrainStep(
             model,
             data_loader,
             optimizer,
-            amp=cfg.SOLVER.AMP.ENABLED
-            and usable_precision("bfloat16", cfg.MODEL.DEVICE, "SOLVER.AMP.ENABLED") != "float32",
+            amp=amp,
             clip_norm=full_model_clip_norm(cfg),
             norm_type=cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE,
             accumulate_steps=cfg.SOLVER.ACCUMULATE_STEPS,
@@ -160,6 +163,8 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's, signals before the evaluation, and the pictures, which show the last."""
+        if self.cfg.TEST.PRECISE_BN.ENABLED and not get_bn_modules(self.model):
+            logger.warning("TEST.PRECISE_BN.ENABLED has no effect: no normalization has statistics")
         hooks: list[HookBase] = [hook for hook in super().build_hooks() if hook is not None]
         evaluation = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
         hooks[evaluation] = EvalHook(self.cfg.TEST.EVAL_PERIOD, self.evaluate)
@@ -242,6 +247,9 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Detectron2's, which may start from a part of the weights if the config allows it."""
         model: nn.Module = super().build_model(cfg)
+        if not hasattr(model, "allow_partial_weights"):
+            name = cfg.MODEL.META_ARCHITECTURE
+            raise ValueError(f"MODEL.META_ARCHITECTURE is '{name}', not PanopticSegFormer")
         model.allow_partial_weights = cfg.MODEL.PSF.ALLOW_PARTIAL_WEIGHTS
         return model
 

@@ -71,6 +71,31 @@ def test_inference_refuses_a_checkpoint_of_other_classes(tiny_cfg, tmp_path, thi
         loader.load(str(tmp_path / "model.pth"))
 
 
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (THINGS, "'classes' in the checkpoint: is "),
+        ({"things": THINGS}, "'classes' in the checkpoint: lacks stuff"),
+        ({"things": THINGS, "stuff": [1, 2]}, "'classes' in the checkpoint: stuff is "),
+        ({"things": THINGS, "stuff": "ab"}, "'classes' in the checkpoint: stuff is "),
+        ({"things": THINGS[:2], "stuff": ["a", "b"]}, r"names 2 classes, .* has 3 of this kind"),
+        ({"things": THINGS, "stuff": ["a"]}, r"names 1 classes, .* has 2 of this kind \(mask_dec"),
+        (None, r"WEIGHTS_DATASET names 4 classes, .* has 3 of this kind"),
+    ],
+)
+def test_class_names_that_are_not_those_of_the_rows(tiny_cfg, tmp_path, classes, message):
+    """A wrong count would give rows to other classes."""
+    model = build_model(tiny_cfg)
+    torch.save({"model": model.state_dict(), "classes": classes}, tmp_path / "model.pth")
+    loader = ClassCheckpointer(
+        model,
+        class_names=ClassNames(THING_ORDER, ["a", "b"]),
+        weights_class_names=ClassNames([*THINGS, "ring"], ["a", "b"]),
+    )
+    with pytest.raises(ValueError, match=message):
+        loader.load(str(tmp_path / "model.pth"))
+
+
 def test_inference_aligns_a_checkpoint_of_another_order(tiny_cfg, tmp_path):
     model, other = build_model(tiny_cfg), build_model(tiny_cfg)
     names = ClassNames(THINGS, ["a", "b"])
@@ -101,7 +126,7 @@ def test_the_released_models_have_the_classes_of_coco(tiny_cfg, tmp_path, conver
         assert torch.equal(found[name], expected[name][order.flip(0) if converted else order])
     tiny_cfg.MODEL.PSF.WEIGHTS_DATASET = "tiny_interleaved"
     if not converted:
-        with pytest.raises(ValueError, match=r"classes missing: .*DATASETS\.TRAIN begin with"):
+        with pytest.raises(ValueError, match=r"WEIGHTS_DATASET names 3 classes, .* has 80"):
             inference_checkpointer(tiny_cfg, other).load(str(tmp_path / "model.pth"))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import build_model
+from PIL import Image
 from random_input import make_input
 from torch import nn
 
@@ -211,15 +212,16 @@ class TestPredictor:
             (torch.zeros(3, 8, 9), "a Tensor"),
             ("photo.jpg", "a str"),
             (None, "a NoneType"),
+            (Image.new("RGB", (9, 8)), "a Image"),
+            ((i for i in ()), "a generator"),
         ],
     )
     def test_other_images_are_refused(self, predictor, photos, image, found):
         """None is predicted if one is wrong."""
         with pytest.raises(ValueError, match=rf"image 1 is {found}.*uint8.*read_image.*255"):
             predictor([photos[0], image])
-        if isinstance(image, np.ndarray):
-            with pytest.raises(ValueError, match=rf"image 0 is {found}"):
-                predictor(image)
+        with pytest.raises(ValueError, match=rf"image 0 is {found}"):
+            predictor(image)
 
     @pytest.mark.parametrize("size", [(20000, 2), (1, 4000), (4000, 1), (1, 1)])
     def test_extreme_shapes(self, predictor, size):
@@ -232,6 +234,9 @@ class TestPredictor:
     def test_batch_sizes_that_would_predict_nothing(self, tiny_cfg, batch_size):
         with pytest.raises(ValueError, match=f"batch_size must be .* not {batch_size}"):
             psf.Predictor(tiny_cfg, batch_size=batch_size)
+
+    def test_a_batch_size_of_numpy(self, predictor, tiny_cfg, photos):
+        assert len(psf.Predictor(tiny_cfg, batch_size=np.int64(2))(tuple(photos))) == len(photos)
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import torch
 from detectron2.data import DatasetCatalog
 
 from psf import precision
@@ -19,7 +20,18 @@ from psf.trainer import Trainer
         ("TEST.AUG.ENABLED", True),
         ("TEST.KEYPOINT_OKS_SIGMAS", [1.0]),
         ("VIS_PERIOD", 100),
+        ("TEST.AUG.FLIP", False),
         ("MODEL.LOAD_PROPOSALS", True),
+        ("MODEL.RPN.NMS_THRESH", 0.5),
+        ("MODEL.ROI_HEADS.NUM_CLASSES", 5),
+        ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 5),
+        ("MODEL.PANOPTIC_FPN.COMBINE.OVERLAP_THRESH", 0.1),
+        ("MODEL.RETINANET.IN_FEATURES", ["p3"]),
+        ("MODEL.RESNETS.DEPTH", 51),
+        ("MODEL.PIXEL_MEAN", [1.0]),
+        ("MODEL.PIXEL_STD", [1.0, 0.0, 1.0]),
+        ("MODEL.DEVICE", "gpu"),
+        ("MODEL.BACKBONE.FREEZE_AT", -1),
         ("MODEL.MASK_ON", True),
         ("MODEL.KEYPOINT_ON", True),
         ("DATASETS.PROPOSAL_FILES_TRAIN", ("a.pkl",)),
@@ -31,6 +43,25 @@ from psf.trainer import Trainer
         ("SOLVER.MAX_ITER", 0),
         ("SOLVER.CHECKPOINT_PERIOD", 0),
         ("SOLVER.WARMUP_ITERS", -1),
+        ("SOLVER.WEIGHT_DECAY", -0.1),
+        ("SOLVER.GAMMA", 0.0),
+        ("SOLVER.BASE_LR", float("nan")),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "all"),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", -1.0),
+        ("SOLVER.STEPS", (2, 1)),
+        ("SOLVER.STEPS", (1.5,)),
+        ("SEED", 2**32),
+        ("INPUT.MIN_SIZE_TRAIN", ()),
+        ("INPUT.MIN_SIZE_TRAIN", (0,)),
+        ("INPUT.MIN_SIZE_TEST", -1),
+        ("INPUT.MIN_SCALE", 3.0),
+        ("MODEL.PSF.NHEADS", 0),
+        ("MODEL.PSF.MASK_DECODER.DEC_LAYERS", 0),
+        ("MODEL.PSF.MASK_LOSS_SCALE", -1),
+        ("MODEL.PSF.NUM_OBJECT_QUERIES", -1),
+        ("MODEL.PSF.L1_WEIGHT", -1.0),
+        ("MODEL.PSF.DROPOUT", 2.0),
+        ("MODEL.PSF.TEST.SCORE_THRESHOLD", 50.0),
         ("SOLVER.WARMUP_METHOD", "cubic"),
         ("SOLVER.LR_SCHEDULER_NAME", "Cosine"),
         ("INPUT.RANDOM_FLIP", "both"),
@@ -44,6 +75,49 @@ def test_options_that_would_not_be_obeyed(key, value):
         load_config(opts=[key, value])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_gpu_that_is_not_there():
+    with pytest.raises(ValueError, match=r"MODEL\.DEVICE is 'cuda:0', but PyTorch finds no GPU"):
+        load_config(opts=["MODEL.DEVICE", "cuda:0"])
+
+
+@pytest.mark.parametrize(
+    ("options", "useless"),
+    [
+        (["MODEL.PSF.MASK_DECODER.THING_LAYERS", 2], "joint"),
+        (["MODEL.PSF.MASK_DECODER.MATCHING.L1_WEIGHT", 1.0], "joint"),
+        (["MODEL.PSF.MASK_DECODER.DEC_LAYERS", 2, "MODEL.PSF.MASK_DECODER.NAME", "decoupled"], ""),
+        (["MODEL.PSF.TEST.SAVE_PREDICTIONS", True, "MODEL.PSF.TEST.PANOPTIC_ON", False], "False"),
+        (["MODEL.SWIN.WINDOW_SIZE", 12], "build_resnet_backbone"),
+        (["MODEL.FPN.OUT_CHANNELS", 12], "build_resnet_backbone"),
+        (["INPUT.IMAGE_SIZE", 512], "multi_scale"),
+        (["SOLVER.BASE_LR_END", 0.1], "WarmupMultiStepLR"),
+        (["SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.1], "False"),
+        (["TEST.EVAL_PERIOD", 5], ": DATASETS.TEST is empty"),
+    ],
+)
+def test_options_that_another_one_makes_useless(options, useless, caplog):
+    load_config(opts=options)
+    assert caplog.text.count("has no effect") == 1
+    assert f"{options[0]} has no effect" in caplog.text
+    assert useless in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["MODEL.PSF.MASK_DECODER.THING_LAYERS", 2, "MODEL.PSF.MASK_DECODER.NAME", "decoupled"],
+        ["MODEL.SWIN.WINDOW_SIZE", 12, "MODEL.BACKBONE.NAME", "build_swin_backbone"],
+        ["MODEL.FPN.OUT_CHANNELS", 12, "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"],
+        ["MODEL.RESNETS.NUM_GROUPS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 4],
+        ["INPUT.CROP.SIZE", [0.5, 0.5]],
+    ],
+)
+def test_options_that_are_obeyed(options, caplog):
+    load_config(opts=options)
+    assert not caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -51,8 +125,22 @@ def test_options_that_would_not_be_obeyed(key, value):
             ["INPUT.AUGMENTATION", "large_scale_jitter", "INPUT.CROP.ENABLED", True],
             r"CROP\.ENABLED has no effect with .*'large_scale_jitter'",
         ),
+        *(
+            (["INPUT.CROP.ENABLED", True, *crop], rf"CROP\.SIZE is .*; TYPE '.*' needs {needs}")
+            for crop, needs in (
+                (["INPUT.CROP.SIZE", [1.5, 1.5]], "two parts of the image"),
+                (["INPUT.CROP.SIZE", [0.5]], "two parts of the image"),
+                (["INPUT.CROP.TYPE", "absolute"], "height and width in pixels"),
+                (["INPUT.CROP.TYPE", "absolute_range", "INPUT.CROP.SIZE", [9, 2]], "least, most"),
+            )
+        ),
+        (
+            ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"],
+            "with MIN_SIZE_TRAIN_SAMPLING 'range' it must",
+        ),
         (["INPUT.AUGMENTATION", "fixed_crop"], r"CROP\.SIZE is \[0\.9, 0\.9\]; .*in pixels"),
         (["TEST.EXPECTED_RESULTS", [["panoptic_seg", "PQ", 1.0]]], r"each entry is \[task, metric"),
+        (["TEST.EXPECTED_RESULTS", [["panoptic_seg", "PQ", "1", 1]]], r"each entry is \[task"),
         (["TEST.EXPECTED_RESULTS", [["segm", "AP", 1.0, 1.0]]], "turns on: panoptic_seg$"),
         (["TEST.EXPECTED_RESULTS", [["panoptic_seg", "PQ", 1.0, 1.0]]], "is of one data set"),
     ],
@@ -81,6 +169,15 @@ def test_a_warmup_without_an_end(shapes_cfg, caplog, warmup, warned):
     shapes_cfg.SOLVER.WARMUP_ITERS = warmup
     check_training(shapes_cfg, 1)
     assert ("the learning rate never reaches SOLVER.BASE_LR" in caplog.text) == warned
+
+
+def test_models_and_normalizations_that_the_trainer_cannot_use(shapes_cfg, caplog):
+    shapes_cfg.TEST.PRECISE_BN.ENABLED = True
+    Trainer(shapes_cfg)
+    assert "TEST.PRECISE_BN.ENABLED has no effect" in caplog.text
+    shapes_cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
+    with pytest.raises(ValueError, match="META_ARCHITECTURE is 'GeneralizedRCNN', not Panoptic"):
+        Trainer.build_model(shapes_cfg)
 
 
 @pytest.mark.parametrize("empty", [True, False])
@@ -115,10 +212,22 @@ def test_bfloat16_where_the_processor_has_it(tiny_cfg, shapes_cfg, processor, ca
     assert found == ("bfloat16" if processor else "float32")
     line = "X.Y: this processor has no instructions for bfloat16"
     assert (line in caplog.text) != processor
-    assert usable_precision("bfloat16", "cuda", "X.Y") == "bfloat16"
     assert usable_precision("float32", "cpu", "X.Y") == "float32"
     assert found == fast_preset(tiny_cfg).MODEL.PSF.TEST.PRECISION
     shapes_cfg.SOLVER.AMP.ENABLED = True
     trainer = Trainer(shapes_cfg)
     assert trainer._trainer.amp == processor
     assert ("SOLVER.AMP.ENABLED: this processor" in caplog.text) != processor
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_of_gpus_that_only_emulate_it(native, monkeypatch, caplog):
+    """A T4 or V100: torch supports it there, at a fraction of the speed."""
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation or native,
+    )
+    assert usable_precision("bfloat16", "cuda", "X.Y") == ("bfloat16" if native else "float32")
+    assert ("X.Y: this GPU has no instructions for bfloat16" in caplog.text) != native
+    assert usable_precision("float16", "cuda", "X.Y") == "float16"

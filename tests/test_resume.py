@@ -158,7 +158,7 @@ REFUSED = [
     ("trainer/hooks/LRScheduler/get_lr", 3, r"its LRScheduler has \['get_lr'\]"),
     ("classes", 3, "'classes' in the checkpoint: is 3 instead of an object"),
     ("classes/things", [3], r"'classes' in the checkpoint: things is \[3\] instead of a list of"),
-    ("classes/things", lambda v: [*v, "x", "y"][::-1], "has 5 rows, less than the checkpoint has"),
+    ("classes/things", lambda v: [*v, "x", "y"][::-1], "names 7 classes, but the checkpoint has 5"),
     (WEIGHT, lambda v: v * float("nan"), r"conv1\.weight has values that are not finite"),
     (WEIGHT, lambda v: v.int(), r"conv1\.weight is torch\.int32"),
     (WEIGHT, lambda v: v.to_sparse(), r"conv1\.weight is .*torch\.sparse_coo"),

@@ -1,4 +1,5 @@
 import logging
+import math
 import re
 import sys
 from collections import OrderedDict
@@ -232,6 +233,38 @@ def test_a_backbone_that_is_not_whole(released_cfg, model, tmp_path, caplog, sta
     released_cfg.MODEL.PSF.ALLOW_PARTIAL_WEIGHTS = True
     Checkpointer(Trainer.build_model(released_cfg)).load(path)
     assert re.search(rf"start from random values: {named}", caplog.text)
+
+
+@pytest.mark.parametrize("extra", ["backbone.res4.9.conv1.weight", "encoder.layers.9.norm1.bias"])
+def test_a_checkpoint_of_a_deeper_model(released_cfg, model, tmp_path, caplog, extra):
+    """A part of it would predict something else; of other things in the file a line is enough."""
+    weights = {**model.state_dict(), "ema.weight": torch.zeros(1)}
+    path = str(tmp_path / "deeper.pth")
+    torch.save({"model": weights}, path)
+    Checkpointer(model).load(path)
+    torch.save({"model": {**weights, extra: torch.zeros(1)}}, path)
+    with pytest.raises(ValueError, match=rf"Not in the model: .*{re.escape(extra)}.*ALLOW_PARTIAL"):
+        Checkpointer(model).load(path)
+    released_cfg.MODEL.PSF.ALLOW_PARTIAL_WEIGHTS = True
+    Checkpointer(Trainer.build_model(released_cfg)).load(path)
+    assert f"Not in the model: {extra}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.fill_(math.nan), "has values that are not finite"),
+        (lambda w: w.half().fill_(math.inf), "has values that are not finite"),
+        (lambda w: w.to(torch.int8), r"is torch\.int8 .* not floating-point"),
+        (lambda w: w.to(torch.complex64), r"is torch\.complex64 .* not floating-point"),
+    ],
+)
+def test_weights_that_are_no_numbers(model, tmp_path, change, message):
+    name = "backbone.res3.0.conv2.weight"
+    weights = {**model.state_dict(), name: change(model.state_dict()[name].clone())}
+    torch.save({"model": weights}, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} {message}"):
+        Checkpointer(model).load(str(tmp_path / "model.pth"))
 
 
 def test_a_backbone_alone_predicts_nothing(released_cfg, model, tmp_path):

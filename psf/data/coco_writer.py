@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from psf.files import named, write_text
 from psf.output_paths import below
-from psf.panoptic_png import write_panoptic_ids
+from psf.panoptic_png import PNG_END, write_panoptic_ids
 
-from .annotations import read_json
+from .annotations import ANNOTATION, find_misfit, read_json
 from .index_masks import tight_boxes
 
 logger = logging.getLogger(__name__)
@@ -179,6 +179,13 @@ def _report(split: Split, entries: Sequence[Entries]) -> None:
             *(split.name, sum(e.covered for e in covered), len(covered)),
             covered[0].image["file_name"],
         )
+    used = {info["category_id"] for e in entries for info in e.annotation["segments_info"]}
+    absent = [c["name"] for c in split.categories if c["id"] not in used]
+    if absent:
+        logger.warning(
+            "%s: no image shows %d of the %d categories: %s.",
+            *(split.name, len(absent), len(split.categories), ", ".join(absent)),
+        )
 
 
 _NOTHING: Any = {"info": {"conversion": None}}  # no file
@@ -198,15 +205,18 @@ def _is_complete(split: Split, conversion: str) -> bool:
         found.append((info["conversion"], content))
     if any(mark != conversion for mark, _ in found):
         return False
-    return all(_has_files(split, annotation) for annotation in found[0][1]["annotations"])
+    annotations = found[0][1].get("annotations")
+    return isinstance(annotations, list) and all(_has_files(split, a) for a in annotations)
 
 
 def _has_files(split: Split, annotation: Mapping[str, Any]) -> bool:
-    """Whether the PNG and the label PNG of an image exist."""
+    """Whether the PNG and the label PNG of an image exist, as a whole."""
+    if find_misfit(annotation, ANNOTATION):
+        return False
     paths = [split.panoptic_root / annotation["file_name"]]
     if split.sem_seg_root is not None and "sem_seg_file_name" in annotation:
         paths.append(split.sem_seg_root / annotation["sem_seg_file_name"])
-    return all(path.is_file() for path in paths)
+    return all(path.is_file() and path.read_bytes().endswith(PNG_END) for path in paths)
 
 
 def _read_notes(path: Path, split: Split, marks: Mapping[str, str]) -> dict[str, Entries]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.modeling import Backbone, ResNet, build_backbone
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, ResNet, build_backbone
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -25,6 +25,8 @@ from psf.modeling.recomputation import recompute
 from psf.modeling.release_decoder import DecoupledMaskDecoder
 from psf.modeling.runtime import Runtime
 from psf.precision import usable_precision
+
+MOST_LEVELS = 4  # the coarsest of stride 64
 
 MaskDecoder = JointMaskDecoder | DecoupledMaskDecoder
 
@@ -59,7 +61,7 @@ def build_parts(cfg: CfgNode) -> dict[str, Any]:
     metadata = MetadataCatalog.get(dataset_name)
     class_map = ClassMap.from_metadata(metadata)
     psf = _with_class_counts(cfg.MODEL.PSF, class_map, dataset_name)
-    backbone = build_backbone(cfg)
+    backbone = _build_backbone(cfg)
     shapes = backbone.output_shape()
     transformer: dict[str, Any] = {
         "dim": psf.HIDDEN_DIM,
@@ -111,6 +113,39 @@ def build_parts(cfg: CfgNode) -> dict[str, Any]:
         ),
         "inference_options": _inference_options(cfg, parts["mask_decoder"]),
     }
+
+
+def _build_backbone(cfg: CfgNode) -> Backbone:
+    """Detectron2's; raises ValueError unless it has the maps that the model takes."""
+    name, psf = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.PSF
+    if name not in BACKBONE_REGISTRY:
+        known = sorted(key for key, _ in BACKBONE_REGISTRY)
+        raise ValueError(f"MODEL.BACKBONE.NAME is '{name}'; known: {known}")
+    backbone = build_backbone(cfg)
+    shapes = backbone.output_shape()
+    missing = [key for key in psf.IN_FEATURES if key not in shapes]
+    if missing:
+        raise ValueError(
+            f"MODEL.PSF.IN_FEATURES has {missing}, but the backbone '{name}' returns "
+            f"{list(shapes)}. Name maps of the backbone (MODEL.RESNETS.OUT_FEATURES)"
+        )
+    strides = [shapes[key].stride for key in psf.IN_FEATURES]
+    if not strides or strides != sorted(strides):
+        raise ValueError(
+            f"MODEL.PSF.IN_FEATURES is {psf.IN_FEATURES} of strides {strides}; it must name maps "
+            "from fine to coarse"
+        )
+    if not len(strides) <= psf.NUM_FEATURE_LEVELS <= MOST_LEVELS:
+        raise ValueError(
+            f"MODEL.PSF.NUM_FEATURE_LEVELS is {psf.NUM_FEATURE_LEVELS}; it must be in "
+            f"{len(strides)}..{MOST_LEVELS}, as MODEL.PSF.IN_FEATURES has {len(strides)}"
+        )
+    if psf.TEST.PAD_TO and strides != [8 * 2**level for level in range(len(strides))]:
+        raise ValueError(
+            f"MODEL.PSF.TEST.PAD_TO needs maps of strides 8, 16, 32, but {psf.IN_FEATURES} have "
+            f"{strides}. Set it to 0, or MODEL.RESNETS.RES5_DILATION to 1"
+        )
+    return backbone
 
 
 def _build_mask_decoder(psf: CfgNode, transformer: dict[str, Any]) -> MaskDecoder:

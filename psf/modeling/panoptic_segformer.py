@@ -382,33 +382,42 @@ class PanopticSegFormer(nn.Module):
         As ``nn.Module``'s; what Detectron2's checkpointer calls with ``strict=False``.
 
         Raises:
-            ValueError: some weights are missing, and ``allow_partial_weights`` is not set: the
-                checkpoint is of another architecture or other classes. In training a backbone alone
-                (ImageNet weights) is fine.
+            ValueError: some weights are missing or too many, and ``allow_partial_weights`` is not
+                set: the checkpoint is of another architecture or other classes. In training a
+                backbone alone (ImageNet weights) is fine.
         """
         result = super().load_state_dict(state_dict, strict, assign)
         missing = [name for name in result.missing_keys if not _DERIVED.search(name)]
-        heads = [name for name in self.state_dict() if not name.startswith("backbone.")]
-        if self.training and set(heads) <= set(missing) and len(missing) < len(self.state_dict()):
+        own = self.state_dict()
+        parts = {name.partition(".")[0] for name in own}
+        unexpected = [name for name in result.unexpected_keys if not _DERIVED.search(name)]
+        surplus = [name for name in unexpected if name.partition(".")[0] in parts]
+        heads = [name for name in own if not name.startswith("backbone.")]
+        if self.training and set(heads) <= set(missing) and len(missing) < len(own):
             missing = [name for name in missing if _IN_IMAGENET_MODELS.match(name)]
-        if missing and self.allow_partial_weights:
+            surplus = []  # such as a classifier
+        if (missing or surplus) and self.allow_partial_weights:
             logger.warning(
-                "Not in the checkpoint or of another shape, so these start from random values: %s",
-                ", ".join(missing),
+                "Not in the checkpoint or of another shape, so these start from random values: %s. "
+                "Not in the model: %s.",
+                ", ".join(missing) or "none",
+                ", ".join(surplus) or "none",
             )
-        elif missing:
-            own = ("backbone.", "pixel_")
-            unexpected = [name for name in result.unexpected_keys if not name.startswith(own)]
-            more = f" and {len(missing) - 20} more" if len(missing) > 20 else ""
+        elif missing or surplus:
             raise ValueError(
                 "The checkpoint is not of this architecture. Missing or of another shape: "
-                f"{', '.join(missing[:20])}{more}. Not in the model: "
-                f"{', '.join(unexpected) or 'none'}. Use the config that the checkpoint was "
-                "trained with, or correct MODEL.WEIGHTS. To train on other classes than those of "
-                "the file, let MODEL.PSF.WEIGHTS_DATASET name a data set that has them. To train "
-                "what is missing from random values, set MODEL.PSF.ALLOW_PARTIAL_WEIGHTS True."
+                f"{_shorten(missing)}. Not in the model: {_shorten(unexpected)}. Use the config "
+                "that the checkpoint was trained with, or correct MODEL.WEIGHTS. To train on other "
+                "classes than those of the file, let MODEL.PSF.WEIGHTS_DATASET name a data set "
+                "that has them. To train from what fits, and the rest from random values, set "
+                "MODEL.PSF.ALLOW_PARTIAL_WEIGHTS True."
             )
         return result
+
+
+def _shorten(names: Sequence[str], most: int = 20) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + more
 
 
 def _batch(images: list[Tensor], backbone: Backbone) -> Tensor:

@@ -111,7 +111,13 @@ def labelme(tmp_path):
         {"label": "cat", "shape_type": "rectangle", "points": [[8, 3], [5, 1]], "group_id": None},
         {"label": "cat", "shape_type": "circle", "points": [[15, 6], [17, 6]], "group_id": 3},
         {"label": "cat", "shape_type": "rectangle", "points": [[1, 8], [2, 9]], "group_id": 3},
-        {**polygon, "label": "dog", "points": [[8, 7], [10, 7], [10, 9]], "flags": {"crowd": True}},
+        {**polygon, "label": "dog", "points": [[8, 7], [9, 7], [9, 8]], "group_id": 4},
+        {
+            **polygon,
+            "label": "dog",
+            "points": [[8, 7], [10, 7], [10, 9]],
+            **{"group_id": 4, "flags": {"crowd": True}},  # of any shape of a group
+        },
     ]
     content = {"imagePath": "a.jpg", "imageHeight": 10, "imageWidth": 20, "shapes": shapes}
     (folder / "a.json").write_text(json.dumps(content))
@@ -267,15 +273,35 @@ def test_a_conversion_that_is_repeated(instances):
     assert changed != first
     Image.new("L", (20, 10), 101).save(instances / "labels" / "a.png")
     assert run_instances(instances) != changed
-    (instances / "out" / "panoptic" / "a.png").unlink()
-    run_instances(instances)
-    assert (instances / "out" / "panoptic" / "a.png").is_file()
+    png = instances / "out" / "panoptic" / "a.png"
+    whole = png.read_bytes()
+    for damage in (png.unlink, lambda: png.write_bytes(b""), lambda: png.write_bytes(whole[:-9])):
+        damage()
+        run_instances(instances)
+        assert png.read_bytes() == whole
     (instances / "labels" / "x").mkdir()
     with pytest.raises(SystemExit, match=r"both have the PNG 'a\.png'"):
         run_instances(
             instances,
             lambda d: d["images"].append({**d["images"][0], "id": 8, "file_name": "x/../a.jpg"}),
         )
+
+
+@pytest.mark.parametrize("annotations", [None, 3, [None], [{"image_id": 1}]])
+def test_damaged_results_of_a_conversion_are_made_again(instances, annotations):
+    first = run_instances(instances)
+    path = instances / "out" / "panoptic.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": annotations}))
+    assert run_instances(instances) == first
+
+
+@pytest.mark.parametrize("notes", [b'["x"]\n', b"\xff\xfe\n", b"3\n", b'["a", "b", 1, 2, 3]\n{'])
+def test_damaged_notes_of_an_interrupted_conversion(instances, notes):
+    (instances / "out").mkdir()
+    path = instances / "out" / "panoptic.json.partial"
+    path.write_bytes(notes)
+    run_instances(instances)
+    assert not path.exists()
 
 
 def test_a_conversion_that_stops_leaves_no_json_of_other_pngs(instances):
@@ -329,13 +355,14 @@ def test_things_go_over_stuff_and_what_is_covered_is_said(tmp_path, caplog):
     assert sorted(s["area"] for s in annotation["segments_info"]) == [16, 200 - 16]
     assert "a.json': shape number 4, 'cat' has no pixel in the image" in caplog.text
     assert "segments are covered by others completely and left out, in 1 images" in caplog.text
+    assert "no image shows 1 of the 3 categories: cat" in caplog.text
     assert "labels.json' is no file of LabelMe" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("points", [], "with 0 points has no area"),
+        ("points", [], "with 0 points cannot be converted"),
         ("points", [[0, 0], [1e9, 0], [1, 1]], "near the image of 20 x 10 pixels"),
         ("points", [[0, 0], [1], [1, 1]], "points of two numbers"),
         ("points", None, "shape number 1: points is None instead of a list"),

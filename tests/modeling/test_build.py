@@ -27,6 +27,11 @@ def test_numbers_of_classes_are_the_data_sets(tiny_cfg):
     ("key", "value", "message"),
     [
         ("NUM_THING_CLASSES", 7, r"7 thing and 2 stuff .*'tiny_interleaved' has 3 and 2"),
+        ("IN_FEATURES", ["res3", "p6"], r"has \['p6'\], but the backbone .* \['res3', 'res4', 'r"),
+        ("IN_FEATURES", ["res5", "res4", "res3"], r"strides \[32, 16, 8\]; .* fine to coarse"),
+        ("IN_FEATURES", [], "fine to coarse"),
+        ("NUM_FEATURE_LEVELS", 2, r"it must be in 3\.\.4"),
+        ("NUM_FEATURE_LEVELS", 6, r"it must be in 3\.\.4"),
         ("TEST.MERGING", "magic", r"MERGING is 'magic'; known: .*mask_wise"),
         ("TEST.MASK_DECODER_LAYERS", 3, "is 3, but the mask decoder has 2 layers"),
         ("MASK_DECODER.NAME", "other", "NAME is 'other'; known: .'decoupled', 'joint'"),
@@ -35,6 +40,15 @@ def test_numbers_of_classes_are_the_data_sets(tiny_cfg):
 def test_config_errors_name_the_key_and_the_mend(tiny_cfg, key, value, message):
     tiny_cfg.merge_from_list([f"MODEL.PSF.{key}", value])
     with pytest.raises(ValueError, match=message):
+        build_model(tiny_cfg)
+
+
+def test_backbones_that_do_not_fit(tiny_cfg):
+    tiny_cfg.merge_from_list(["MODEL.RESNETS.RES5_DILATION", 2, "MODEL.PSF.TEST.PAD_TO", 64])
+    with pytest.raises(ValueError, match=r"PAD_TO needs maps of .*\[8, 16, 16\]"):
+        build_model(tiny_cfg)
+    tiny_cfg.MODEL.BACKBONE.NAME = "resnet50"
+    with pytest.raises(ValueError, match=r"NAME is 'resnet50'; known: .*'build_resnet_backbone'"):
         build_model(tiny_cfg)
 
 

@@ -231,7 +231,7 @@ def convert_labelme(source: Path, stuff: Sequence[str], output: Path) -> None:
 
     The shapes of a stuff label are one segment; each shape of a thing label is a segment, unless
     several share a ``group_id``. Things cover stuff, and of each kind later shapes cover earlier
-    ones. The flag ``crowd`` marks a crowd.
+    ones. The flag ``crowd`` of a shape marks its segment as a crowd.
 
     Args:
         source: folder of the JSON files.
@@ -292,9 +292,10 @@ def _convert_labelme(categories: Sequence[Mapping[str, Any]], source: Path) -> P
             None if not category["isthing"] else (group, number * (group is None)),
         )
         if key not in shared:
-            crowd = bool((shape.get("flags") or {}).get("crowd")) and category["isthing"]
-            segments.append(Segment(category["id"], int(crowd)))
+            segments.append(Segment(category["id"]))
             shared[key] = len(segments)
+        if (shape.get("flags") or {}).get("crowd") and category["isthing"]:
+            segments[shared[key] - 1] = Segment(category["id"], iscrowd=1)
         where = f"'{source}': shape number {number}, '{shape['label']}'"
         if not _fill(index_map, shape, shared[key], where):
             logger.warning("%s has no pixel in the image.", where)
@@ -314,8 +315,8 @@ def _fill(index_map: NDArray[np.int32], shape: Mapping[str, Any], value: int, wh
     count = len(shape["points"])
     if least is None or count < least or (kind != "polygon" and count != 2):
         raise ValueError(
-            f"{where}: a shape of type '{kind}' with {count} points has no area. Polygons, "
-            "rectangles and circles are known."
+            f"{where}: a shape of type '{kind}' with {count} points cannot be converted. Draw it "
+            "as a polygon (3 points or more), a rectangle or a circle (2 points)."
         )
     points = _points(shape["points"], index_map.shape, where, least=least)
     drawn = np.zeros(index_map.shape, dtype=np.uint8)
