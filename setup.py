@@ -7,7 +7,8 @@ every Python. ``PSF_SKIP_EXTENSION=1`` leaves it out on purpose: everything work
 runs as plain PyTorch. Without it, a build that fails stops the installation.
 
 CUDA kernels are built where torch sees a GPU and nvcc is installed; ``FORCE_CUDA=1`` builds them on
-a machine without a GPU, for the architectures in ``TORCH_CUDA_ARCH_LIST``.
+a machine without a GPU, for the architectures in ``TORCH_CUDA_ARCH_LIST``. ``CXX`` and ``CXXFLAGS``
+are the compiler and more of its flags.
 
 Detectron2 and panopticapi are needed too but not listed: they are not on the package index under
 their own names. INSTALL.md says where to get them.
@@ -36,6 +37,7 @@ CXX_FLAGS = ["-O3", "-g0", "-Wall", "-fPIC", "-fvisibility=hidden"]
 # infinities and the order of additions. Products and sums may be contracted.
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 CXX_FLAGS += ["-Wno-psabi"]  # vectors are passed between inlined functions only
+CXX_FLAGS += shlex.split(os.environ.get("CXXFLAGS", ""))
 # Of the files of kernels, by the end of their names: the platform's least processor and, on x86-64,
 # better ones; which of them runs is decided when it runs.
 ISA_FLAGS = {
