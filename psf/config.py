@@ -173,6 +173,21 @@ def _add_model(cfg: CN) -> None:
 
     cfg.MODEL.PSF.LOCATION_DECODER = CN()
     cfg.MODEL.PSF.LOCATION_DECODER.DEC_LAYERS = 6  # paper, section 4.2
+    # Ways of learning faster that the paper does not have; all are off by default.
+    # Queries start at the encoder's best tokens (Deformable DETR's two stages, DINO's mixed query
+    # selection).
+    cfg.MODEL.PSF.LOCATION_DECODER.QUERY_SELECTION = False
+    # Denoising queries (DN-DETR, contrastive as in DINO): every thing occurs in so many GROUPS; 0:
+    # none. LABEL_NOISE is the probability of a random label, BOX_NOISE the largest shift of an
+    # edge in halves of the box's side.
+    cfg.MODEL.PSF.LOCATION_DECODER.DENOISING = CN()
+    cfg.MODEL.PSF.LOCATION_DECODER.DENOISING.GROUPS = 0
+    cfg.MODEL.PSF.LOCATION_DECODER.DENOISING.LABEL_NOISE = 0.25
+    cfg.MODEL.PSF.LOCATION_DECODER.DENOISING.BOX_NOISE = 1.0
+    # Extra queries in training, REPEATS of them for every thing (H-DETR: 1500 and 6). 0: none.
+    cfg.MODEL.PSF.LOCATION_DECODER.ONE_TO_MANY = CN()
+    cfg.MODEL.PSF.LOCATION_DECODER.ONE_TO_MANY.QUERIES = 0
+    cfg.MODEL.PSF.LOCATION_DECODER.ONE_TO_MANY.REPEATS = 6
 
     # Activation checkpointing of "backbone" (Detectron2's ResNets), "encoder", "location_decoder",
     # "mask_decoder": same losses and gradients, less memory, more time.
@@ -209,6 +224,13 @@ def _add_losses(cfg: CN) -> None:
     cfg.MODEL.PSF.DICE_WEIGHT = 2.0
     # Masks are upsampled by this factor before the Dice loss (official code: 2, to stride 4).
     cfg.MODEL.PSF.MASK_LOSS_SCALE = 2
+    # Class scores learn the quality of the box or mask (generalised focal loss, IoU or Dice).
+    cfg.MODEL.PSF.QUALITY_SCORES = False
+    # Weight of binary cross-entropy of masks at random points beside the Dice loss, and the number
+    # of points (Mask2Former, section 3.3: 5 and 12544). "joint" only.
+    cfg.MODEL.PSF.MASK_POINTS = CN()
+    cfg.MODEL.PSF.MASK_POINTS.WEIGHT = 0.0
+    cfg.MODEL.PSF.MASK_POINTS.NUM_POINTS = 12544
     # lambda_things and lambda_stuff (paper, equation 1), besides the weighting by counts.
     cfg.MODEL.PSF.THINGS_WEIGHT = 1.0
     cfg.MODEL.PSF.STUFF_WEIGHT = 1.0

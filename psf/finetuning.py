@@ -17,7 +17,9 @@ from psf.weights import Checkpointer
 logger = logging.getLogger(__name__)
 
 # Parameters with one row per thing class, and with one row per stuff class.
-_THING_ROWS = re.compile(r"(^|\.)(class_heads|thing_heads)\.\d+\.(weight|bias)$")
+_THING_ROWS = re.compile(
+    r"(^|\.)(class_heads\.\d+|thing_heads\.\d+|selection\.class_head|label_embed)\.(weight|bias)$"
+)
 _STUFF_ROWS = re.compile(r"(^|\.)stuff_query\.weight$")
 
 

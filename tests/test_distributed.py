@@ -5,19 +5,26 @@ import itertools
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.engine import create_ddp_model
+from learning_options import FOR_DECOUPLED, LEARNING_OPTIONS
 from torch import distributed as dist
 from torch import multiprocessing
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from training_step import build_exact_model, odd_batch, take_step
 
-DESIGNS = ["joint", "decoupled"]
+DESIGNS = {
+    "joint": [],
+    "decoupled": [],
+    "joint, all options": LEARNING_OPTIONS["all"],
+    "decoupled, all options": FOR_DECOUPLED["all but points"],
+}
 PARTS = ["backbone", "encoder", "location_decoder", "mask_decoder"]
 # Values of MODEL.PSF.CHECKPOINT and SOLVER.ACCUMULATE_STEPS.
 WAYS = {"plain": ([], 1), "recomputed and accumulated": (PARTS, 2)}
 
 
 def build(cfg, design, checkpoint):
-    cfg.MODEL.PSF.MASK_DECODER.NAME = design
+    cfg = cfg.clone()
+    cfg.merge_from_list(["MODEL.PSF.MASK_DECODER.NAME", design.partition(",")[0], *DESIGNS[design]])
     cfg.MODEL.PSF.CHECKPOINT = checkpoint
     return build_exact_model(cfg)
 

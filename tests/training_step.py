@@ -16,7 +16,7 @@ def odd_batch() -> list[dict[str, Any]]:
     classes = [[0, 1, 3], [], [0, 1, 2, 0, 1, 2, 0, 1, 2], [4]]
     sizes = [(64, 96), (96, 64), (64, 96), (80, 80)]
     shapes = zip(sizes, classes, strict=True)
-    return [make_input(*size, c, seed=i) for i, (size, c) in enumerate(shapes)]
+    return [{**make_input(*size, c, seed=i), "seed": i} for i, (size, c) in enumerate(shapes)]
 
 
 def build_exact_model(cfg: Any) -> nn.Module:

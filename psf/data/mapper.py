@@ -61,6 +61,7 @@ class PanopticDatasetMapper:
         class_map: ClassMap | None,
         color_augmentation: bool = False,
         class_maps: Mapping[str, ClassMap] | None = None,
+        draw_seeds: bool = False,
     ) -> None:
         """
         Args:
@@ -70,7 +71,9 @@ class PanopticDatasetMapper:
             color_augmentation: distort the colours as SSD, after the geometry.
             class_maps: the model's classes by ``dataset_name`` of a record; None: ``class_map``
                 holds for all.
+            draw_seeds: add a random ``seed`` to every image, for denoising and sampled points.
         """
+        self.draw_seeds = draw_seeds
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
         self.class_map = class_map
@@ -87,6 +90,11 @@ class PanopticDatasetMapper:
             "class_map": class_maps[cfg.DATASETS.TRAIN[0]] if is_train else None,
             "class_maps": class_maps if len(set(class_maps.values())) > 1 else None,
             "color_augmentation": is_train and cfg.INPUT.COLOR_AUG_SSD,
+            "draw_seeds": is_train
+            and (
+                cfg.MODEL.PSF.LOCATION_DECODER.DENOISING.GROUPS > 0
+                or cfg.MODEL.PSF.MASK_POINTS.WEIGHT > 0
+            ),
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +104,8 @@ class PanopticDatasetMapper:
                 ``segments_info`` in training (:func:`psf.data.load_coco_panoptic`). Not modified.
 
         Returns:
-            A copy with ``image`` (3, h, w) uint8 and, in training, ``instances``.
+            A copy with ``image`` (3, h, w) uint8 and, in training, ``instances`` and perhaps
+            ``seed``.
         """
         result = dict(dataset_dict)
         image = read_image(result["file_name"], self.image_format)
@@ -118,6 +127,8 @@ class PanopticDatasetMapper:
             else:
                 indices = torch.from_numpy(np.require(index_map, requirements=["C", "W"]))
             result["instances"] = _to_instances(indices, targets.classes)
+        if self.draw_seeds:
+            result["seed"] = int(np.random.randint(2**31))
         return result
 
     def _class_map_of(self, record: dict[str, Any]) -> ClassMap:

@@ -35,11 +35,25 @@ def generalized_box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor, eps: float = 1
     """
     low1, high1 = boxes1_xyxy.split(2, dim=-1)
     low2, high2 = boxes2_xyxy.split(2, dim=-1)
-    overlap = _area((torch.minimum(high1, high2) - torch.maximum(low1, low2)).clamp(min=0))
-    union = (_area(high1 - low1) + _area(high2 - low2) - overlap).clamp(min=eps)
+    overlap, union = _overlap_and_union(boxes1_xyxy, boxes2_xyxy, eps)
     hull_size = torch.maximum(high1, high2) - torch.minimum(low1, low2)
     hull = _area(hull_size.clamp(min=0)).clamp(min=eps)
     return overlap / union - (hull - union) / hull
+
+
+def box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor, eps: float = 1e-6) -> Tensor:
+    """IoU of broadcast pairs of boxes, (...) in [0, 1]; as :func:`generalized_box_iou`."""
+    overlap, union = _overlap_and_union(boxes1_xyxy, boxes2_xyxy, eps)
+    return overlap / union
+
+
+def _overlap_and_union(
+    boxes1_xyxy: Tensor, boxes2_xyxy: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    low1, high1 = boxes1_xyxy.split(2, dim=-1)
+    low2, high2 = boxes2_xyxy.split(2, dim=-1)
+    overlap = _area((torch.minimum(high1, high2) - torch.maximum(low1, low2)).clamp(min=0))
+    return overlap, (_area(high1 - low1) + _area(high2 - low2) - overlap).clamp(min=eps)
 
 
 def _area(size: Tensor) -> Tensor:

@@ -48,6 +48,23 @@ def sine_position_encoding(
     return torch.cat([y, x], dim=-1)
 
 
+def sine_box_encoding(boxes: Tensor, dim: int, *, temperature: float = 10000.0) -> Tensor:
+    """
+    Sine encoding of the four coordinates of boxes (DAB-DETR, arXiv 2201.12329, section 4.2).
+
+    Args:
+        boxes: (..., 4) cxcywh in [0, 1].
+        dim: channels of each coordinate, an even number.
+        temperature: the longest wavelength is about 2 pi times this.
+
+    Returns:
+        (..., 4 * dim).
+    """
+    frequency = temperature ** -(torch.arange(0, dim, 2, device=boxes.device) / dim)
+    angle = 2 * math.pi * boxes[..., None] * frequency  # (..., 4, dim / 2)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-3)
+
+
 class FeedForward(nn.Sequential):
     """Two linear layers with an activation between and dropout after each."""
 
@@ -88,6 +105,21 @@ class BoxHead(nn.Sequential):
         init_linear_weights(self)
         nn.init.zeros_(last.weight)
         last.bias = nn.Parameter(torch.tensor([0.0, 0.0, size_bias, size_bias]))
+
+
+class BoxPosition(nn.Sequential):
+    """The position encoding of queries that are boxes: two layers on sines (DAB-DETR)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(nn.Linear(2 * dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.dim = dim
+        init_linear_weights(self)
+
+    def forward(self, boxes: Tensor) -> Tensor:
+        """(..., 4) cxcywh in [0, 1] to (..., C)."""
+        sines = sine_box_encoding(boxes, self.dim // 2)
+        encoding: Tensor = super().forward(sines.to(next(self.parameters()).dtype))
+        return encoding
 
 
 def init_linear_weights(module: nn.Module) -> None:

@@ -14,9 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from psf.data.class_map import ClassMap, model_classes
 from psf.data.coco_panoptic import register_listed
 from psf.modeling.candidates import Candidates, best_class_of_each_query, best_thing_pairs
-from psf.modeling.criterion import LossWeights, SetCriterion
+from psf.modeling.criterion import CriterionOptions, LossWeights, SetCriterion
+from psf.modeling.denoising import DenoisingOptions
 from psf.modeling.encoder import EncoderLayer, InputProjection, TransformerEncoder
-from psf.modeling.location_decoder import LocationDecoder, LocationDecoderLayer
+from psf.modeling.location_decoder import LocationDecoder, LocationDecoderLayer, QueryOptions
 from psf.modeling.mask_decoder import JointMaskDecoder, MaskDecoderLayer
 from psf.modeling.matcher import MaskMatchingWeights, MatchingWeights
 from psf.modeling.postprocessing import MERGING, MergingRules, Segments
@@ -79,6 +80,11 @@ def build_parts(cfg: CfgNode) -> dict[str, Any]:
         num_classes=psf.NUM_THING_CLASSES,
         num_queries=psf.NUM_OBJECT_QUERIES,
         num_layers=psf.LOCATION_DECODER.DEC_LAYERS,
+        options=QueryOptions(
+            selection=psf.LOCATION_DECODER.QUERY_SELECTION,
+            denoising=psf.LOCATION_DECODER.DENOISING.GROUPS > 0,
+            num_one_to_many=psf.LOCATION_DECODER.ONE_TO_MANY.QUERIES,
+        ),
         **transformer,
         **deformable,
     )
@@ -93,6 +99,7 @@ def build_parts(cfg: CfgNode) -> dict[str, Any]:
     return {
         **parts,
         "criterion": _build_criterion(psf, parts["mask_decoder"]),
+        "denoising": _denoising_options(psf.LOCATION_DECODER.DENOISING),
         "class_map": class_map,
         "in_features": psf.IN_FEATURES,
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
@@ -130,6 +137,12 @@ def _build_mask_decoder(psf: CfgNode, transformer: dict[str, Any]) -> MaskDecode
 
 def _build_criterion(psf: CfgNode, mask_decoder: MaskDecoder) -> SetCriterion:
     mask_matching = None
+    if psf.MASK_POINTS.WEIGHT and isinstance(mask_decoder, DecoupledMaskDecoder):
+        raise ValueError(
+            f"MODEL.PSF.MASK_POINTS.WEIGHT is {psf.MASK_POINTS.WEIGHT}, but the masks of "
+            "MODEL.PSF.MASK_DECODER.NAME 'decoupled' are no probabilities. Set the weight to 0, or "
+            "use 'joint'."
+        )
     if isinstance(mask_decoder, DecoupledMaskDecoder):
         matching = psf.MASK_DECODER.MATCHING
         mask_matching = MaskMatchingWeights(
@@ -148,10 +161,21 @@ def _build_criterion(psf: CfgNode, mask_decoder: MaskDecoder) -> SetCriterion:
             mask_weight=psf.DICE_WEIGHT,
             things_weight=psf.THINGS_WEIGHT,
             stuff_weight=psf.STUFF_WEIGHT,
+            point_weight=psf.MASK_POINTS.WEIGHT,
         ),
         mask_loss_scale=psf.MASK_LOSS_SCALE,
         mask_activation=mask_decoder.mask_activation,
+        options=CriterionOptions(
+            quality_scores=psf.QUALITY_SCORES,
+            num_points=psf.MASK_POINTS.NUM_POINTS,
+            one_to_many_repeats=psf.LOCATION_DECODER.ONE_TO_MANY.REPEATS,
+        ),
     )
+
+
+def _denoising_options(denoising: CfgNode) -> DenoisingOptions | None:
+    options = DenoisingOptions(denoising.GROUPS, denoising.LABEL_NOISE, denoising.BOX_NOISE)
+    return options if options.num_groups else None
 
 
 def _inference_options(cfg: CfgNode, mask_decoder: MaskDecoder) -> InferenceOptions:

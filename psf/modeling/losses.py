@@ -43,6 +43,22 @@ def sigmoid_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return alpha * miss**FOCAL_GAMMA * cross_entropy
 
 
+def quality_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """
+    Focal loss of scores that should tell the quality of a box or mask (arXiv 2006.04388).
+
+    Args:
+        logits: (...).
+        targets: (...) in [0, 1], the quality; 0 where the class is absent.
+
+    Returns:
+        (...), 0 where the probability is the quality.
+    """
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    alpha = torch.where(targets > 0, FOCAL_ALPHA, 1 - FOCAL_ALPHA)
+    return alpha * (logits.sigmoid() - targets).abs() ** FOCAL_GAMMA * cross_entropy
+
+
 def dice_loss(masks: Tensor, targets: Tensor, eps: float = DICE_EPS) -> Tensor:
     """
     Dice loss with squared denominators (V-Net), the paper's L_seg.
@@ -92,6 +108,50 @@ def upsampled_dice_loss(
         checkpoint(loss, *part, use_reentrant=False, preserve_rng_state=False) for part in parts
     ]
     return torch.cat(losses, dim=1)
+
+
+def point_loss(
+    mask_logits: Tensor, masks: Tensor, num_points: int, generator: torch.Generator
+) -> Tensor:
+    """
+    Binary cross-entropy at random points, most of them where masks are uncertain.
+
+    PointRend's sampling with Mask2Former's numbers (arXiv 2112.01527, section 3.3): of three times
+    as many points the most uncertain make three quarters, the others are anywhere. Unlike there
+    the points are the same for all layers, chosen by the last.
+
+    Args:
+        mask_logits: (layers, G, h, w), bilinear between the centres of cells.
+        masks: (G, H, W) bool.
+        num_points: at which each mask is compared.
+        generator: on the CPU.
+
+    Returns:
+        (layers, G), the mean over the points.
+    """
+    device, (num_masks, height, width) = masks.device, masks.shape
+    candidates = torch.rand(num_masks, 3 * num_points, 2, generator=generator).to(device)
+    logits = mask_logits.transpose(0, 1)  # (G, layers, h, w)
+    with torch.no_grad():
+        certainty = _sample(logits[:, -1:], candidates)[:, 0].abs()  # (G, 3 num_points)
+        num_uncertain = 3 * num_points // 4
+        index = certainty.topk(num_uncertain, largest=False).indices
+        uncertain = candidates.gather(1, index[..., None].expand(-1, -1, 2))
+        points = torch.cat([uncertain, candidates[:, : num_points - num_uncertain]], dim=1)
+        size = torch.tensor([width, height], device=device)
+        x, y = (points * size).long().minimum(size - 1).unbind(-1)  # (G, num_points)
+        targets = masks[torch.arange(num_masks, device=device)[:, None], y, x].to(logits.dtype)
+    sampled = _sample(logits, points)  # (G, layers, num_points)
+    targets = targets[:, None].expand_as(sampled)
+    losses = F.binary_cross_entropy_with_logits(sampled, targets, reduction="none")
+    return losses.mean(-1).T
+
+
+def _sample(maps: Tensor, points: Tensor) -> Tensor:
+    """(G, channels, h, w) at (G, P, 2) points (x, y) in [0, 1] to (G, channels, P)."""
+    grid = 2 * points[:, :, None].to(maps.dtype) - 1
+    sampled = F.grid_sample(maps, grid, padding_mode="border", align_corners=False)
+    return sampled.squeeze(-1)
 
 
 def shrink_masks(masks: Tensor, size: Sequence[int]) -> Tensor:

@@ -21,6 +21,7 @@ from psf.layers.boxes import masks_to_boxes, xyxy_to_cxcywh
 from psf.modeling.build import InferenceOptions, MaskDecoder, build_parts
 from psf.modeling.candidates import Candidates, may_matter
 from psf.modeling.criterion import SetCriterion, Targets, matched_queries, normaliser
+from psf.modeling.denoising import DenoisingOptions, NoisedThings, noise_things
 from psf.modeling.encoder import InputProjection, Memory, Shape, TransformerEncoder
 from psf.modeling.location_decoder import LocationDecoder, LocationPredictions
 from psf.modeling.mask_decoder import LayerOutput, MaskPredictions, MatchedQueries
@@ -64,6 +65,7 @@ class PanopticSegFormer(nn.Module):
         pixel_std: list[float],
         inference_options: InferenceOptions,
         runtime: Runtime,
+        denoising: DenoisingOptions | None = None,
     ) -> None:
         """
         Args:
@@ -79,6 +81,7 @@ class PanopticSegFormer(nn.Module):
             pixel_std: likewise.
             inference_options: outputs, layers, merging.
             runtime: precision and compilation at inference.
+            denoising: how things become denoising queries in training; None: there are none.
         """
         super().__init__()
         self.backbone = backbone
@@ -91,6 +94,7 @@ class PanopticSegFormer(nn.Module):
         self.in_features = in_features
         self.inference_options = inference_options
         self.runtime = runtime
+        self.denoising = denoising
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
 
@@ -110,7 +114,8 @@ class PanopticSegFormer(nn.Module):
         Args:
             batched_inputs: one dict per image: ``image`` (3, h, w) of pixel values 0..255 in
                 ``INPUT.FORMAT``; in training ``instances`` with ``gt_classes`` (things 0..K-1,
-                stuff K..K+T-1), ``gt_boxes`` and ``gt_masks``; at inference optionally ``height``
+                stuff K..K+T-1), ``gt_boxes`` and ``gt_masks``, and optionally ``seed``, the int
+                that denoising and sampled points draw from; at inference optionally ``height``
                 and ``width``, the size of the output. Sizes may differ.
             num_segments: () the divisor of the losses in training, for a part of a batch:
                 :meth:`count_segments` of the whole. None: that of ``batched_inputs``.
@@ -124,10 +129,11 @@ class PanopticSegFormer(nn.Module):
         if not self.training:
             return self._predict(images, batched_inputs)
         feature_maps, valid_shapes = self.extract_features(images)
-        memory, locations, outputs = self.transformer(
-            feature_maps, *valid_sizes(feature_maps, valid_shapes)
-        )
         targets = self.prepare_targets(batched_inputs)
+        noised = self._noise(targets)
+        memory, locations, outputs = self.transformer(
+            feature_maps, *valid_sizes(feature_maps, valid_shapes), noised
+        )
         matchings = self.criterion.match(locations, targets)
         queries = matched_queries(matchings[-1], targets)
         classes = self.mask_decoder.predict_classes(outputs, locations, last_only=False)
@@ -135,10 +141,25 @@ class PanopticSegFormer(nn.Module):
             outputs, locations, memory, valid_shapes, queries, last_only=False
         )
         predictions = MaskPredictions(*classes, *masks)
-        return self.criterion(locations, predictions, targets, matchings, num_segments)
+        return self.criterion(locations, predictions, targets, matchings, num_segments, noised)
+
+    def _noise(self, targets: list[Targets]) -> NoisedThings | None:
+        if self.denoising is None:
+            return None
+        return noise_things(
+            [target.thing_labels for target in targets],
+            [target.thing_boxes for target in targets],
+            len(self.class_map.thing_ids),
+            self.denoising,
+            [target.generator() for target in targets],
+        )
 
     def transformer(
-        self, feature_maps: Sequence[Tensor], sizes: Tensor, padded: bool
+        self,
+        feature_maps: Sequence[Tensor],
+        sizes: Tensor,
+        padded: bool,
+        noised: NoisedThings | None = None,
     ) -> tuple[Memory, LocationPredictions, list[LayerOutput]]:
         """
         Encoder, location decoder, and the layers of the mask decoder.
@@ -147,9 +168,10 @@ class PanopticSegFormer(nn.Module):
             feature_maps: L x (N, C, H_l, W_l), padded on the right and at the bottom.
             sizes: (N, L, 2) float32, (h, w) of the part of each map that is not padding.
             padded: whether there is any padding.
+            noised: denoising queries, in training only.
         """
         memory = self.encoder(feature_maps, sizes, padded=padded)
-        locations = self.location_decoder(memory)
+        locations = self.location_decoder(memory, noised)
         num_layers = None if self.training else self.inference_options.mask_decoder_layers
         return memory, locations, self.mask_decoder(memory, locations.query, num_layers)
 
@@ -198,11 +220,14 @@ class PanopticSegFormer(nn.Module):
 
     def prepare_targets(self, batched_inputs: list[dict[str, Any]]) -> list[Targets]:
         """Detectron2's ground truth to the core's, things and stuff apart."""
-        return [_targets(x["instances"].to(self.device), self.class_map) for x in batched_inputs]
+        return [
+            _targets(x["instances"].to(self.device), self.class_map)._replace(seed=x.get("seed"))
+            for x in batched_inputs
+        ]
 
     def count_segments(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
         """() the divisor of the losses of a batch: its segments, averaged over processes."""
-        num_queries = self.location_decoder.query_embed.num_embeddings
+        num_queries = self.location_decoder.num_queries
         num_things = num_stuff = 0
         for x in batched_inputs:
             labels = x["instances"].gt_classes

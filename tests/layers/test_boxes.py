@@ -1,6 +1,7 @@
 import torch
 
 from psf.layers.boxes import (
+    box_iou,
     cxcywh_to_xyxy,
     generalized_box_iou,
     masks_to_boxes,
@@ -29,6 +30,7 @@ def test_generalized_iou_by_hand():
     torch.testing.assert_close(
         generalized_box_iou(square, others), torch.tensor([1.0, 1 / 3, -1 / 3])
     )
+    torch.testing.assert_close(box_iou(square, others), torch.tensor([1.0, 1 / 3, 0.0]))
 
 
 def test_boxes_without_area_are_finite_and_differentiable():

@@ -156,7 +156,7 @@ def test_batch_loss_is_the_mean_over_segments():
     sums = dict.fromkeys(together, 0)
     for i, target in enumerate(cases):
         alone = CRITERION(
-            LocationPredictions(locations.query, *(x[:, i : i + 1] for x in locations[1:])),
+            LocationPredictions(locations.query, *(x[:, i : i + 1] for x in locations[1:3])),
             MaskPredictions(
                 *(logits[:, i : i + 1] for logits in predictions[:2]),
                 *([layer[i : i + 1] for layer in masks] for masks in predictions[2:]),

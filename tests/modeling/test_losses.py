@@ -9,6 +9,8 @@ from psf.modeling.losses import (
     dice_cost,
     dice_loss,
     focal_cost,
+    point_loss,
+    quality_focal_loss,
     shrink_masks,
     sigmoid_focal_loss,
     upsampled_dice_loss,
@@ -129,3 +131,61 @@ def test_shrunk_masks(monkeypatch, chunk):
     expected = F.interpolate(masks[None].float(), size=(3, 4), mode="bilinear")[0]
     torch.testing.assert_close(shrink_masks(masks, (3, 4)), expected)
     assert shrink_masks(masks[:0], (3, 4)).shape == (0, 3, 4)
+
+
+def test_scores_learn_the_quality_of_what_they_score():
+    """
+    p = 0.5, quality 0.8: 0.25 * 0.3^2 * ln 2; absent: 0.75 * 0.5^2 * ln 2.
+
+    Where the probability is the quality, nothing is left to learn.
+    """
+    logits = torch.tensor([0.0, 0.0, math.log(4)], requires_grad=True)
+    loss = quality_focal_loss(logits, torch.tensor([0.8, 0.0, 0.8]))
+    expected = torch.tensor([0.0225 * math.log(2), 0.1875 * math.log(2), 0.0])
+    torch.testing.assert_close(loss, expected, atol=1e-7, rtol=1e-5)
+    loss[2].backward()
+    assert logits.grad.abs().max() < 1e-6
+
+
+def test_quality_one_is_the_focal_loss():
+    logits = torch.randn(50)
+    targets = torch.randint(2, (50,)).float()
+    torch.testing.assert_close(
+        quality_focal_loss(logits, targets), sigmoid_focal_loss(logits, targets)
+    )
+
+
+def points(logits, masks, num_points=400, seed=0):
+    return point_loss(logits, masks, num_points, torch.Generator().manual_seed(seed))
+
+
+def test_constant_masks_cost_the_same_at_every_point():
+    """Probability 0.5 everywhere: ln 2, whatever the mask; right by a logit of 30: nothing."""
+    masks = torch.zeros(2, 17, 33, dtype=torch.bool)
+    masks[0] = True
+    logits = torch.tensor([[0.0, 0.0], [30.0, -30.0]])[..., None, None].expand(2, 2, 4, 8)
+    expected = torch.tensor([[math.log(2)] * 2, [0.0] * 2])
+    torch.testing.assert_close(points(logits, masks), expected, atol=1e-6, rtol=0)
+
+
+def test_points_lie_on_the_pixels_that_they_are_compared_with():
+    """Logits of the mask's own resolution are right at all pixels' centres but the edge's."""
+    masks = torch.rand(3, 20, 30) > 0.5
+    masks[:, :10], masks[:, 10:] = True, False
+    right = (masks.float() * 60 - 30)[None]
+    assert points(right, masks).max() < 0.5
+    assert points(-right, masks).min() > 2
+
+
+def test_points_gather_where_masks_are_uncertain():
+    """Uncertain in a tenth of the image: three quarters of the points fall into it."""
+    logits = torch.full((1, 1, 10, 100), 20.0)
+    logits[..., :10] = 0
+    loss = points(logits, torch.ones(1, 10, 100, dtype=torch.bool), num_points=120)
+    # Of 360 candidates about 38 are uncertain (and a few between): all are among the 90 chosen.
+    assert 25 * math.log(2) < 120 * loss.item() < 60 * math.log(2)
+
+
+def test_no_masks_have_no_points():
+    none = points(torch.zeros(3, 0, 4, 4), torch.zeros(0, 8, 8, dtype=torch.bool))
+    assert none.shape == (3, 0)
