@@ -14,7 +14,8 @@ help:  ## Show the targets.
 setup: $(VENV)/.extension-built  ## Make .venv, install the requirements, build the extension.
 
 demo: setup  ## Train on the synthetic data set, evaluate, draw; ends with PQ and the pictures.
-	$(BIN)/python train_net.py --config-file $(DEMO_CONFIG) --resume OUTPUT_DIR $(DEMO_OUTPUT)
+	$(BIN)/python train_net.py --config-file $(DEMO_CONFIG) \
+		$(if $(wildcard $(DEMO_OUTPUT)/last_checkpoint),--resume) OUTPUT_DIR $(DEMO_OUTPUT)
 
 test: setup lint types unit $(if $(CI),fuzz)  ## Everything; CI=true adds slow tests and a minute of fuzzing.
 

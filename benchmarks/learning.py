@@ -265,7 +265,7 @@ def draw(found: dict[str, list[Row]], path: Path) -> None:
             axes.fill_between(seconds, low, high, color=color, alpha=0.15, linewidth=0)
         axes.set(title=metric, xlabel="CPU seconds of training", xlim=(0, None), ylim=(0, 100))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small", loc="lower right")
+        axes.legend(fontsize="small", loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(str(path))
 

@@ -349,7 +349,8 @@ def _add_solver(cfg: CN) -> None:
     cfg.SOLVER.ACCUMULATE_STEPS = 1
     # Average the weights over the iterations (exponential moving average, as RT-DETR does), for
     # evaluation and checkpoints; 0: no average. 0.9998 averages over about 5000 iterations. The
-    # decay grows to this value as in TensorFlow: min(EMA_DECAY, (1 + i) / (10 + i)).
+    # decay grows to this value as in TensorFlow: min(EMA_DECAY, (1 + i) / (10 + i)). Scaled with
+    # REFERENCE_BATCH_SIZE.
     cfg.SOLVER.EMA_DECAY = 0.0
     # Compile the layers with torch.compile in training (docs/training_performance.md). Needs a C++
     # compiler on a CPU, Triton on a GPU.

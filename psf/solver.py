@@ -79,7 +79,8 @@ def scale_to_batch_size(cfg: CfgNode) -> CfgNode:
     Scale learning rate and schedule from ``SOLVER.REFERENCE_BATCH_SIZE`` to ``IMS_PER_BATCH``.
 
     For a batch k times as large, the learning rate is multiplied by k (linear scaling rule, arXiv
-    1706.02677) and numbers of iterations are divided by k, so the number of epochs stays the same.
+    1706.02677), numbers of iterations are divided by k, so the number of epochs stays the same, and
+    the decay of the average is its k-th power (arXiv 2307.13813).
 
     Returns:
         The scaled config, whose reference is its batch size; ``cfg`` itself if nothing changes.
@@ -97,6 +98,7 @@ def scale_to_batch_size(cfg: CfgNode) -> CfgNode:
     solver, factor = scaled.SOLVER, batch_size / reference
     solver.REFERENCE_BATCH_SIZE = batch_size
     solver.BASE_LR = cfg.SOLVER.BASE_LR * factor
+    solver.EMA_DECAY = cfg.SOLVER.EMA_DECAY**factor
     for key in ("MAX_ITER", "WARMUP_ITERS", "CHECKPOINT_PERIOD"):
         solver[key] = _scaled(cfg.SOLVER[key], factor)
     solver.STEPS = tuple(round(step / factor) for step in cfg.SOLVER.STEPS)

@@ -100,12 +100,14 @@ class TestBatchSize:
         solver.BASE_LR, solver.MAX_ITER, solver.STEPS, solver.WARMUP_ITERS = 8e-4, 1000, (600,), 10
         solver.CHECKPOINT_PERIOD, solver_cfg.TEST.EVAL_PERIOD = 100, 50
         solver.IMS_PER_BATCH, solver.REFERENCE_BATCH_SIZE = 2, 8
+        solver.EMA_DECAY = 0.9
         return solver_cfg
 
     def test_a_quarter_of_the_images_takes_four_times_the_iterations(self, schedule_cfg):
         scaled = scale_to_batch_size(schedule_cfg)
         solver = scaled.SOLVER
         assert pytest.approx(2e-4) == solver.BASE_LR
+        assert pytest.approx(0.9**0.25) == solver.EMA_DECAY
         assert (solver.MAX_ITER, solver.STEPS, solver.WARMUP_ITERS) == (4000, (2400,), 40)
         assert (solver.CHECKPOINT_PERIOD, scaled.TEST.EVAL_PERIOD) == (400, 200)
         assert solver.IMS_PER_BATCH == 2
