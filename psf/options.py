@@ -4,6 +4,8 @@ Options that no code here obeys are refused, so that a config means what it says
 """
 
 import logging
+import math
+from collections.abc import Callable
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
@@ -47,6 +49,35 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
         "WarmupStepWithFixedGammaLR",
     ),
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model"),
+}
+
+_FRACTION = (lambda v: 0 <= v <= 1, "in 0..1")
+
+
+def _numbers(count: int, least: float) -> tuple[Callable[[Any], bool], str]:
+    """A list of finite numbers that are more than ``least``."""
+    return (
+        lambda v: (
+            len(v) == count and all(type(n) in (int, float) and least < n < math.inf for n in v)
+        ),
+        f"{count} numbers" + (" of more than 0" if least == 0 else ""),
+    )
+
+
+# What other options must be.
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "SEED": (lambda v: v < 1 << 32, "less than 2^32"),
+    "INPUT.MIN_SIZE_TRAIN": (
+        lambda v: len(v) > 0 and all(type(size) is int and size >= 0 for size in v),
+        "one or more sizes in pixels",
+    ),
+    "INPUT.CROP.SIZE": _numbers(2, 0),
+    "MODEL.PIXEL_MEAN": _numbers(3, -math.inf),
+    "MODEL.PIXEL_STD": _numbers(3, 0),
+    "MODEL.PSF.TEST.SCORE_THRESHOLD": _FRACTION,
+    "MODEL.PSF.TEST.THING_KEEP_FRACTION": _FRACTION,
+    "MODEL.PSF.TEST.STUFF_KEEP_FRACTION": _FRACTION,
 }
 
 _POSITIVE = (
@@ -55,12 +86,24 @@ _POSITIVE = (
     "SOLVER.IMS_PER_BATCH",
     "SOLVER.CHECKPOINT_PERIOD",
     "SOLVER.ACCUMULATE_STEPS",
+    "SOLVER.NUM_DECAYS",
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE",
+    "INPUT.IMAGE_SIZE",
+    "INPUT.MIN_SCALE",
     "TEST.DETECTIONS_PER_IMAGE",
 )
 _NOT_NEGATIVE = (
     "SOLVER.WARMUP_ITERS",
     "SOLVER.REFERENCE_BATCH_SIZE",
     "SOLVER.REFERENCE_WORLD_SIZE",
+    "SOLVER.WARMUP_FACTOR",
+    "SOLVER.GAMMA",
+    "SOLVER.WEIGHT_DECAY",
+    "SOLVER.WEIGHT_DECAY_NORM",
+    "SOLVER.BASE_LR_END",
+    "SOLVER.BACKBONE_MULTIPLIER",
+    "SOLVER.SAMPLING_MULTIPLIER",
+    "INPUT.MIN_SIZE_TEST",
     "TEST.EVAL_PERIOD",
     "DATALOADER.NUM_WORKERS",
 )
@@ -78,14 +121,12 @@ def check_options(cfg: CfgNode) -> None:
         expected = _get(defaults, key)
         if _get(cfg, key) != expected:
             raise ValueError(f"{key} has no effect: {reason}. Leave it at {expected!r}")
-    for key, known in _CHOICES.items():
-        if _get(cfg, key) not in known:
-            raise ValueError(f"{key} is {_get(cfg, key)!r}; known: {', '.join(known)}")
-    for key in (*_POSITIVE, *_NOT_NEGATIVE):
-        value = _get(cfg, key)
-        if not (value > 0 if key in _POSITIVE else value >= 0):  # as NaN
-            least = "more than 0" if key in _POSITIVE else "0 or more"
-            raise ValueError(f"{key} is {value}; it must be {least}")
+    _check_values(cfg)
+    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(cfg.INPUT.MIN_SIZE_TRAIN) != 2:
+        raise ValueError(
+            f"INPUT.MIN_SIZE_TRAIN is {cfg.INPUT.MIN_SIZE_TRAIN}; with MIN_SIZE_TRAIN_SAMPLING "
+            "'range' it must be the smallest and the largest size"
+        )
     if cfg.INPUT.CROP.ENABLED and cfg.INPUT.AUGMENTATION != "multi_scale":
         raise ValueError(
             f"INPUT.CROP.ENABLED has no effect with INPUT.AUGMENTATION '{cfg.INPUT.AUGMENTATION}'. "
@@ -100,6 +141,29 @@ def check_options(cfg: CfgNode) -> None:
         _check_expected_results(cfg)
 
 
+def _check_values(cfg: CfgNode) -> None:
+    """Check values by themselves, and pairs of which one is the greater."""
+    for key, known in _CHOICES.items():
+        if _get(cfg, key) not in known:
+            raise ValueError(f"{key} is {_get(cfg, key)!r}; known: {', '.join(known)}")
+    for key in (*_POSITIVE, *_NOT_NEGATIVE):
+        value = _get(cfg, key)
+        if not (value > 0 if key in _POSITIVE else value >= 0):  # as NaN
+            least = "more than 0" if key in _POSITIVE else "0 or more"
+            raise ValueError(f"{key} is {value}; it must be {least}")
+    for key, (fits, expected) in _VALUES.items():
+        if not fits(_get(cfg, key)):
+            raise ValueError(f"{key} is {_get(cfg, key)!r}; it must be {expected}")
+    for low, high in (
+        ("INPUT.MIN_SCALE", "INPUT.MAX_SCALE"),
+        ("SOLVER.BASE_LR_END", "SOLVER.BASE_LR"),
+    ):
+        if _get(cfg, low) > _get(cfg, high):
+            raise ValueError(
+                f"{low} is {_get(cfg, low)}; it must be {high}, {_get(cfg, high)}, or less"
+            )
+
+
 def _check_expected_results(cfg: CfgNode) -> None:
     test = cfg.MODEL.PSF.TEST
     tasks = {
@@ -110,7 +174,8 @@ def _check_expected_results(cfg: CfgNode) -> None:
         "sem_seg": test.SEMANTIC_ON,
     }
     for line in cfg.TEST.EXPECTED_RESULTS:
-        if not (isinstance(line, (list, tuple)) and len(line) == 4 and tasks.get(line[0])):
+        is_four = isinstance(line, (list, tuple)) and len(line) == 4
+        if not (is_four and tasks.get(line[0]) and _numbers(2, -math.inf)[0](line[2:])):
             raise ValueError(
                 f"TEST.EXPECTED_RESULTS has {line!r}; each entry is [task, metric, value, "
                 "tolerance], such as ['panoptic_seg', 'PQ', 70.0, 0.5], of a task that "

@@ -32,6 +32,19 @@ from psf.trainer import Trainer
         ("SOLVER.CHECKPOINT_PERIOD", 0),
         ("SOLVER.WARMUP_ITERS", -1),
         ("SOLVER.WARMUP_METHOD", "cubic"),
+        ("SOLVER.GAMMA", -1.0),
+        ("SOLVER.WEIGHT_DECAY", -0.1),
+        ("SOLVER.BASE_LR_END", 1.0),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "nope"),
+        ("SEED", 1 << 32),
+        ("INPUT.MIN_SIZE_TRAIN", ()),
+        ("INPUT.MIN_SIZE_TRAIN", (-5,)),
+        ("INPUT.MIN_SIZE_TEST", -7),
+        ("INPUT.CROP.SIZE", [-3, 5]),
+        ("INPUT.MIN_SCALE", 3.0),
+        ("MODEL.PIXEL_MEAN", [1.0]),
+        ("MODEL.PIXEL_STD", [1.0, 1.0, 0.0]),
+        ("MODEL.PSF.TEST.SCORE_THRESHOLD", 7.0),
         ("SOLVER.LR_SCHEDULER_NAME", "Cosine"),
         ("INPUT.RANDOM_FLIP", "both"),
         ("INPUT.FORMAT", "L"),
@@ -53,6 +66,8 @@ def test_options_that_would_not_be_obeyed(key, value):
         ),
         (["INPUT.AUGMENTATION", "fixed_crop"], r"CROP\.SIZE is \[0\.9, 0\.9\]; .*in pixels"),
         (["TEST.EXPECTED_RESULTS", [["panoptic_seg", "PQ", 1.0]]], r"each entry is \[task, metric"),
+        (["TEST.EXPECTED_RESULTS", [["panoptic_seg", "PQ", "x", 1.0]]], "each entry is"),
+        (["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"], "the smallest and the largest size"),
         (["TEST.EXPECTED_RESULTS", [["segm", "AP", 1.0, 1.0]]], "turns on: panoptic_seg$"),
         (["TEST.EXPECTED_RESULTS", [["panoptic_seg", "PQ", 1.0, 1.0]]], "is of one data set"),
     ],
@@ -74,6 +89,16 @@ def test_a_training_that_cannot_start(shapes_cfg, options, message):
     shapes_cfg.merge_from_list(options)
     with pytest.raises(ValueError, match=message):
         check_training(shapes_cfg, 2)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("gpu", "which is no device of PyTorch"), ("cuda:63", "but there are .* CUDA devices")],
+)
+def test_devices_that_are_not_here(tiny_cfg, device, message):
+    tiny_cfg.MODEL.DEVICE = device
+    with pytest.raises(ValueError, match=f"MODEL.DEVICE is '{device}', {message}"):
+        Trainer.build_model(tiny_cfg)
 
 
 @pytest.mark.parametrize(("warmup", "warned"), [(3, False), (4, True), (100, True)])
