@@ -101,6 +101,22 @@ def test_devices_that_are_not_here(tiny_cfg, device, message):
         Trainer.build_model(tiny_cfg)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["MODEL.BACKBONE.NAME", "nope"], "MODEL.BACKBONE.NAME is 'nope'; known: .*build_resnet_b"),
+        (
+            ["MODEL.BACKBONE.NAME", "build_timm_backbone", "MODEL.TIMM.NAME", "nope"],
+            "MODEL.TIMM.NAME: timm has no network 'nope'",
+        ),
+    ],
+)
+def test_networks_that_do_not_exist(tiny_cfg, options, message):
+    tiny_cfg.merge_from_list(options)
+    with pytest.raises(ValueError, match=message):
+        Trainer.build_model(tiny_cfg)
+
+
 @pytest.mark.parametrize(("warmup", "warned"), [(3, False), (4, True), (100, True)])
 def test_a_warmup_without_an_end(shapes_cfg, caplog, warmup, warned):
     shapes_cfg.SOLVER.WARMUP_ITERS = warmup

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.modeling import Backbone, ResNet, build_backbone
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, ResNet, build_backbone
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -60,6 +60,9 @@ def build_parts(cfg: CfgNode) -> dict[str, Any]:
     metadata = MetadataCatalog.get(dataset_name)
     class_map = ClassMap.from_metadata(metadata)
     psf = _with_class_counts(cfg.MODEL.PSF, class_map, dataset_name)
+    if cfg.MODEL.BACKBONE.NAME not in BACKBONE_REGISTRY:
+        known = ", ".join(sorted(name for name, _ in BACKBONE_REGISTRY))
+        raise ValueError(f"MODEL.BACKBONE.NAME is '{cfg.MODEL.BACKBONE.NAME}'; known: {known}")
     backbone = build_backbone(cfg)
     shapes = backbone.output_shape()
     transformer: dict[str, Any] = {
