@@ -32,7 +32,7 @@ from PIL import Image
 
 from psf.config import load_config, user_path
 from psf.evaluation.pictures import draw_panoptic
-from psf.files import write_beside
+from psf.files import printable, write_beside
 from psf.images import read_image
 from psf.output_paths import refuse_inputs
 from psf.predictor import Predictor
@@ -40,8 +40,10 @@ from psf.weights import check_weights
 
 # Formats of images in folders, and of pictures.
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# Formats whose sides are limited.
+# The longest side of a picture, of some formats and of all (Matplotlib before 3.9, which writes the
+# names). Pictures of larger images are reduced.
 MOST_SIDE = {".jpeg": 65_500, ".jpg": 65_500, ".webp": 16_383}
+MOST_OF_ALL = 65_535
 # What one image may raise without ending the others.
 FAILURES = (OSError, ValueError, MemoryError, torch.OutOfMemoryError)
 # Pictures have at least this longest side, so that the names of the classes fit.
@@ -198,41 +200,40 @@ def run(jobs: Sequence[Job], predictor: Predict, metadata: Metadata) -> list[Pat
     for i, (source, target) in enumerate(jobs, 1):
         count = f"[{i}/{len(jobs)}]"
         try:
-            line, picture = draw(source, predictor, metadata)
+            suffix = "" if target is None else target.suffix.lower()
+            most = MOST_SIDE.get(suffix, MOST_OF_ALL)
+            line, picture = draw(source, predictor, metadata, most)
             if target is not None:
                 save(picture, target)
         except FAILURES as error:
             failed.append(source)
             message = describe(error)
             named = message if str(source) in message else f"{source}: {message}"
-            print(f"{count} {named}", file=sys.stderr)
+            print(printable(f"{count} {named}"), file=sys.stderr)
             continue
-        print(f"{count} {line}" + ("" if target is None else f" -> {target}"))
+        print(printable(f"{count} {line}" + ("" if target is None else f" -> {target}")))
         if target is None and not show(picture):
             break
     return failed
 
 
-def draw(source: Path, predictor: Predict, metadata: Metadata) -> tuple[str, NDArray[np.uint8]]:
-    """A line about an image, and its picture (h, w, 3) in RGB."""
+def draw(
+    source: Path, predictor: Predict, metadata: Metadata, most: int
+) -> tuple[str, NDArray[np.uint8]]:
+    """A line about an image, and its picture (h, w, 3) in RGB with sides of at most ``most``."""
     image = read_image(str(source), "BGR")
     start = time.perf_counter()
     panoptic_seg, segments_info = predictor(image)["panoptic_seg"]
     seconds = time.perf_counter() - start
-    scale = max(1.0, MIN_SIDE / max(image.shape[:2]))
+    longest = max(image.shape[:2])
+    scale = min(max(1.0, MIN_SIDE / longest), most / longest)
     picture = draw_panoptic(image[:, :, ::-1], panoptic_seg, segments_info, metadata, scale=scale)
-    return f"{source}: {len(segments_info)} segments, {seconds:.2f} s", picture
+    reduced = f", picture reduced to {most} pixels" if longest > most else ""
+    return f"{source}: {len(segments_info)} segments, {seconds:.2f} s{reduced}", picture
 
 
 def save(picture: NDArray[np.uint8], target: Path) -> None:
-    """Write a picture; raises OSError or ValueError, naming the file, if its format cannot."""
-    most = MOST_SIDE.get(target.suffix.lower())
-    height, width = picture.shape[:2]
-    if most is not None and max(height, width) > most:
-        raise ValueError(
-            f"the picture has {width} x {height} pixels, but {target.suffix} at most {most} on a "
-            "side: use --output <folder> with PNGs, or a smaller image"
-        )
+    """Write a picture; raises OSError, which names the file."""
     with write_beside(target) as partial:
         Image.fromarray(picture).save(partial, quality=95)  # of JPEG and WebP
 
@@ -259,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     failed = run(jobs, predictor, predictor.metadata)
     if failed:
         names = ", ".join(str(path) for path in failed)
-        raise SystemExit(f"{len(failed)} of {len(jobs)} images failed: {names}")
+        raise SystemExit(printable(f"{len(failed)} of {len(jobs)} images failed: {names}"))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,12 @@ def named(path: str | os.PathLike[str]) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = os.fspath(path)
         raise
+
+
+def printable(text: str) -> str:
+    """One line that any terminal shows; names of files may hold anything."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return " ".join(text.split()).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -7,7 +7,6 @@ import logging
 import math
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode, get_cfg
 
 logger = logging.getLogger(__name__)
@@ -195,7 +194,6 @@ def check_options(cfg: CfgNode) -> None:
             "TEST.PRECISE_BN computes statistics for the weights that are trained, but with "
             "SOLVER.EMA_DECAY their average is evaluated. Turn one of them off"
         )
-    _check_device(cfg.MODEL.DEVICE)
     _check_lists(cfg)
     _check_crop(cfg)
     if cfg.TEST.EXPECTED_RESULTS:
@@ -235,18 +233,6 @@ def _check_numbers(cfg: CfgNode) -> None:
         )
     if cfg.SEED > _MOST_SEED:
         raise ValueError(f"SEED is {cfg.SEED}; it must be at most {_MOST_SEED}")
-
-
-def _check_device(device: str) -> None:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"MODEL.DEVICE is '{device}'; known: cpu, cuda, cuda:1, ...") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"MODEL.DEVICE is '{device}', but PyTorch finds no GPU. Set it to cpu, or check the "
-            "driver with nvidia-smi"
-        )
 
 
 def _check_lists(cfg: CfgNode) -> None:

@@ -58,3 +58,16 @@ def _flags(cpu_info: Path) -> frozenset[str]:
     text = cpu_info.read_text(encoding="utf-8") if cpu_info.is_file() else ""
     lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     return frozenset(lines[0].split()) if lines else frozenset()
+
+
+def require_device(name: str) -> None:
+    """Raise ValueError unless ``MODEL.DEVICE`` is a device that is here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"MODEL.DEVICE is '{name}', which is no device of PyTorch") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"MODEL.DEVICE is '{name}', but there are {torch.cuda.device_count()} CUDA devices. "
+            "Set it to cpu, or install PyTorch for the GPU and its driver"
+        )

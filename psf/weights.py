@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 # The file in OUTPUT_DIR that holds the name of the last checkpoint.
 LAST_CHECKPOINT = "last_checkpoint"
 
+# What Detectron2 downloads from.
+SCHEMES = ("detectron2", "http", "https", "ftp")
+
 # The key in a converted file for the name of its original format.
 CONVERTED_FROM = "converted_from"
 
@@ -39,11 +42,33 @@ def check_weights(path: str) -> None:
 
     Raises:
         FileNotFoundError: it is a path without a file.
+        ValueError: it is a URL of another kind than those that can be downloaded.
     """
-    if path and "://" not in path and not PathManager.isfile(path):
+    scheme = path.partition("://")[0] if "://" in path else ""
+    if scheme and scheme not in SCHEMES:
+        raise ValueError(f"MODEL.WEIGHTS: '{path}': known are files, and {', '.join(SCHEMES)}")
+    if path and not scheme and not PathManager.isfile(path):
         raise FileNotFoundError(
             f"MODEL.WEIGHTS: there is no file '{path}'. Correct the path, or train first"
         )
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """
+    Read a file of ``torch.save``, or ``.safetensors``, without running code.
+
+    Raises:
+        ValueError: the file holds something else, is damaged, or has another format.
+    """
+    if not path.endswith(".safetensors"):
+        return checkpoint_files.read(path)
+    from safetensors import SafetensorError  # comes with timm
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is no complete safetensors file: {error}") from error
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -124,11 +149,13 @@ class Checkpointer(DetectionCheckpointer):
             weights = checkpoint.find_state_dict(content.get("model_state", {}))
             weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
             return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
+        if filename.endswith(".safetensors"):
+            return self._torch_load(filename)
         loaded: dict[str, Any] = super()._load_file(filename)
         return loaded
 
     def _torch_load(self, f: str) -> dict[str, Any]:
-        content = checkpoint_files.read(f)
+        content = read_file(f)
         weights = checkpoint.find_state_dict(content)
         if CONVERTED_FROM in content:
             origin = Origin(f, checkpoint.by_name(content[CONVERTED_FROM]), {})

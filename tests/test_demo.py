@@ -1,6 +1,7 @@
 """The demo's command line, and its pictures with a fake predictor."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,20 +133,38 @@ def test_one_bad_image_does_not_end_the_others(demo, photos, capsys):
     jobs = [job._replace(target=job.target.with_suffix(".webp")) for job in jobs]
     (photos / "h.jpg").unlink()
     failed = demo.run(jobs, Fussy(), METADATA)
-    assert [path.name for path in failed] == ["b.png", "d.png", "e.png", "g.png", "h.jpg"]
+    assert [path.name for path in failed] == ["b.png", "d.png", "e.png", "h.jpg"]
     written = sorted(p.name for p in (photos.parent / "out").iterdir())
-    assert written == ["a.webp", "c.webp", "f.webp"]
-    lines = capsys.readouterr().err.splitlines()
+    assert written == ["a.webp", "c.webp", "f.webp", "g.webp"]
+    assert Image.open(photos.parent / "out" / "g.webp").size == (16_383, 1)
+    out, err = capsys.readouterr()
+    assert "g.png: 1 segments" in out
+    assert "picture reduced to 16383 pixels ->" in out
+    lines = err.splitlines()
     expected = [
         r"b.png' is not a readable image: it has none of the formats",
         r"d.png: not enough memory for this image",
         r"e.png: an image that the model refuses",
-        r"g.png: the picture has 16384 x 1 pixels, but .webp at most 16383 on a side",
         r"h.jpg' does not exist",
     ]
     assert len(lines) == len(expected)
     for line, message in zip(lines, expected, strict=True):
         assert message in line
+
+
+def test_any_name_of_a_file_is_one_line(demo, photos, capsys, monkeypatch):
+    """Not UTF-8, and of two lines, on a terminal that shows ASCII alone."""
+    names = ["\udce4.jpg", "b\n.jpg", "\u00fc.jpg"]
+    for name in names:
+        Image.new("RGB", (9, 9)).save(photos / name)
+    (photos / "x\udce4.jpg").write_text("no image")
+    monkeypatch.setattr(type(sys.stdout), "encoding", "ascii", raising=False)
+    jobs = demo.plan(demo.find_images([str(photos / "*.jpg")]), photos.parent / "out")
+    assert len(demo.run(jobs, FakePredictor(), METADATA)) == 1
+    out, err = capsys.readouterr()
+    assert (out + err).isascii()
+    assert (len(out.splitlines()), len(err.splitlines())) == (4, 1)
+    assert "\\udce4.jpg" in out
 
 
 def test_the_home_folder(demo, photos, monkeypatch):

@@ -30,7 +30,6 @@ from psf.trainer import Trainer
         ("MODEL.RESNETS.DEPTH", 51),
         ("MODEL.PIXEL_MEAN", [1.0]),
         ("MODEL.PIXEL_STD", [1.0, 0.0, 1.0]),
-        ("MODEL.DEVICE", "gpu"),
         ("MODEL.BACKBONE.FREEZE_AT", -1),
         ("MODEL.MASK_ON", True),
         ("MODEL.KEYPOINT_ON", True),
@@ -73,12 +72,6 @@ def test_options_that_would_not_be_obeyed(key, value):
     message = rf"in KEY VALUE pairs: {key} (has no effect: .*Leave it|is .*(known|must))"
     with pytest.raises(ValueError, match=message):
         load_config(opts=[key, value])
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_a_gpu_that_is_not_there():
-    with pytest.raises(ValueError, match=r"MODEL\.DEVICE is 'cuda:0', but PyTorch finds no GPU"):
-        load_config(opts=["MODEL.DEVICE", "cuda:0"])
 
 
 @pytest.mark.parametrize(
@@ -231,3 +224,29 @@ def test_bfloat16_of_gpus_that_only_emulate_it(native, monkeypatch, caplog):
     assert usable_precision("bfloat16", "cuda", "X.Y") == ("bfloat16" if native else "float32")
     assert ("X.Y: this GPU has no instructions for bfloat16" in caplog.text) != native
     assert usable_precision("float16", "cuda", "X.Y") == "float16"
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("gpu", "which is no device of PyTorch"), ("cuda:63", "but there are .* CUDA devices")],
+)
+def test_devices_that_are_not_here(tiny_cfg, device, message):
+    tiny_cfg.MODEL.DEVICE = device
+    with pytest.raises(ValueError, match=f"MODEL.DEVICE is '{device}', {message}"):
+        Trainer.build_model(tiny_cfg)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["MODEL.BACKBONE.NAME", "nope"], "MODEL.BACKBONE.NAME is 'nope'; known: .*build_resnet_b"),
+        (
+            ["MODEL.BACKBONE.NAME", "build_timm_backbone", "MODEL.TIMM.NAME", "nope"],
+            "MODEL.TIMM.NAME: timm has no network 'nope'",
+        ),
+    ],
+)
+def test_networks_that_do_not_exist(tiny_cfg, options, message):
+    tiny_cfg.merge_from_list(options)
+    with pytest.raises(ValueError, match=message):
+        Trainer.build_model(tiny_cfg)

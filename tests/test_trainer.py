@@ -153,6 +153,22 @@ def test_the_same_seed_gives_the_same_losses(shapes_cfg):
     assert losses_of(shapes_cfg, 1) != first[:1]
 
 
+def test_the_same_seed_gives_the_same_weights_and_predictions(shapes_cfg, tmp_path):
+    shapes_cfg.merge_from_list(["SOLVER.MAX_ITER", 2, "MODEL.PSF.TEST.SAVE_PREDICTIONS", True])
+    found = []
+    for name in ("first", "second"):
+        shapes_cfg.OUTPUT_DIR = str(tmp_path / name)
+        seed_all_rng(shapes_cfg.SEED)
+        Trainer(shapes_cfg).train()
+        weights = torch.load(tmp_path / name / "model_final.pth", weights_only=True)["model"]
+        files = (tmp_path / name / "inference").rglob("pred*/*.png")
+        found.append((weights, {p.name: p.read_bytes() for p in files}))
+    (weights, pngs), (weights_again, pngs_again) = found
+    assert all(torch.equal(value, weights_again[name]) for name, value in weights.items())
+    assert len(pngs) == 4
+    assert pngs == pngs_again
+
+
 def test_renumbering_the_categories_changes_no_loss(shapes_cfg, tmp_path):
     """Ids are labels: the order of classes is that of the JSON's list of categories."""
     (name,) = shapes_cfg.DATASETS.TRAIN

@@ -335,3 +335,26 @@ class TestImageNet:
         with caplog.at_level(logging.INFO, logger="psf.weights"):
             Checkpointer(model).load(str(tmp_path / "swin.pth"))
         assert "randomly initialized: backbone.norm1.bias" in caplog.text
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"\xff" * 99])
+def test_safetensors_are_weights_too(tiny_cfg, tmp_path, damage):
+    from safetensors.torch import save_file
+
+    model, path = build_model(tiny_cfg), tmp_path / "a.safetensors"
+    save_file({name: value.clone() for name, value in model.state_dict().items()}, path)
+    if damage is None:
+        other = build_model(tiny_cfg)
+        Checkpointer(other).load(str(path))
+        for name, value in model.state_dict().items():
+            assert torch.equal(other.state_dict()[name], value), name
+        return
+    path.write_bytes(damage)
+    with pytest.raises(ValueError, match=r"a\.safetensors' is no complete safetensors file"):
+        Checkpointer(model).load(str(path))
+
+
+@pytest.mark.parametrize("path", ["foo://x/y.pth", "catalog://ImageNetPretrained/nope"])
+def test_urls_of_other_kinds(tiny_cfg, path):
+    with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS: '.*': known are files, and detectron2"):
+        Checkpointer(build_model(tiny_cfg)).load(path)

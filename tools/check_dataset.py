@@ -27,6 +27,7 @@ from psf.data.annotations import read_categories
 from psf.data.check import Defect, check_dataset
 from psf.evaluation.ground_truth import PanopticSegmentation, load_ground_truth
 from psf.evaluation.pictures import SheetRow, cell_size, draw_panoptic, resize_picture, write_sheet
+from psf.files import printable
 from psf.images import read_image
 from psf.output_paths import refuse_files
 
@@ -83,12 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.sheet is not None:
         draw(args, image_file)
     return 1 if defects else 0
-
-
-def printable(text: str) -> str:
-    """One line that any terminal shows; names in a JSON may hold anything."""
-    encoding = sys.stdout.encoding or "utf-8"
-    return " ".join(text.split()).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def positive(text: str) -> int:

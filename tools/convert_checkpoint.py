@@ -6,7 +6,7 @@ r"""Convert third-party checkpoints to this project's names, and back.
 
 Recognizes the authors' released Panoptic SegFormer (early and present names), torchvision's ResNet,
 the official Swin and PVTv2, and timm's PVTv2 (.pth, .bin or .safetensors). MODEL.WEIGHTS also takes
-these files directly, except .safetensors.
+these files directly.
 """
 
 import argparse
@@ -18,10 +18,10 @@ import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
 
 from torch import Tensor
 
-from psf import checkpoint, checkpoint_files
+from psf import checkpoint
 from psf.config import user_path
 from psf.files import save_tensors
-from psf.weights import CONVERTED_FROM
+from psf.weights import CONVERTED_FROM, read_file
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,19 +40,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load(path: Path) -> dict[str, Tensor]:
-    """Load the weights in a file."""
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError  # comes with timm
-        from safetensors.torch import load_file
-
-        try:
-            return checkpoint.find_state_dict(load_file(path))
-        except SafetensorError as error:
-            raise ValueError(f"'{path}' is no complete safetensors file: {error}") from error
-    return checkpoint.find_state_dict(checkpoint_files.read(str(path)))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the conversion; errors are one line."""
     args = parse_args(argv)
@@ -63,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.target.exists() and args.target.samefile(args.source):
         raise SystemExit(f"'{args.target}' would overwrite the file to convert")
     try:
-        weights = load(args.source)
+        weights = checkpoint.find_state_dict(read_file(str(args.source)))
         if args.to_authors:
             content = {"state_dict": to_authors(weights, args.source)}
         else:

@@ -38,7 +38,6 @@ os.environ.setdefault("PSF_MAX_IMAGE_PIXELS", str(2**20))
 
 import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
 
-import convert_checkpoint  # beside this script
 import numpy as np
 import safetensors.torch
 import torch
@@ -54,7 +53,7 @@ from psf.evaluation.ground_truth import load_ground_truth, read_annotations
 from psf.evaluation.offline import score_predictions
 from psf.images import read_image, read_values
 from psf.panoptic_png import read_panoptic_ids, write_panoptic_ids
-from psf.weights import Checkpointer
+from psf.weights import Checkpointer, read_file
 
 SIZE = (24, 32)  # height and width of the images
 # Of one file. Seconds of the processor, since others may share it.
@@ -325,7 +324,7 @@ def fuzz_checkpoint(rng: random.Random, folder: Path) -> str:
     path = folder / f"weights{suffix}"
     if suffix == ".safetensors":
         path.write_bytes(damage(rng, safetensors.torch.save(weights)))
-        return expect(lambda: convert_checkpoint.load(path), path)
+        return expect(lambda: read_file(str(path)), path)
     content: dict[str, Any] = {"model": weights, "iteration": 3}
     if suffix == ".pkl":
         arrays = {name: value.numpy() for name, value in weights.items()}

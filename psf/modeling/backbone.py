@@ -141,6 +141,8 @@ class TimmBackbone(Backbone):
             **kwargs: the network's own arguments.
         """
         super().__init__()
+        if ":" not in name and not timm.is_model(name):
+            raise ValueError(f"MODEL.TIMM.NAME: timm has no network '{name}' (timm.list_models)")
         try:
             net: Any = timm.create_model(
                 name,

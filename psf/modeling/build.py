@@ -24,7 +24,7 @@ from psf.modeling.postprocessing import MERGING, MergingRules, Segments
 from psf.modeling.recomputation import recompute
 from psf.modeling.release_decoder import DecoupledMaskDecoder
 from psf.modeling.runtime import Runtime
-from psf.precision import usable_precision
+from psf.precision import require_device, usable_precision
 
 MOST_LEVELS = 4  # the coarsest of stride 64
 
@@ -56,6 +56,7 @@ def model_dataset(cfg: CfgNode) -> str:
 
 def build_parts(cfg: CfgNode) -> dict[str, Any]:
     """The arguments of :class:`~.panoptic_segformer.PanopticSegFormer`."""
+    require_device(cfg.MODEL.DEVICE)
     register_listed(cfg.DATASETS.REGISTER)
     dataset_name = model_dataset(cfg)
     metadata = MetadataCatalog.get(dataset_name)
