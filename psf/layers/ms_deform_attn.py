@@ -172,7 +172,8 @@ def sampling_locations(
     references = reference_points.to(dtype)[:, :, None, :, None]  # (N, Q, 1, L, 1, 2 or 4)
     centres = references[..., :2]
     if references.shape[-1] == 2:
-        sizes = torch.as_tensor(spatial_shapes, device=offsets.device).flip(-1)  # (L, 2): W, H
+        # (L, 2): W, H. An offset in an empty level leads nowhere, but must not become NaN.
+        sizes = torch.as_tensor(spatial_shapes, device=offsets.device).flip(-1).clamp(min=1)
         return centres + offsets / sizes[:, None]
     return centres + offsets / offsets.shape[-2] * references[..., 2:] * 0.5
 
@@ -203,11 +204,11 @@ def ms_deform_attn_reference(
     locations = sampling_locations.to(dtype).transpose(1, 2).flatten(0, 1)  # (N * M, Q, L, P, 2)
     weights = attention_weights.to(dtype).transpose(1, 2).flatten(0, 1)  # (N * M, Q, L, P)
     output = heads.new_zeros(num_images * num_heads, num_channels, num_queries)
-    start = 0
-    for level, (h, w) in enumerate(zip(sizes[::2], sizes[1::2], strict=True)):
-        pixels = heads[..., start : start + h * w].unflatten(-1, (h, w))  # (N * M, D, H_l, W_l)
+    shapes = list(zip(sizes[::2], sizes[1::2], strict=True))
+    rows = heads.split([h * w for h, w in shapes], dim=-1)
+    for level, shape in enumerate(shapes):
+        pixels = rows[level].unflatten(-1, shape)  # (N * M, D, H_l, W_l)
         output = output + _sample_level(pixels, locations[:, :, level], weights[:, :, level])
-        start += h * w
     output = output.reshape(num_images, num_heads * num_channels, num_queries)
     return output.transpose(1, 2).to(value.dtype)
 
@@ -270,7 +271,9 @@ def _flatten(spatial_shapes: SpatialShapes) -> list[int]:
         pairs = spatial_shapes
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"spatial_shapes must be (H, W) of every level, got {spatial_shapes}")
-    return [size for pair in pairs for size in pair]
+    sizes = [size for pair in pairs for size in pair]
+    # torch.jit.trace records sizes as tensors. Of a trace they are constants.
+    return [int(size) for size in sizes] if torch.jit.is_tracing() else sizes
 
 
 def _call(op: Any, value: Tensor, spatial_shapes: SpatialShapes, *rest: Tensor) -> Tensor:
@@ -355,7 +358,9 @@ def _check_shape(
         )
 
 
-def _check(condition: bool, message: Callable[[], str]) -> None:
+def _check(condition: bool | Tensor, message: Callable[[], str]) -> None:
+    if isinstance(condition, Tensor):  # torch.jit.trace records sizes as tensors
+        condition = bool(condition)
     if condition is not True:
         # Not an `if`: for sizes that are only known when a compiled program runs, this becomes a
         # check in the program.
