@@ -172,9 +172,8 @@ def sampling_locations(
     references = reference_points.to(dtype)[:, :, None, :, None]  # (N, Q, 1, L, 1, 2 or 4)
     centres = references[..., :2]
     if references.shape[-1] == 2:
-        # (L, 2): W, H. An offset in an empty level leads nowhere, but must not become NaN.
-        sizes = torch.as_tensor(spatial_shapes, device=offsets.device).flip(-1).clamp(min=1)
-        return centres + offsets / sizes[:, None]
+        sizes = torch.as_tensor(spatial_shapes, device=offsets.device).flip(-1)  # (L, 2): W, H
+        return centres + offsets / sizes[:, None].clamp(min=1)  # of empty levels: not NaN
     return centres + offsets / offsets.shape[-2] * references[..., 2:] * 0.5
 
 
@@ -191,7 +190,6 @@ def ms_deform_attn_reference(
 ) -> Tensor:
     """
     Same as :func:`ms_deform_attn`, in plain PyTorch: the definition the kernels are held to.
-
     It has no autocast rule.
     """
     sizes = _flatten(spatial_shapes)
@@ -205,9 +203,8 @@ def ms_deform_attn_reference(
     weights = attention_weights.to(dtype).transpose(1, 2).flatten(0, 1)  # (N * M, Q, L, P)
     output = heads.new_zeros(num_images * num_heads, num_channels, num_queries)
     shapes = list(zip(sizes[::2], sizes[1::2], strict=True))
-    rows = heads.split([h * w for h, w in shapes], dim=-1)
-    for level, shape in enumerate(shapes):
-        pixels = rows[level].unflatten(-1, shape)  # (N * M, D, H_l, W_l)
+    for level, rows in enumerate(heads.split([h * w for h, w in shapes], dim=-1)):
+        pixels = rows.unflatten(-1, shapes[level])  # (N * M, D, H_l, W_l)
         output = output + _sample_level(pixels, locations[:, :, level], weights[:, :, level])
     output = output.reshape(num_images, num_heads * num_channels, num_queries)
     return output.transpose(1, 2).to(value.dtype)
@@ -272,7 +269,7 @@ def _flatten(spatial_shapes: SpatialShapes) -> list[int]:
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"spatial_shapes must be (H, W) of every level, got {spatial_shapes}")
     sizes = [size for pair in pairs for size in pair]
-    # torch.jit.trace records sizes as tensors. Of a trace they are constants.
+    # torch.jit.trace records sizes as tensors; here they become constants of the trace.
     return [int(size) for size in sizes] if torch.jit.is_tracing() else sizes
 
 
@@ -358,9 +355,8 @@ def _check_shape(
         )
 
 
-def _check(condition: bool | Tensor, message: Callable[[], str]) -> None:
-    if isinstance(condition, Tensor):  # torch.jit.trace records sizes as tensors
-        condition = bool(condition)
+def _check(condition: Any, message: Callable[[], str]) -> None:
+    condition = bool(condition) if torch.jit.is_tracing() else condition
     if condition is not True:
         # Not an `if`: for sizes that are only known when a compiled program runs, this becomes a
         # check in the program.
