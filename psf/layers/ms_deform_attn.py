@@ -173,7 +173,7 @@ def sampling_locations(
     centres = references[..., :2]
     if references.shape[-1] == 2:
         sizes = torch.as_tensor(spatial_shapes, device=offsets.device).flip(-1)  # (L, 2): W, H
-        return centres + offsets / sizes[:, None]
+        return centres + offsets / sizes[:, None].clamp(min=1)  # of empty levels: not NaN
     return centres + offsets / offsets.shape[-2] * references[..., 2:] * 0.5
 
 
@@ -190,7 +190,6 @@ def ms_deform_attn_reference(
 ) -> Tensor:
     """
     Same as :func:`ms_deform_attn`, in plain PyTorch: the definition the kernels are held to.
-
     It has no autocast rule.
     """
     sizes = _flatten(spatial_shapes)
@@ -203,11 +202,10 @@ def ms_deform_attn_reference(
     locations = sampling_locations.to(dtype).transpose(1, 2).flatten(0, 1)  # (N * M, Q, L, P, 2)
     weights = attention_weights.to(dtype).transpose(1, 2).flatten(0, 1)  # (N * M, Q, L, P)
     output = heads.new_zeros(num_images * num_heads, num_channels, num_queries)
-    start = 0
-    for level, (h, w) in enumerate(zip(sizes[::2], sizes[1::2], strict=True)):
-        pixels = heads[..., start : start + h * w].unflatten(-1, (h, w))  # (N * M, D, H_l, W_l)
+    shapes = list(zip(sizes[::2], sizes[1::2], strict=True))
+    for level, rows in enumerate(heads.split([h * w for h, w in shapes], dim=-1)):
+        pixels = rows.unflatten(-1, shapes[level])  # (N * M, D, H_l, W_l)
         output = output + _sample_level(pixels, locations[:, :, level], weights[:, :, level])
-        start += h * w
     output = output.reshape(num_images, num_heads * num_channels, num_queries)
     return output.transpose(1, 2).to(value.dtype)
 
@@ -270,7 +268,9 @@ def _flatten(spatial_shapes: SpatialShapes) -> list[int]:
         pairs = spatial_shapes
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"spatial_shapes must be (H, W) of every level, got {spatial_shapes}")
-    return [size for pair in pairs for size in pair]
+    sizes = [size for pair in pairs for size in pair]
+    # torch.jit.trace records sizes as tensors; here they become constants of the trace.
+    return [int(size) for size in sizes] if torch.jit.is_tracing() else sizes
 
 
 def _call(op: Any, value: Tensor, spatial_shapes: SpatialShapes, *rest: Tensor) -> Tensor:
@@ -355,7 +355,8 @@ def _check_shape(
         )
 
 
-def _check(condition: bool, message: Callable[[], str]) -> None:
+def _check(condition: Any, message: Callable[[], str]) -> None:
+    condition = bool(condition) if torch.jit.is_tracing() else condition
     if condition is not True:
         # Not an `if`: for sizes that are only known when a compiled program runs, this becomes a
         # check in the program.

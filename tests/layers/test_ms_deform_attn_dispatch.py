@@ -146,6 +146,25 @@ def test_function_transforms_are_refused(op, make_inputs):
         torch.func.jvp(lambda v: op(v, shapes, *rest), (value,), (value,))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
+@every_operator
+def test_traces_with_the_sizes_as_constants(op, make_inputs):
+    """Gradients too; values of other sizes are refused."""
+
+    def of_maps(fine, *args):  # sizes of tensors, which traces record as tensors
+        flat = fine.flatten(1, 2)
+        return op(flat, [fine.shape[1:3]], *args)
+
+    args = make_inputs(shapes=[(5, 4)])
+    fine, rest = args[0].unflatten(1, (5, 4)), args[2:]
+    traced = torch.jit.trace(of_maps, (fine, *rest))
+    expected = gradients(lambda v, _, *r: of_maps(v, *r), fine, None, *rest)
+    found = gradients(lambda v, _, *r: traced(v, *r), fine, None, *rest)
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(RuntimeError, match=r"positions, value has S = 25|split_sizes"):
+        traced(fine.new_zeros(*fine.shape[:1], 5, 5, *fine.shape[3:]), *rest)
+
+
 def broken(**changes):
     value, shapes, locations, weights = inputs(dtype=torch.float32)
     args = {"value": value, "shapes": shapes, "locations": locations, "weights": weights}

@@ -41,6 +41,20 @@ def test_equals_the_chain_and_its_gradients(op, coordinates):
     torch.testing.assert_close(grads, expected_grads)
 
 
+@both_paths
+@both_kinds
+@pytest.mark.parametrize("level", [(0, 3), (3, 0), (0, 0)], ids=str)
+def test_an_empty_level_gives_finite_gradients(op, coordinates, level):
+    shapes = [(2, 2), level, (3, 2)]
+    value, shapes, *rest = fused_inputs(shapes, coordinates=coordinates)
+    out, grads = gradients(op, value, shapes, *rest)
+    expected, expected_grads = gradients(ms_deform_attn_fused_reference, value, shapes, *rest)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(grads, expected_grads)
+    assert all(grad.isfinite().all() for grad in (out, *grads))
+    assert not grads[2][:, :, :, 1].any()  # of the offsets
+
+
 @both_kinds
 @pytest.mark.parametrize("points", [1, 3, 4, 8])
 @pytest.mark.parametrize(("channels", "levels"), [(4, 9), (12, 5), (32, 1), (32, 3)])
