@@ -16,6 +16,7 @@ if find_spec("detectron2") is not None:
         # Of Detectron2's and fvcore's own code; nothing that a user could change.
         _warnings.filterwarnings("ignore", ".*torch.jit.script.* is deprecated", FutureWarning)
         from . import data as _data  # noqa: F401  registers the data sets
+        from . import flops as _flops  # noqa: F401  registers the operator's
         from .config import add_psf_config, load_config
         from .modeling import backbone as _backbone  # noqa: F401  registers the backbones
         from .modeling import panoptic_segformer as _panoptic_segformer  # noqa: F401  registers it

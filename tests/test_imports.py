@@ -14,6 +14,7 @@ SHELL = {
     "data": {"images", "panoptic_png"},
     "evaluation": {"data", "images", "panoptic_png"},
     "finetuning": {"data", "weights"},
+    "flops": set(),
     "inference": {"modeling.panoptic_segformer"},
     "modeling.backbone": set(),
     "modeling.build": {"data"},
