@@ -1,6 +1,7 @@
 """The same draws on every machine, and fixtures that several test files share."""
 
 import random
+import signal
 
 import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
 
@@ -19,6 +20,11 @@ settings.register_profile(
     "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("repeatable")
+
+
+# A shell's background job ignores Ctrl-C, and so would the trainings that the tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
