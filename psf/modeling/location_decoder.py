@@ -178,15 +178,19 @@ class LocationDecoder(nn.Module):
         self.box_heads = nn.ModuleList(
             BoxHead(dim, size_bias=size_bias if layer == 0 else 0.0) for layer in range(num_layers)
         )
-        if options.selection:
+        self._add_starts(dim, num_classes, total)
+
+    def _add_starts(self, dim: int, num_classes: int, total: int) -> None:
+        """What gives the queries their first points or boxes, and denoising queries contents."""
+        if self.options.selection:
             self.selection = QuerySelection(dim=dim, num_classes=num_classes)
-        elif options.are_boxes:
+        elif self.options.are_boxes:
             places = torch.rand(total, 2).logit(eps=0.05)
             self.anchors = nn.Parameter(F.pad(places, (0, 2), value=SIZE_OF_POINTS))
         else:
             nn.init.xavier_uniform_(self.reference_points.weight)
             nn.init.zeros_(self.reference_points.bias)
-        if options.denoising:
+        if self.options.denoising:
             self.label_embed = nn.Embedding(max(1, num_classes), dim)
 
     def forward(self, memory: Memory, noised: NoisedThings | None = None) -> LocationPredictions:
