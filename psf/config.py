@@ -198,13 +198,14 @@ def _add_model(cfg: CN) -> None:
     # Queries start at the encoder's best tokens (Deformable DETR's two stages, DINO's mixed query
     # selection).
     cfg.MODEL.PSF.LOCATION_DECODER.QUERY_SELECTION = False
-    # Denoising queries (DN-DETR, contrastive as in DINO): every thing occurs in so many GROUPS; 0:
-    # none. LABEL_NOISE is the probability of a random label, BOX_NOISE the largest shift of an
-    # edge in halves of the box's side.
+    # Denoising queries (DN-DETR): every thing occurs in so many GROUPS; 0: none. LABEL_NOISE is the
+    # probability of a random label, BOX_NOISE the largest shift of an edge in halves of the box's
+    # side. CONTRASTIVE adds as many queries with more noise, to be rejected (DINO).
     cfg.MODEL.PSF.LOCATION_DECODER.DENOISING = CN()
     cfg.MODEL.PSF.LOCATION_DECODER.DENOISING.GROUPS = 0
     cfg.MODEL.PSF.LOCATION_DECODER.DENOISING.LABEL_NOISE = 0.25
     cfg.MODEL.PSF.LOCATION_DECODER.DENOISING.BOX_NOISE = 1.0
+    cfg.MODEL.PSF.LOCATION_DECODER.DENOISING.CONTRASTIVE = True
     # Extra queries in training, REPEATS of them for every thing (H-DETR: 1500 and 6). 0: none.
     cfg.MODEL.PSF.LOCATION_DECODER.ONE_TO_MANY = CN()
     cfg.MODEL.PSF.LOCATION_DECODER.ONE_TO_MANY.QUERIES = 0

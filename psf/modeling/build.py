@@ -208,8 +208,14 @@ def _build_criterion(psf: CfgNode, mask_decoder: MaskDecoder) -> SetCriterion:
 
 
 def _denoising_options(denoising: CfgNode) -> DenoisingOptions | None:
-    options = DenoisingOptions(denoising.GROUPS, denoising.LABEL_NOISE, denoising.BOX_NOISE)
-    return options if options.num_groups else None
+    if not denoising.GROUPS:
+        return None
+    return DenoisingOptions(
+        num_groups=denoising.GROUPS,
+        label_noise=denoising.LABEL_NOISE,
+        box_noise=denoising.BOX_NOISE,
+        contrastive=denoising.CONTRASTIVE,
+    )
 
 
 def _inference_options(cfg: CfgNode, mask_decoder: MaskDecoder) -> InferenceOptions:

@@ -1,7 +1,7 @@
 """Denoising queries: noised ground truth that the location decoder learns to restore.
 
-DN-DETR (arXiv 2203.01305), contrastive as in DINO (arXiv 2203.03605, section 3.3): every thing
-gives a query with a little noise, to be restored, and one with more, to be rejected.
+DN-DETR (arXiv 2203.01305): every thing gives queries with a little noise, to be restored, and, if
+contrastive as in DINO (arXiv 2203.03605, section 3.3), as many with more noise, to be rejected.
 
 Shapes: N images, G things of one image, D queries.
 """
@@ -28,9 +28,10 @@ class NoisedThings(NamedTuple):
 class DenoisingOptions(NamedTuple):
     """How things become denoising queries."""
 
-    num_groups: int  # times that every thing occurs, with a little noise and with more
+    num_groups: int  # times that every thing occurs
     label_noise: float  # probability of a random label
     box_noise: float  # most shift of an edge, in halves of the box's side; rejected: up to twice
+    contrastive: bool  # with queries to be rejected
 
 
 def noise_things(
@@ -49,19 +50,20 @@ def noise_things(
         generators: one per image, on the CPU: the noise of an image depends on no other image.
 
     Returns:
-        D = ``num_groups`` * 2 * (the largest G) queries: in every group those to be restored, then
-        those to be rejected.
+        D = ``num_groups`` * (the largest G) queries, or twice as many: in every group those to be
+        restored, then those to be rejected.
     """
     device = boxes[0].device
     most = max(len(image) for image in labels)
-    shape = (len(labels), options.num_groups, 2, most)
+    kinds = 2 if options.contrastive else 1
+    shape = (len(labels), options.num_groups, kinds, most)
     all_labels = torch.zeros(shape, dtype=torch.int64, device=device)
     all_boxes = torch.full((*shape, 4), 0.5, device=device)
     target = torch.full(shape, -1, dtype=torch.int64, device=device)
     valid = torch.zeros(shape, dtype=torch.bool, device=device)
     for i, generator in enumerate(generators):
         count = len(labels[i])
-        size = (options.num_groups, 2, count)
+        size = (options.num_groups, kinds, count)
         wrong = torch.rand(size, generator=generator) < options.label_noise
         random = torch.randint(max(1, num_classes), size, generator=generator)
         chosen = torch.where(wrong.to(device), random.to(device), labels[i])
@@ -80,9 +82,9 @@ def noise_things(
 
 
 def _shifts(size: tuple[int, int, int], generator: torch.Generator) -> Tensor:
-    """(groups, 2, G, 4) of either sign: up to 1 for queries to restore, 1 to 2 for the others."""
+    """(groups, kinds, G, 4), either sign: up to 1 for queries to restore, 1 to 2 for the others."""
     amount = torch.rand((*size, 4), generator=generator)
-    amount[:, 1] += 1
+    amount[:, 1:] += 1
     sign = torch.randint(2, (*size, 4), generator=generator) * 2 - 1
     return amount * sign
 

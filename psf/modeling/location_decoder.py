@@ -192,6 +192,7 @@ class LocationDecoder(nn.Module):
             nn.init.zeros_(self.reference_points.bias)
         if self.options.denoising:
             self.label_embed = nn.Embedding(max(1, num_classes), dim)
+            nn.init.zeros_(self.label_embed.weight)  # wrong labels are no noise before they count
 
     def forward(self, memory: Memory, noised: NoisedThings | None = None) -> LocationPredictions:
         """

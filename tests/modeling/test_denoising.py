@@ -9,7 +9,7 @@ BOXES = [
     torch.zeros(0, 4),
     torch.tensor([[0.5, 0.5, 0.4, 0.4]] * 3),
 ]
-OPTIONS = DenoisingOptions(num_groups=400, label_noise=0.3, box_noise=0.5)
+OPTIONS = DenoisingOptions(num_groups=400, label_noise=0.3, box_noise=0.5, contrastive=True)
 
 
 def noise(images, options=OPTIONS):
@@ -66,3 +66,12 @@ def test_boxes_stay_inside_the_image_and_valid():
 def test_a_batch_without_things_has_no_denoising_queries():
     noised = noise([1, 1])
     assert noised.boxes.shape == (2, 0, 4)
+
+
+def test_without_contrast_all_queries_are_to_be_restored():
+    noised = noise([0, 2], OPTIONS._replace(contrastive=False))
+    target = noised.target.unflatten(1, (400, 3))
+    assert target[0].unique(dim=0).tolist() == [[0, 1, -1]]
+    assert target[1].unique(dim=0).tolist() == [[0, 1, 2]]
+    assert noised.valid.sum(1).tolist() == [800, 1200]
+    assert noised.num_groups == 400
