@@ -258,12 +258,10 @@ def check_training(cfg: CfgNode, num_processes: int) -> None:
     Check what only a training needs, after its schedule is scaled.
 
     Raises:
-        ValueError: there is no data set, or the processes cannot share a batch.
+        ValueError: the processes cannot share a batch.
     """
     solver = cfg.SOLVER
     check_options(cfg)
-    if not cfg.DATASETS.TRAIN:
-        raise ValueError("DATASETS.TRAIN is empty: name the data sets to train on")
     _require(
         cfg,
         "SOLVER.IMS_PER_BATCH",

@@ -119,7 +119,6 @@ def test_options_that_need_others(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["DATASETS.TRAIN", ()], "DATASETS.TRAIN is empty"),
         (["SOLVER.IMS_PER_BATCH", 3], "IMS_PER_BATCH is 3; it must be a multiple of the 2 proc"),
         (["VIS_PERIOD", 5], "VIS_PERIOD has no effect"),
     ],

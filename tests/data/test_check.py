@@ -226,9 +226,8 @@ MALFORMED = {
     ),
     "class of two lines": (put("a\nb", "categories", 0, "name"), "without line breaks"),
     "half a letter": (put("a\ud800", "categories", 0, "name"), "without line breaks"),
-    "null images": (put(None, "images"), "images: not a list"),
-    "null annotations": (put(None, "annotations"), "annotations: not a list"),
-    "categories are an object": (put({"1": "cat"}, "categories"), "categories: not a list"),
+    "null images": (put(None, "images"), "images is None instead of a list"),
+    "categories are an object": (put({"1": "cat"}, "categories"), "categories is {'1': 'cat'} ins"),
     "null image": (put(None, "images", 1), "image number 1: is None instead of an object"),
     "text annotation": (put("x", "annotations", 1), "annotation of image number 1: is 'x' instead"),
     "nested category": (put([{}], "categories", 0), "category number 0: is [{}] instead of"),
@@ -272,8 +271,7 @@ def test_malformed_json(files, capsys, spoil, problem):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("[]", "is a list, not an object with images"),
-        ("null", "is a NoneType"),
+        ("[]", "is [] instead of an object"),
         ('{"shapes": [], "imagePath": "a.jpg"}', "is a file of LabelMe: convert it"),
         ('{"a": 1}', "lacks images, annotations, categories"),
         ("[" * 100_000, "is not valid JSON"),

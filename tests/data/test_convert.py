@@ -86,7 +86,7 @@ def test_instances_over_stuff(instances):
         ),
         (
             lambda root: (root / "stuff.json").write_text('[{"id": 1, "name": "sky"}]'),
-            r"ids \[1\] are those of things",
+            r"category 1: two categories have this id",
         ),
     ],
 )
@@ -202,7 +202,7 @@ RUNS = {"size": [10, 20], "counts": [200]}
         (spoil_mask(9, "image_id"), "annotation 2: image_id 9 is not among the images"),
         (spoil_mask(9, "category_id"), "category_id 9 is not among the categories"),
         (lambda d: d["categories"][0].update(name="Sky"), "another category has the name 'sky'"),
-        (lambda d: d["images"].append({**d["images"][0], "id": 8}), "image 8: another image has"),
+        (lambda d: d["images"].append({**d["images"][0], "id": 8}), "image 8: two images have"),
         (
             lambda d: d["images"].append({**d["images"][0], "id": 8, "file_name": "a.tif"}),
             r"both have the PNG 'a\.png'",

@@ -206,9 +206,6 @@ def test_data_set_that_is_not_panoptic(make_dataset):
 def test_missing_annotations(make_dataset):
     name = make_dataset([HALVES])
     path = Path(MetadataCatalog.get(name).panoptic_json)
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"panoptic\.json.*DETECTRON2_DATASETS"):
-        PanopticEvaluator(name)
     path.write_text(json.dumps({"images": [], "categories": CATEGORIES}))
     evaluator = PanopticEvaluator(name)
     evaluator.reset()

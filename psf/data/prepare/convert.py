@@ -18,11 +18,10 @@ from psf.images import read_values, require_few_pixels
 from psf.output_paths import refuse_inputs
 
 from ..annotations import (
-    CLASS_ID,
     FILE,
-    INSTANCES,
     LIST,
     NAME,
+    PARTS,
     SIDE,
     TEXT,
     Keys,
@@ -75,7 +74,7 @@ def convert_instances(
         FileNotFoundError: a label map is missing.
     """
     data = read_json(instances_json)
-    require_keys(data, INSTANCES, instances_json)
+    require_keys(data, PARTS, instances_json)
     require_keys({"stuff categories": stuff_categories}, {"stuff categories": LIST}, "--stuff")
     categories = _unite_categories(data["categories"], stuff_categories, instances_json)
     require_none(find_instance_problems(data, scored=False), instances_json)
@@ -103,16 +102,11 @@ def convert_instances(
 def _unite_categories(
     things: Sequence[Any], stuff: Sequence[Any], instances_json: Path
 ) -> list[dict[str, Any]]:
-    for category in (*things, *stuff):
-        misfit = find_misfit(category, {"id": CLASS_ID, "name": NAME})
-        require_none((Problem("a category", what) for what in [misfit] if what), instances_json)
-    shared = {c["id"] for c in things} & {c["id"] for c in stuff}
-    if shared:
-        raise ValueError(
-            f"The category ids {sorted(shared)} are those of things in '{instances_json}' and of "
-            "stuff as well. Renumber the stuff categories and the label maps."
-        )
-    categories = [*({**c, "isthing": 1} for c in things), *({**c, "isthing": 0} for c in stuff)]
+    categories = [
+        {**category, "isthing": isthing} if isinstance(category, Mapping) else category
+        for isthing, kind in ((1, things), (0, stuff))
+        for category in kind
+    ]
     require_none(find_category_problems(categories), instances_json)
     return categories
 
