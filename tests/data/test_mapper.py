@@ -274,14 +274,6 @@ def test_missing_files_are_named(record, key):
         make_mapper()(record)
 
 
-@pytest.mark.parametrize("key", ["file_name", "pan_seg_file_name"])
-def test_truncated_files_are_named(record, key):
-    path = Path(record[key])
-    path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(ValueError, match=f"{path.name}' is not a readable image"):
-        make_mapper()(record)
-
-
 def test_size_that_differs_from_the_json(record):
     record["width"] = 99
     with pytest.raises(SizeMismatchError, match=r"image\.png, got \(6, 4\), expect \(99, 4\)"):
