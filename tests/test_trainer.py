@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
@@ -212,28 +211,21 @@ def test_a_picture_that_fails_costs_no_results(shapes_cfg, tmp_path, caplog):
         assert f"{picture}' is not drawn: IsADirectoryError" in caplog.text
 
 
-@pytest.mark.parametrize("fault", ["null", "missing", "empty", "unknown class"])
-def test_a_test_set_that_cannot_be_evaluated_is_noticed_at_the_start(shapes_cfg, tmp_path, fault):
-    (name,) = shapes_cfg.DATASETS.TEST
-    DatasetCatalog.get(name)  # makes it
-    metadata = MetadataCatalog.get(name)
-    data = json.loads(Path(metadata.panoptic_json).read_text())
-    if fault == "unknown class":
-        data["categories"][0]["name"] = "unknown"
-    else:
-        data["annotations"] = [] if fault == "empty" else None
-    if fault == "missing":
-        del data["annotations"]
-    (tmp_path / "bare.json").write_text(json.dumps(data))
-    files = [metadata.image_root, metadata.panoptic_root, str(tmp_path / "bare.json")]
-    shapes_cfg.DATASETS.REGISTER = [["bare", *files]]
-    shapes_cfg.DATASETS.TEST = ("bare",)
-    try:
-        with pytest.raises(ValueError, match=r"no annotations|is empty|is None|unknown"):
-            Trainer(shapes_cfg)
-    finally:
-        DatasetCatalog.remove("bare")
-        MetadataCatalog.remove("bare")
+FAULTS = {
+    "null": lambda data: data.update(annotations=None),
+    "missing": lambda data: data.pop("annotations"),
+    "empty": lambda data: data.update(annotations=[]),
+    "unknown class": lambda data: data["categories"][0].update(name="unknown"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_test_set_that_cannot_be_evaluated_is_noticed_at_the_start(
+    shapes_cfg, register_changed, fault
+):
+    shapes_cfg.DATASETS.TEST = (register_changed("bare", fault),)
+    with pytest.raises(ValueError, match=r"no annotations|is empty|is None|unknown"):
+        Trainer(shapes_cfg)
 
 
 def test_missing_data_root_names_the_file_and_the_variable(tiny_cfg):

@@ -282,21 +282,12 @@ def test_a_conversion_that_is_repeated(instances):
         )
 
 
-@pytest.mark.parametrize("annotations", [None, 3, [None], [{"image_id": 1}]])
+@pytest.mark.parametrize("annotations", [None, [{"image_id": 1}]])
 def test_damaged_results_of_a_conversion_are_made_again(instances, annotations):
     first = run_instances(instances)
     path = instances / "out" / "panoptic.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": annotations}))
     assert run_instances(instances) == first
-
-
-@pytest.mark.parametrize("notes", [b'["x"]\n', b"\xff\xfe\n", b"3\n", b'["a", "b", 1, 2, 3]\n{'])
-def test_damaged_notes_of_an_interrupted_conversion(instances, notes):
-    (instances / "out").mkdir()
-    path = instances / "out" / "panoptic.json.partial"
-    path.write_bytes(notes)
-    run_instances(instances)
-    assert not path.exists()
 
 
 def test_a_conversion_that_stops_leaves_no_json_of_other_pngs(instances):
@@ -314,8 +305,8 @@ def test_a_conversion_that_stops_leaves_no_json_of_other_pngs(instances):
         run_instances(instances, spoil_mask([square(2, 2, 4)]))
     assert png.read_bytes() != before
     assert list((instances / "out").glob("*.json")) == []
-    with (instances / "out" / "panoptic.json.partial").open("a") as notes:
-        notes.write('3\n["no"]\nnull\n\x00')  # damage
+    with (instances / "out" / "panoptic.json.partial").open("ab") as notes:
+        notes.write(b'3\n["no"]\n["a", "b", 1, 2, 3]\nnull\n\xff\xfe\n\x00')  # damage
     (instances / "instances.json").write_bytes(json_before)
     Image.new("L", (20, 10), 101).save(labels)
     assert run_instances(instances) == first

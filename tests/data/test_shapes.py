@@ -6,7 +6,6 @@ import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from psf.data import (
     generate_shapes,
     load_coco_panoptic,
     register_shapes,
-    register_tuning_shapes,
 )
 from psf.data.shapes import CATEGORIES, dataset
 from psf.data.shapes.__main__ import main
@@ -293,22 +291,6 @@ def test_importing_registers():
     assert metadata.thing_classes == ["circle", "square", "triangle", "star", "ring"]
     names = {f"shapes_panoptic_{split}" for split in ("train", "val", "tune")}
     assert names <= set(DatasetCatalog.list())
-
-
-def test_the_tuning_images_are_of_no_split(tmp_path):
-    register_shapes(str(tmp_path / "shapes"), prefix="untuned", num_train=200, num_val=200)
-    register_tuning_shapes(str(tmp_path / "tune"), name="tuned")
-    seen = {}
-    try:
-        for name in ("untuned_train", "untuned_val", "tuned"):
-            files = [Path(record["file_name"]) for record in DatasetCatalog.get(name)]
-            seen[name] = {path.read_bytes() for path in files}
-            assert len(seen[name]) == 200
-    finally:
-        for name in ("untuned_train", "untuned_val", "tuned"):
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
-    assert not seen["tuned"] & (seen["untuned_train"] | seen["untuned_val"])
 
 
 def test_command_line(tmp_path, monkeypatch):
