@@ -193,9 +193,6 @@ def read_predictions(
 
     Returns:
         The annotations by image id.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`read_panoptic_json`.
     """
     data = read_json(path)
     require_keys(data, {"annotations": LIST}, path)
@@ -223,13 +220,7 @@ def require_none(problems: Iterator[Problem], path: object) -> None:
 def find_problems(
     data: Any, categories: Sequence[Mapping[str, Any]] | None = None
 ) -> Iterator[Problem]:
-    """
-    Find the values of a file that cannot be used.
-
-    Args:
-        data: its content.
-        categories: replace the file's, which must not contradict them.
-    """
+    """Find the values that :func:`read_panoptic_json` cannot use."""
     required = {"images": LIST} if categories else {"images": LIST, "categories": LIST}
     misfit = find_misfit(data, required, {"annotations": LIST})
     if misfit:
@@ -325,13 +316,7 @@ def _annotation_problems(
 
 
 def find_instance_problems(data: Mapping[str, Any], *, scored: bool) -> Iterator[Problem]:
-    """
-    Find the values of a file in COCO's instance format that cannot be used.
-
-    Args:
-        data: its content, with images, annotations and categories.
-        scored: the annotations are those of an evaluation, which needs more values.
-    """
+    """Find the values in COCO's instance format that cannot be used; AP needs more (scored)."""
     ids: set[Any] = set()
     yield from _image_problems(data["images"], ids, set())
     for i, category in enumerate(data["categories"]):

@@ -165,14 +165,7 @@ def load_coco_panoptic(
     an annotation is left out, and logged. If the JSON has no ``annotations`` (COCO's test sets),
     all images are kept, with ``pan_seg_file_name`` None.
 
-    Args:
-        panoptic_json: the JSON of the annotations.
-        image_root: folder of the images.
-        panoptic_root: folder of the panoptic PNGs.
-        categories: replace the JSON's.
-        sem_seg_root: folder of the label PNGs that the annotations name.
-        things_first: how classes are numbered (see the module).
-        image_file: from the JSON's name of an image to its path below ``image_root``.
+    Args: see :func:`register_panoptic`.
 
     Returns:
         For each image: file_name, image_id, height, width, pan_seg_file_name and segments_info (the
@@ -181,7 +174,7 @@ def load_coco_panoptic(
 
     Raises:
         FileNotFoundError: a file or a folder is missing.
-        ValueError: the JSON contradicts itself or lacks keys.
+        ValueError: as :func:`psf.data.annotations.read_panoptic_json`.
     """
     _require_json(panoptic_json)
     data = read_panoptic_json(panoptic_json, categories)
