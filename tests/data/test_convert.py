@@ -183,7 +183,7 @@ RUNS = {"size": [10, 20], "counts": [200]}
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (spoil_mask([]), "image 7, annotation 2 has no polygon"),
+        (spoil_mask([]), "image 7, annotation 2: its shape needs at least 3 points"),
         (spoil_mask([[1, 1, 5, 1, 5]]), "annotation 2: its shape needs at least 3 points"),
         (spoil_mask([[1, 1, 5, 1, 1e9, 1e9]]), "near the image of 20 x 10 pixels"),
         (spoil_mask([[1, 1, 5, 1, 5, math.nan]]), "annotation 2: its shape needs"),

@@ -156,13 +156,11 @@ def _decode(segmentation: Any, size: tuple[int, int], where: str) -> NDArray[np.
     """(H, W), from COCO's polygons or run lengths."""
     if isinstance(segmentation, dict):
         return _decode_runs(segmentation, size, where)
-    if not segmentation:
-        raise ValueError(f"{where} has no polygon. Remove the annotation or draw it.")
     mask = np.zeros(size, dtype=bool)
-    for polygon in segmentation:
+    for polygon in segmentation or [None]:
         points = polygon if isinstance(polygon, list) and len(polygon) % 2 == 0 else []
         pairs = [list(pair) for pair in zip(points[::2], points[1::2], strict=True)]
-        flat = _points(pairs, size, where, least=3).ravel().tolist()
+        flat = _points(pairs, size, where, 3).ravel().tolist()
         (rle,) = pycocotools.mask.frPyObjects([flat], *size)
         mask |= np.asarray(pycocotools.mask.decode(rle), dtype=bool)
     return mask
@@ -202,7 +200,7 @@ def _uncompress(counts: str) -> list[int]:
     return runs
 
 
-def _points(points: Any, size: tuple[int, int], where: str, *, least: int) -> NDArray[np.float64]:
+def _points(points: Any, size: tuple[int, int], where: str, least: int) -> NDArray[np.float64]:
     """(P, 2) x and y; at least as many as needed, all near the image."""
     far = max(size)
     good = all(
@@ -312,7 +310,7 @@ def _fill(index_map: NDArray[np.int32], shape: Mapping[str, Any], value: int, wh
             f"{where}: a shape of type '{kind}' with {count} points cannot be converted. Draw it "
             "as a polygon (3 points or more), a rectangle or a circle (2 points)."
         )
-    points = _points(shape["points"], index_map.shape, where, least=least)
+    points = _points(shape["points"], index_map.shape, where, least)
     drawn = np.zeros(index_map.shape, dtype=np.uint8)
     if kind == "polygon":
         cv2.fillPoly(drawn, [np.round(points).astype(np.int32)], 1)
