@@ -53,6 +53,12 @@ def saved(tmp_path):
     MetadataCatalog.remove(name)
 
 
+def evaluate(saved, output, *options):
+    """Run the tool on saved predictions."""
+    arguments = ["--name", saved[0], "--predictions", str(saved[1]), "--output", str(output)]
+    evaluate_predictions.main([*arguments, *options])
+
+
 def test_offline_scores_are_those_of_the_evaluator(saved):
     name, predictions, results = saved
     metadata = MetadataCatalog.get(name)
@@ -73,10 +79,8 @@ def test_offline_scores_are_those_of_the_evaluator(saved):
 
 
 def test_evaluate_predictions(saved, tmp_path, capsys):
-    name, predictions, _ = saved
     output = tmp_path / "scores"
-    options = ["--name", name, "--predictions", str(predictions), "--output", str(output)]
-    evaluate_predictions.main(options)
+    evaluate(saved, output)
     printed = capsys.readouterr().out
     assert "| cat" in printed
     assert "ant" in printed.split("predicted class")[1]
@@ -84,7 +88,7 @@ def test_evaluate_predictions(saved, tmp_path, capsys):
         *("pq.txt", "confusion.txt", "images.txt", "pq.png", "worst.png")
     }
     assert Image.open(output / "worst.png").size[0] > 1000
-    evaluate_predictions.main([*options, "--boundary"])
+    evaluate(saved, output, "--boundary")
     assert (output / "pq.txt").read_text() != printed
 
 
@@ -103,14 +107,11 @@ def test_evaluate_predictions(saved, tmp_path, capsys):
     ],
 )
 def test_damaged_predictions(saved, tmp_path, spoil, message):
-    name, predictions, _ = saved
-    data = json.loads(predictions.read_text())
+    data = json.loads(saved[1].read_text())
     spoil(data)
-    predictions.write_text(json.dumps(data))
+    saved[1].write_text(json.dumps(data))
     with pytest.raises(SystemExit, match=message):
-        evaluate_predictions.main(
-            ["--name", name, "--predictions", str(predictions), "--output", str(tmp_path / "s")]
-        )
+        evaluate(saved, tmp_path / "s")
 
 
 def write_json(key, value):
@@ -134,26 +135,22 @@ def write_json(key, value):
     ],
 )
 def test_a_broken_ground_truth_is_said_in_one_line(saved, tmp_path, spoil, message):
-    name, predictions, _ = saved
-    spoil(Path(MetadataCatalog.get(name).panoptic_json).parent)
-    options = ["--name", name, "--predictions", str(predictions), "--output", str(tmp_path / "s")]
+    spoil(Path(MetadataCatalog.get(saved[0]).panoptic_json).parent)
     with pytest.raises(SystemExit, match=message) as error:
-        evaluate_predictions.main(options)
+        evaluate(saved, tmp_path / "s")
     assert str(error.value).count("\n") == 0
     assert (tmp_path / "s" / "pq.txt").is_file() == ("jpg" in message)
 
 
 def test_a_test_set_and_a_data_set_of_another_kind(saved, tmp_path, capsys):
-    name, predictions, _ = saved
-    path = Path(MetadataCatalog.get(name).panoptic_json)
+    path = Path(MetadataCatalog.get(saved[0]).panoptic_json)
     content = json.loads(path.read_text())
     del content["annotations"]
     path.write_text(json.dumps(content))
-    options = ["--predictions", str(predictions), "--output", str(tmp_path / "s")]
     with pytest.raises(SystemExit, match="has no annotations, as the test sets"):
-        evaluate_predictions.main(["--name", name, *options])
+        evaluate(saved, tmp_path / "s")
     with pytest.raises(SystemExit):
-        evaluate_predictions.main(["--name", "coco_2017_val", *options])
+        evaluate(("coco_2017_val", saved[1]), tmp_path / "s")
     assert "'coco_2017_val' is no panoptic data set" in capsys.readouterr().err
 
 
@@ -203,9 +200,8 @@ def test_the_tools_do_not_write_over_what_they_read(saved, tmp_path, capsys):
     check_dataset.main([*paths, "--sheet", str(pngs / "0.png")])
     assert "No sheet: " in capsys.readouterr().out
     for folder in (pngs, predictions.with_suffix("")):
-        options = ["--name", name, "--predictions", str(predictions), "--output", str(folder)]
         with pytest.raises(SystemExit, match=r"pq\.txt' would overwrite the input"):
-            evaluate_predictions.main(options)
+            evaluate(saved, folder)
     (tmp_path / "own.yaml").write_text(f"DATASETS:\n  TRAIN: ('{name}',)\n")
     with pytest.raises(SystemExit, match=r"0\.png' would overwrite the input"):
         visualize_data.main(
@@ -216,7 +212,5 @@ def test_the_tools_do_not_write_over_what_they_read(saved, tmp_path, capsys):
 
 def test_missing_predictions(saved, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        evaluate_predictions.main(
-            ["--name", saved[0], "--predictions", "nowhere.json", "--output", str(tmp_path)]
-        )
+        evaluate((saved[0], "nowhere.json"), tmp_path)
     assert "--predictions: there is no file 'nowhere.json'" in capsys.readouterr().err

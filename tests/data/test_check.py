@@ -10,6 +10,7 @@ from PIL import Image
 
 from psf.data import load_coco_panoptic
 from psf.data.check import check_dataset
+from psf.data.coco_writer import PanopticImage, Segment, Split, write_image, write_json_files
 from psf.panoptic_png import write_panoptic_ids
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,33 +25,24 @@ class Files:
         self.root = root
         for folder in ("images", "pngs"):
             (root / folder).mkdir()
-        ids = np.full((4, 6), 5)
-        ids[1:3, 1:4] = 70000
-        ids[3, 4:] = 9
-        ids[0, 0] = 0
+        index_map = np.ones((4, 6), dtype=int)
+        index_map[1:3, 1:4] = 2
+        index_map[3, 4:] = 3
+        index_map[0, 0] = 0
+        segments = [Segment(2, id=5), Segment(1, id=70000), Segment(1, iscrowd=1, id=9)]
+        categories = [
+            {"id": 1, "name": "cat", "isthing": 1},
+            {"id": 2, "name": "grass", "isthing": 0},
+        ]
+        json_file = root / "panoptic.json"
+        split = Split("files", root / "pngs", json_file, root / "instances.json", categories)
+        entries = []
         for i in (1, 2):
             Image.new("RGB", (6, 4)).save(root / "images" / f"{i}.jpg")
-            write_panoptic_ids(str(root / "pngs" / f"{i}.png"), ids)
-        segments = [
-            {"id": 5, "category_id": 2, "area": 15, "bbox": [0, 0, 6, 4], "iscrowd": 0},
-            {"id": 70000, "category_id": 1, "area": 6, "bbox": [1, 1, 3, 2], "iscrowd": 0},
-            {"id": 9, "category_id": 1, "area": 2, "bbox": [4, 3, 2, 1], "iscrowd": 1},
-        ]
-        self.json = {
-            "images": [{"id": i, "file_name": f"{i}.jpg", "height": 4, "width": 6} for i in (1, 2)],
-            "annotations": [
-                {
-                    "image_id": i,
-                    "file_name": f"{i}.png",
-                    "segments_info": [dict(s) for s in segments],
-                }
-                for i in (1, 2)
-            ],
-            "categories": [
-                {"id": 1, "name": "cat", "isthing": 1},
-                {"id": 2, "name": "grass", "isthing": 0},
-            ],
-        }
+            image = PanopticImage(i, f"{i}.jpg", f"{i}.png", index_map, segments)
+            entries.append(write_image(split, image))
+        write_json_files(split, entries)
+        self.json = json.loads(json_file.read_text())
 
     @property
     def paths(self) -> tuple[Path, Path, Path]:
