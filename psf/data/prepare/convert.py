@@ -124,8 +124,6 @@ def _unite(
 ) -> PanopticImage:
     size = (image["height"], image["width"])
     path = label_root / _png(image)
-    if not path.is_file():
-        raise FileNotFoundError(f"The label map '{path}' of '{image['file_name']}' does not exist.")
     labels = read_values(str(path))
     if labels.shape != size:
         raise ValueError(
