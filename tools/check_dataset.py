@@ -27,7 +27,7 @@ from psf.data.annotations import read_categories
 from psf.data.check import Defect, check_dataset
 from psf.evaluation.ground_truth import PanopticSegmentation, load_ground_truth
 from psf.evaluation.pictures import SheetRow, cell_size, draw_panoptic, resize_picture, write_sheet
-from psf.files import printable
+from psf.files import one_line, printable
 from psf.images import read_image
 from psf.output_paths import refuse_files
 
@@ -35,6 +35,7 @@ EXAMPLES = 5  # defects of one kind that are printed
 VALUES = re.compile(r"'[^']*'|\[[^]]*\]|-?\d[\d.e+]*")  # what differs within a kind
 
 
+@one_line()
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -62,10 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         image_file = metadata.get("image_file")
         if not args.json.is_file():
-            try:  # generates data sets such as shapes
-                DatasetCatalog.get(args.name)
-            except (OSError, ValueError) as error:
-                raise SystemExit(str(error)) from error
+            DatasetCatalog.get(args.name)  # generates data sets such as shapes
     elif None in (args.json, args.images, args.pngs):
         parser.error("give --json, --images and --pngs, or --name")
     defects = check_dataset(

@@ -32,7 +32,7 @@ from psf.evaluation.pictures import (
     resize_picture,
     write_sheet,
 )
-from psf.files import write_text
+from psf.files import one_line, write_text
 from psf.images import read_image
 from psf.output_paths import refuse_inputs
 from psf.panoptic_png import read_panoptic_ids
@@ -41,12 +41,10 @@ from psf.panoptic_png import read_panoptic_ids
 WRITTEN = ("pq.txt", "confusion.txt", "images.txt", "pq.png", "worst.png")
 
 
+@one_line()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    try:
-        write_scores(args)
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+    write_scores(args)
     print(f"\n{args.output}")
 
 

@@ -30,6 +30,7 @@ from psf.data import PanopticDatasetMapper, register_listed
 from psf.evaluation.ground_truth import PanopticAnnotations, read_annotations
 from psf.evaluation.panoptic_quality import ImageRecord, add_up, compare, quality_rows
 from psf.evaluation.renumbering import Renumbering
+from psf.files import one_line
 from psf.inference import optimize_for_inference
 from psf.modeling.build import model_dataset
 from psf.modeling.candidates import Candidates
@@ -60,12 +61,9 @@ class Quality(NamedTuple):
         return f"PQ {self.pq:.2f} PQ_th {self.pq_th:.2f} PQ_st {self.pq_st:.2f}"
 
 
+@one_line()
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(argv)
-    try:
-        tune(args)
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+    tune(parse(argv))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
