@@ -15,12 +15,13 @@ from pathlib import Path
 import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
 
 import torch
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.data import Metadata
 from tabulate import tabulate
 
 from psf.config import user_path
 from psf.data import panoptic_metadata
 from psf.data.annotations import read_panoptic_json, read_predictions
+from psf.data.coco_panoptic import find_files
 from psf.evaluation.charts import write_quality_bars
 from psf.evaluation.ground_truth import PanopticSegmentation
 from psf.evaluation.offline import Scores, score_predictions
@@ -92,15 +93,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.image_file = None
     if args.name:
-        if args.name not in DatasetCatalog.list():
-            parser.error(f"--name: there is no data set '{args.name}'")
-        metadata = MetadataCatalog.get(args.name)
-        if None in (metadata.get("panoptic_json"), metadata.get("panoptic_root")):
-            parser.error(f"--name: '{args.name}' is no panoptic data set")
-        args.json, args.pngs, args.images = (
-            Path(metadata.get(key)) for key in ("panoptic_json", "panoptic_root", "image_root")
-        )
-        args.image_file = metadata.get("image_file")
+        args.json, args.images, args.pngs, args.image_file = find_files(args.name)
     elif None in (args.json, args.pngs):
         parser.error("give --json and --pngs, or --name")
     for option, path in (("--json", args.json), ("--predictions", args.predictions)):

@@ -9,7 +9,8 @@ import colorsys
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -111,6 +112,33 @@ def _check_name(name: str) -> None:
             f"A data set '{name}' is registered already. Choose another name or remove it first "
             "(DatasetCatalog.remove, MetadataCatalog.remove)."
         )
+
+
+class Files(NamedTuple):
+    """The files of a data set."""
+
+    panoptic_json: Path
+    image_root: Path
+    panoptic_root: Path
+    image_file: Callable[[str], str] | None = None  # see register_panoptic
+
+
+def find_files(name: str) -> Files:
+    """
+    The files of a registered data set.
+
+    Raises:
+        ValueError: there is none of that name, or it is not panoptic.
+    """
+    if name not in DatasetCatalog.list():
+        panoptic = [n for n in DatasetCatalog.list() if MetadataCatalog.get(n).get("panoptic_json")]
+        raise ValueError(f"There is no data set '{name}'. Known: {', '.join(sorted(panoptic))}")
+    metadata = MetadataCatalog.get(name)
+    paths = [metadata.get(key) for key in ("panoptic_json", "image_root", "panoptic_root")]
+    if None in paths:
+        raise ValueError(f"'{name}' is no panoptic data set")
+    panoptic_json, image_root, panoptic_root = map(Path, paths)
+    return Files(panoptic_json, image_root, panoptic_root, metadata.get("image_file"))
 
 
 def register_listed(entries: Sequence[Sequence[str]]) -> None:

@@ -338,11 +338,14 @@ def test_the_tool_draws(files, capsys, damaged):
     assert Image.open(sheet).size[0] > 700
 
 
-@pytest.mark.parametrize("options", [[], ["--name", "nowhere"]])
-def test_the_tool_says_what_it_needs(options, capsys):
+def test_the_tool_says_what_it_needs(capsys):
     with pytest.raises(SystemExit):
-        tool.main(options)
+        tool.main([])
     assert "--name" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="no data set 'nowhere'"):
+        tool.main(["--name", "nowhere"])
+    with pytest.raises(SystemExit, match="'coco_2017_val' is no panoptic data set"):
+        tool.main(["--name", "coco_2017_val"])
 
 
 def test_real_coco_images(coco_sample):
