@@ -12,21 +12,19 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
 
-import numpy as np
 from detectron2.data import DatasetCatalog, Metadata
-from numpy.typing import NDArray
 
 from psf.config import user_path
 from psf.data import load_coco_panoptic, panoptic_metadata
 from psf.data.annotations import read_categories
 from psf.data.check import Defect, check_dataset
 from psf.data.coco_panoptic import Files, find_files
-from psf.evaluation.ground_truth import PanopticSegmentation, load_ground_truth
-from psf.evaluation.pictures import SheetRow, cell_size, draw_panoptic, resize_picture, write_sheet
+from psf.evaluation.ground_truth import load_ground_truth
+from psf.evaluation.pictures import Drawing, write_drawings
 from psf.files import one_line, printable
 from psf.images import read_image
 from psf.output_paths import refuse_files
@@ -94,43 +92,22 @@ def draw(args: argparse.Namespace, files: Files) -> None:
         metadata = Metadata(name="checked", **panoptic_metadata(categories))
         chosen = records[:: max(1, len(records) // args.samples)][: args.samples]
         readable = [read for record in chosen if (read := read_annotated(record)) is not None]
-        cell = cell_size([picture for _, picture, _ in readable])
-        rows = [draw_row(*read, metadata, cell) for read in readable]
-        write_sheet(rows, ("image", "annotation"), cell, args.sheet)
+        write_drawings(readable, metadata, ("image", "annotation"), args.sheet)
     except (OSError, ValueError) as error:
         print(printable(f"No sheet: {error}"))
         return
     print(args.sheet)
 
 
-class Annotated(NamedTuple):
-    """A record of the data set, and what its files hold."""
-
-    record: dict[str, Any]
-    picture: NDArray[np.uint8]  # (H, W, 3)
-    truth: PanopticSegmentation
-
-
-def read_annotated(record: dict[str, Any]) -> Annotated | None:
+def read_annotated(record: dict[str, Any]) -> Drawing | None:
     """Read an image and its PNG; None, after a line, if one of them is damaged."""
+    name = Path(record["file_name"]).name
     try:
-        return Annotated(record, read_image(record["file_name"], "RGB"), load_ground_truth(record))
+        picture, truth = read_image(record["file_name"], "RGB"), load_ground_truth(record)
     except (OSError, ValueError) as error:
         print(printable(f"Not on the sheet: {error}"))
         return None
-
-
-def draw_row(
-    record: dict[str, Any],
-    picture: NDArray[np.uint8],
-    truth: PanopticSegmentation,
-    metadata: Metadata,
-    cell: int,
-) -> SheetRow:
-    scale = cell / max(picture.shape[:2])
-    drawn = draw_panoptic(picture, *truth, metadata, scale=scale)
-    caption = f"{Path(record['file_name']).name}: {len(record['segments_info'])} segments"
-    return SheetRow(caption, [resize_picture(picture, scale), drawn])
+    return Drawing(f"{name}: {len(record['segments_info'])} segments", picture, [truth])
 
 
 if __name__ == "__main__":
