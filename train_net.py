@@ -13,7 +13,6 @@ import logging
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from detectron2.utils.env import seed_all_rng
 
 from psf.config import load_config
 from psf.console import log_to
-from psf.files import named, write_text
+from psf.files import named, one_line, write_text
 from psf.inference import optimize_for_inference
 from psf.predictor import inference_checkpointer
 from psf.run_folder import CONFIG, check_folder, claimed, require_folder
@@ -39,6 +38,7 @@ from psf.weights import LAST_CHECKPOINT, check_weights
 logger = logging.getLogger("psf.train_net")
 
 
+@one_line()
 def setup(args: argparse.Namespace) -> CfgNode:
     """Load the config of the command line, check it and freeze it."""
     misplaced = [option for option in args.opts if option.startswith("--")]
@@ -46,14 +46,13 @@ def setup(args: argparse.Namespace) -> CfgNode:
         raise SystemExit(
             f"{misplaced[0]} comes after KEY VALUE pairs, which must be last on the command line"
         )
-    with one_line():
-        cfg = load_config(args.config_file, args.opts)
-        check_weights(cfg.MODEL.WEIGHTS)
-        if args.eval_only:
-            check_evaluation(cfg, resume=args.resume)
-        else:
-            check_folder(cfg.OUTPUT_DIR, resume=args.resume)
-        require_folder(cfg.OUTPUT_DIR)
+    cfg = load_config(args.config_file, args.opts)
+    check_weights(cfg.MODEL.WEIGHTS)
+    if args.eval_only:
+        check_evaluation(cfg, resume=args.resume)
+    else:
+        check_folder(cfg.OUTPUT_DIR, resume=args.resume)
+    require_folder(cfg.OUTPUT_DIR)
     cfg.freeze()
     return cfg
 
@@ -71,15 +70,6 @@ def check_evaluation(cfg: CfgNode, *, resume: bool) -> None:
         raise ValueError(f"--eval-only --resume: there is no checkpoint in '{cfg.OUTPUT_DIR}'")
     if not cfg.DATASETS.TEST:
         raise ValueError("--eval-only: DATASETS.TEST is empty, name the data sets to evaluate")
-
-
-@contextlib.contextmanager
-def one_line() -> Iterator[None]:
-    """Errors of files and of what the user gave end the program with their message alone."""
-    try:
-        yield
-    except (OSError, ValueError, FloatingPointError) as error:
-        raise SystemExit(str(error)) from error
 
 
 def start(cfg: CfgNode, args: argparse.Namespace) -> None:

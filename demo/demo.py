@@ -32,7 +32,7 @@ from PIL import Image
 
 from psf.config import load_config, user_path
 from psf.evaluation.pictures import draw_panoptic
-from psf.files import printable, write_beside
+from psf.files import one_line, printable, write_beside
 from psf.images import read_image
 from psf.output_paths import refuse_inputs
 from psf.predictor import Predictor
@@ -87,13 +87,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@one_line()
 def setup(config_file: str | Path, opts: list[str]) -> CfgNode:
     """Load the config of the command line, check it and freeze it."""
-    try:
-        cfg = load_config(config_file, opts)
-        check_weights(cfg.MODEL.WEIGHTS)
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+    cfg = load_config(config_file, opts)
+    check_weights(cfg.MODEL.WEIGHTS)
     if not cfg.MODEL.WEIGHTS:
         raise SystemExit("There are no weights: add --opts MODEL.WEIGHTS <file>")
     if not cfg.DATASETS.TEST:
@@ -253,10 +251,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_window()
     setup_logger(name="psf")
     cfg = setup(args.config_file, args.opts)
-    try:
+    with one_line():
         predictor = Predictor(cfg, fast=args.fast)
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
     failed = run(jobs, predictor, predictor.metadata)
     if failed:
         names = ", ".join(str(path) for path in failed)

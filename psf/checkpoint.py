@@ -255,15 +255,10 @@ def convert(state_dict: Mapping[str, Tensor], source: Format) -> Conversion:
     Raises:
         ValueError: an entry is neither in the format's table nor among its dropped entries.
     """
-    dropped = _Names({name: name for name in source.dropped})
-    names = _Names(source.names)
-    reasons = {
-        name: source.dropped[rule]
-        for name in state_dict
-        if (rule := dropped.rule(name)) is not None
-    }
+    dropped = _Names(source.dropped)
+    reasons = {name: found[0] for name in state_dict if (found := dropped.find(name))}
     kept = [name for name in state_dict if name not in reasons]
-    renamed = names.rename_all(kept, source.name)
+    renamed = _Names(source.names).rename_all(kept, source.name)
     return Conversion({renamed[name]: state_dict[name] for name in kept}, reasons)
 
 
@@ -278,44 +273,43 @@ def to_authors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     tables = [_Names({ours: theirs for theirs, ours in f.names.items()}) for f in AUTHORS]
     # Each of these formats has the names of one backbone.
-    table = max(tables, key=lambda t: sum(t.rule(name) is not None for name in state_dict))
+    table = max(tables, key=lambda t: sum(t.find(name) is not None for name in state_dict))
     renamed = table.rename_all(list(state_dict), "the authors' released Panoptic SegFormer")
     return {renamed[name]: value for name, value in state_dict.items()}
 
 
 class _Names:
-    """A table of names with the regular expressions of its rules."""
+    """A table of names, or of other texts by name, with the regular expressions of its rules."""
 
     def __init__(self, names: Mapping[str, str]) -> None:
         # Longest first: "stem.conv1.norm." before "stem.conv1.".
         self.rules = [
-            (rule, re.compile(_pattern(rule)), names[rule])
+            (re.compile(_pattern(rule)), names[rule])
             for rule in sorted(names, key=len, reverse=True)
         ]
 
-    def rule(self, name: str) -> str | None:
-        """The rule of the table that matches a name."""
-        return next((rule for rule, pattern, _ in self.rules if pattern.fullmatch(name)), None)
+    def find(self, name: str) -> tuple[str, re.Match[str]] | None:
+        """What the table has for a name, and the match of the rule."""
+        matches = ((target, pattern.fullmatch(name)) for pattern, target in self.rules)
+        return next(((target, match) for target, match in matches if match), None)
 
     def rename_all(self, names: list[str], table: str) -> dict[str, str]:
-        renamed = {name: self._rename(name) for name in names}
-        unknown = sorted(name for name, new in renamed.items() if new is None)
+        found = {name: self.find(name) for name in names}
+        unknown = sorted(name for name, new in found.items() if new is None)
         if unknown:
             raise ValueError(
                 f"{len(unknown)} of {len(names)} entries are not in the table of {table}: "
                 f"{', '.join(unknown[:10])}{' ...' if len(unknown) > 10 else ''}"
             )
-        return {name: new for name, new in renamed.items() if new is not None}
+        return {name: _fill_in(*new) for name, new in found.items() if new is not None}
 
-    def _rename(self, name: str) -> str | None:
-        for _, pattern, target in self.rules:
-            match = pattern.fullmatch(name)
-            if match is not None:
-                *numbers, rest = match.groups()
-                for number in numbers:
-                    target = target.replace("*", number, 1)
-                return target + rest
-        return None
+
+def _fill_in(target: str, match: re.Match[str]) -> str:
+    """Put the numbers of a match into a name, and what follows the prefix behind it."""
+    *numbers, rest = match.groups()
+    for number in numbers:
+        target = target.replace("*", number, 1)
+    return target + rest
 
 
 def _pattern(rule: str) -> str:

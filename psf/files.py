@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and lines that say what went wrong."""
 
 import contextlib
 import os
@@ -48,6 +48,15 @@ def named(path: str | os.PathLike[str]) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = os.fspath(path)
         raise
+
+
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+    """Errors of files and of what the user gave end the program with their message alone."""
+    try:
+        yield
+    except (OSError, ValueError, FloatingPointError) as error:
+        raise SystemExit(str(error)) from error
 
 
 def printable(text: str) -> str:

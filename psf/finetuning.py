@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from psf.checkpoint import AUTHORS
 from psf.data import categories
-from psf.data.annotations import TEXT, Keys, find_misfit
+from psf.data.annotations import TEXT, Keys, find_misfit, normal_name
 from psf.data.class_map import ClassNames, align_names
 from psf.ema import ModelEma
 from psf.weights import Checkpointer, Origin
@@ -30,7 +30,6 @@ RELEASED_CLASSES = ClassNames(
     *([c["name"] for c in categories.COCO if c["isthing"] == kind] for kind in (1, 0))
 )
 
-
 _NAMES = (lambda v: type(v) is list and all(map(TEXT[0], v)), "a list of names")
 _CLASSES: Keys = {"things": _NAMES, "stuff": _NAMES}
 
@@ -45,18 +44,14 @@ class Matches(NamedTuple):
 
 def match_names(theirs: Sequence[str], ours: Sequence[str]) -> Matches:
     """Match classes by name, ignoring case; of a repeated name the first class counts."""
-    positions = {_normal(name): i for i, name in reversed(list(enumerate(theirs)))}
-    rows = [positions.get(_normal(name)) for name in ours]
-    wanted = {_normal(name) for name in ours}
+    positions = {normal_name(name): i for i, name in reversed(list(enumerate(theirs)))}
+    rows = [positions.get(normal_name(name)) for name in ours]
+    wanted = {normal_name(name) for name in ours}
     return Matches(
         rows=rows,
         new=[name for name, row in zip(ours, rows, strict=True) if row is None],
-        unused=[name for name in theirs if _normal(name) not in wanted],
+        unused=[name for name in theirs if normal_name(name) not in wanted],
     )
-
-
-def _normal(name: str) -> str:
-    return name.strip().casefold()
 
 
 def transfer_classes(

@@ -4,12 +4,16 @@ Options that no code here obeys are refused, so that a config means what it says
 """
 
 import logging
-import math
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
 
 logger = logging.getLogger(__name__)
+
+
+def _keys(prefix: str, names: str) -> list[str]:
+    return [f"{prefix}.{name}" for name in names.split()]
+
 
 _NO_PROPOSALS = "the model finds its objects without proposals"
 _NO_KEYPOINTS = "there are no keypoints"
@@ -20,80 +24,70 @@ _OTHER_MODEL = "it is of another model of Detectron2"
 # Options, or groups of them, that must keep Detectron2's values, and why.
 _WITHOUT_EFFECT = {
     "TEST.AUG": "there is no test-time augmentation",
-    "TEST.KEYPOINT_OKS_SIGMAS": _NO_KEYPOINTS,
     "VIS_PERIOD": "the pictures are drawn after the training",
     "GLOBAL": "nothing reads it",
-    "MODEL.KEYPOINT_ON": _NO_KEYPOINTS,
     "MODEL.MASK_ON": "instance masks come with MODEL.PSF.TEST.INSTANCE_ON",
-    "MODEL.LOAD_PROPOSALS": _NO_PROPOSALS,
-    "MODEL.PROPOSAL_GENERATOR": _NO_PROPOSALS,
-    "MODEL.ANCHOR_GENERATOR": _NO_PROPOSALS,
-    "MODEL.RPN": _NO_PROPOSALS,
     "MODEL.ROI_HEADS": f"{_OTHER_MODEL}; classes are counted in the data set",
-    "MODEL.ROI_BOX_HEAD": _OTHER_MODEL,
-    "MODEL.ROI_BOX_CASCADE_HEAD": _OTHER_MODEL,
-    "MODEL.ROI_MASK_HEAD": _OTHER_MODEL,
-    "MODEL.ROI_KEYPOINT_HEAD": _NO_KEYPOINTS,
     "MODEL.SEM_SEG_HEAD": f"{_OTHER_MODEL}; classes are counted in the data set",
     "MODEL.PANOPTIC_FPN": f"{_OTHER_MODEL}; masks are merged by MODEL.PSF.TEST",
-    "MODEL.RETINANET": _OTHER_MODEL,
-    "DATASETS.PROPOSAL_FILES_TRAIN": _NO_PROPOSALS,
-    "DATASETS.PROPOSAL_FILES_TEST": _NO_PROPOSALS,
-    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN": _NO_PROPOSALS,
-    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST": _NO_PROPOSALS,
     "DATALOADER.SAMPLER_TRAIN": "the others count instance annotations",
-    "DATALOADER.REPEAT_THRESHOLD": _SAMPLER,
-    "DATALOADER.REPEAT_SQRT": _SAMPLER,
-    "SOLVER.MOMENTUM": _ADAMW,
-    "SOLVER.NESTEROV": _ADAMW,
+    **dict.fromkeys(_keys("DATALOADER", "REPEAT_THRESHOLD REPEAT_SQRT"), _SAMPLER),
+    **dict.fromkeys(_keys("SOLVER", "MOMENTUM NESTEROV"), _ADAMW),
+    **dict.fromkeys(
+        ("TEST.KEYPOINT_OKS_SIGMAS", *_keys("MODEL", "KEYPOINT_ON ROI_KEYPOINT_HEAD")),
+        _NO_KEYPOINTS,
+    ),
+    **dict.fromkeys(
+        _keys("MODEL", "ROI_BOX_HEAD ROI_BOX_CASCADE_HEAD ROI_MASK_HEAD RETINANET"), _OTHER_MODEL
+    ),
+    **dict.fromkeys(
+        _keys("MODEL", "LOAD_PROPOSALS PROPOSAL_GENERATOR ANCHOR_GENERATOR RPN"), _NO_PROPOSALS
+    ),
+    **dict.fromkeys(
+        (
+            *_keys("DATASETS", "PROPOSAL_FILES_TRAIN PRECOMPUTED_PROPOSAL_TOPK_TRAIN"),
+            *_keys("DATASETS", "PROPOSAL_FILES_TEST PRECOMPUTED_PROPOSAL_TOPK_TEST"),
+        ),
+        _NO_PROPOSALS,
+    ),
 }
 
 _DECODER, _BACKBONE = "MODEL.PSF.MASK_DECODER.NAME", "MODEL.BACKBONE.NAME"
 _BASIC, _RESNET = "build_basic_resnet_backbone", "build_resnet_backbone"
 _SWIN, _TIMM = "build_swin_backbone", "build_timm_backbone"
 _CLIP, _SCHEDULE = "SOLVER.CLIP_GRADIENTS", "SOLVER.LR_SCHEDULER_NAME"
+_TEST = "MODEL.PSF.TEST"
 
 # Options, or groups of them, that some values of another option make useless.
-_USELESS: list[tuple[tuple[str, ...], str, tuple[Any, ...]]] = [
-    (("MODEL.PSF.MASK_DECODER.DEC_LAYERS",), _DECODER, ("decoupled",)),
+_USELESS: list[tuple[list[str], str, tuple[Any, ...]]] = [
+    (_keys("MODEL.PSF.MASK_DECODER", "DEC_LAYERS"), _DECODER, ("decoupled",)),
     (
-        (
-            *(f"MODEL.PSF.MASK_DECODER.{k}" for k in ("THING_LAYERS", "STUFF_LAYERS", "MATCHING")),
-            "MODEL.PSF.TEST.THING_PAIRS",
-        ),
+        [
+            *_keys("MODEL.PSF.MASK_DECODER", "THING_LAYERS STUFF_LAYERS MATCHING"),
+            f"{_TEST}.THING_PAIRS",
+        ],
         _DECODER,
         ("joint",),
     ),
+    (_keys(_TEST, "BOUNDARY_PQ SAVE_PREDICTIONS"), f"{_TEST}.PANOPTIC_ON", (False,)),
+    (["TEST.DETECTIONS_PER_IMAGE"], f"{_TEST}.INSTANCE_ON", (False,)),
+    (["MODEL.SWIN"], _BACKBONE, (_BASIC, _RESNET, _TIMM)),
+    (["MODEL.TIMM"], _BACKBONE, (_BASIC, _RESNET, _SWIN)),
+    (["MODEL.FPN"], _BACKBONE, (_BASIC, _RESNET, _SWIN, _TIMM)),
     (
-        ("MODEL.PSF.TEST.BOUNDARY_PQ", "MODEL.PSF.TEST.SAVE_PREDICTIONS"),
-        "MODEL.PSF.TEST.PANOPTIC_ON",
-        (False,),
-    ),
-    (("TEST.DETECTIONS_PER_IMAGE",), "MODEL.PSF.TEST.INSTANCE_ON", (False,)),
-    (("MODEL.SWIN",), _BACKBONE, (_BASIC, _RESNET, _TIMM)),
-    (("MODEL.TIMM",), _BACKBONE, (_BASIC, _RESNET, _SWIN)),
-    (("MODEL.FPN",), _BACKBONE, (_BASIC, _RESNET, _SWIN, _TIMM)),
-    (
-        tuple(
-            f"MODEL.RESNETS.{key}"
-            for key in ("STEM_OUT_CHANNELS", "NUM_GROUPS", "WIDTH_PER_GROUP", "RES5_DILATION")
-        ),
+        _keys("MODEL.RESNETS", "STEM_OUT_CHANNELS NUM_GROUPS WIDTH_PER_GROUP RES5_DILATION"),
         _BACKBONE,
         (_BASIC, _SWIN, _TIMM),
     ),
     (
-        ("INPUT.IMAGE_SIZE", "INPUT.MIN_SCALE", "INPUT.MAX_SCALE"),
+        _keys("INPUT", "IMAGE_SIZE MIN_SCALE MAX_SCALE"),
         "INPUT.AUGMENTATION",
         ("multi_scale", "fixed_crop"),
     ),
-    (("SOLVER.NUM_DECAYS",), _SCHEDULE, ("WarmupMultiStepLR", "WarmupCosineLR")),
-    (("SOLVER.BASE_LR_END",), _SCHEDULE, ("WarmupMultiStepLR",)),
-    (
-        tuple(f"{_CLIP}.{key}" for key in ("CLIP_TYPE", "CLIP_VALUE", "NORM_TYPE")),
-        f"{_CLIP}.ENABLED",
-        (False,),
-    ),
-    (("TEST.PRECISE_BN.NUM_ITER",), "TEST.PRECISE_BN.ENABLED", (False,)),
+    (["SOLVER.NUM_DECAYS"], _SCHEDULE, ("WarmupMultiStepLR", "WarmupCosineLR")),
+    (["SOLVER.BASE_LR_END"], _SCHEDULE, ("WarmupMultiStepLR",)),
+    (_keys(_CLIP, "CLIP_TYPE CLIP_VALUE NORM_TYPE"), f"{_CLIP}.ENABLED", (False,)),
+    (["TEST.PRECISE_BN.NUM_ITER"], "TEST.PRECISE_BN.ENABLED", (False,)),
 ]
 
 # Values of options that Detectron2 takes as they come.
@@ -104,65 +98,33 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),
-    "SOLVER.LR_SCHEDULER_NAME": (
-        "WarmupMultiStepLR",
-        "WarmupCosineLR",
-        "WarmupStepWithFixedGammaLR",
-    ),
+    _SCHEDULE: ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
     "SOLVER.WARMUP_METHOD": ("linear", "constant"),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model"),
 }
 
 _POSITIVE = (
-    "SOLVER.BASE_LR",
-    "SOLVER.GAMMA",
-    "SOLVER.MAX_ITER",
-    "SOLVER.IMS_PER_BATCH",
-    "SOLVER.CHECKPOINT_PERIOD",
-    "SOLVER.ACCUMULATE_STEPS",
-    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE",
-    "SOLVER.CLIP_GRADIENTS.NORM_TYPE",
-    "TEST.DETECTIONS_PER_IMAGE",
-    "TEST.PRECISE_BN.NUM_ITER",
+    *_keys("SOLVER", "BASE_LR GAMMA MAX_ITER IMS_PER_BATCH CHECKPOINT_PERIOD ACCUMULATE_STEPS"),
+    *_keys(_CLIP, "CLIP_VALUE NORM_TYPE"),
+    *_keys("TEST", "DETECTIONS_PER_IMAGE PRECISE_BN.NUM_ITER"),
     "INPUT.MIN_SCALE",
-    *(
-        f"MODEL.PSF.{key}"
-        for key in (
-            *("HIDDEN_DIM", "NHEADS", "NUM_POINTS", "DIM_FEEDFORWARD", "MASK_LOSS_SCALE"),
-            *("LOCATION_DECODER.DEC_LAYERS", "MASK_DECODER.DEC_LAYERS"),
-            *("MASK_DECODER.THING_LAYERS", "MASK_DECODER.STUFF_LAYERS", "TEST.THING_PAIRS"),
-        )
-    ),
+    *_keys("MODEL.PSF", "HIDDEN_DIM NHEADS NUM_POINTS DIM_FEEDFORWARD MASK_LOSS_SCALE"),
+    *_keys("MODEL.PSF", "LOCATION_DECODER.DEC_LAYERS TEST.THING_PAIRS"),
+    *_keys("MODEL.PSF.MASK_DECODER", "DEC_LAYERS THING_LAYERS STUFF_LAYERS"),
 )
 _NOT_NEGATIVE = (
-    "SOLVER.BASE_LR_END",
-    "SOLVER.WARMUP_FACTOR",
-    "SOLVER.WARMUP_ITERS",
-    "SOLVER.WEIGHT_DECAY",
-    "SOLVER.WEIGHT_DECAY_NORM",
-    "SOLVER.REFERENCE_BATCH_SIZE",
-    "SOLVER.REFERENCE_WORLD_SIZE",
-    "TEST.EVAL_PERIOD",
-    "DATALOADER.NUM_WORKERS",
-    "INPUT.MIN_SIZE_TEST",
+    *_keys("SOLVER", "BASE_LR_END WARMUP_FACTOR WARMUP_ITERS WEIGHT_DECAY WEIGHT_DECAY_NORM"),
+    *_keys("SOLVER", "REFERENCE_BATCH_SIZE REFERENCE_WORLD_SIZE"),
+    *_keys("SOLVER", "BACKBONE_MULTIPLIER SAMPLING_MULTIPLIER"),
+    *("TEST.EVAL_PERIOD", "DATALOADER.NUM_WORKERS", "INPUT.MIN_SIZE_TEST"),
     "MODEL.BACKBONE.FREEZE_AT",
-    "SOLVER.BACKBONE_MULTIPLIER",
-    "SOLVER.SAMPLING_MULTIPLIER",
-    *(
-        f"MODEL.PSF.{key}"
-        for key in (
-            *("ENC_LAYERS", "NUM_OBJECT_QUERIES", "MASK_DECODER.MATCHING.NUM_POINTS"),
-            *("CLASS_WEIGHT", "STUFF_CLASS_WEIGHT", "L1_WEIGHT", "GIOU_WEIGHT", "DICE_WEIGHT"),
-            *("THINGS_WEIGHT", "STUFF_WEIGHT", "TEST.CLASS_EXPONENT", "TEST.MASK_EXPONENT"),
-        )
-    ),
+    *_keys("MODEL.PSF", "ENC_LAYERS NUM_OBJECT_QUERIES MASK_DECODER.MATCHING.NUM_POINTS"),
+    *_keys("MODEL.PSF", "CLASS_WEIGHT STUFF_CLASS_WEIGHT L1_WEIGHT GIOU_WEIGHT DICE_WEIGHT"),
+    *_keys("MODEL.PSF", "THINGS_WEIGHT STUFF_WEIGHT TEST.CLASS_EXPONENT TEST.MASK_EXPONENT"),
 )
-_FRACTIONS = tuple(
-    f"MODEL.PSF.{key}"
-    for key in (
-        *("DROPOUT", "TEST.SCORE_THRESHOLD"),
-        *("TEST.THING_KEEP_FRACTION", "TEST.STUFF_KEEP_FRACTION"),
-    )
+_FRACTIONS = (
+    "MODEL.PSF.DROPOUT",
+    *_keys(_TEST, "SCORE_THRESHOLD THING_KEEP_FRACTION STUFF_KEEP_FRACTION"),
 )
 _MOST_SEED = 2**31  # NumPy takes less than 2^32, and each process adds its rank
 
@@ -184,11 +146,6 @@ def check_options(cfg: CfgNode) -> None:
             choices = ", ".join(map(str, known))
             raise ValueError(f"{key} is {get_value(cfg, key)!r}; known: {choices}")
     _check_numbers(cfg)
-    if not 0 <= cfg.SOLVER.EMA_DECAY < 1:
-        raise ValueError(
-            f"SOLVER.EMA_DECAY is {cfg.SOLVER.EMA_DECAY}; it must be 0 (no average) or between 0 "
-            "and 1, such as 0.9998"
-        )
     if cfg.SOLVER.EMA_DECAY and cfg.TEST.PRECISE_BN.ENABLED:
         raise ValueError(
             "TEST.PRECISE_BN computes statistics for the weights that are trained, but with "
@@ -217,43 +174,39 @@ def warn_of_options(cfg: CfgNode, defaults: CfgNode) -> None:
         logger.warning("TEST.EVAL_PERIOD has no effect: DATASETS.TEST is empty")
 
 
+def _require(cfg: CfgNode, key: str, fits: bool, needed: str) -> None:
+    if not fits:
+        raise ValueError(f"{key} is {get_value(cfg, key)}; it must be {needed}")
+
+
 def _check_numbers(cfg: CfgNode) -> None:
-    for key in (*_POSITIVE, *_NOT_NEGATIVE):
-        value = get_value(cfg, key)
-        if not value >= 0 or (value == 0 and key in _POSITIVE):  # NaN is not >= 0
-            least = "more than 0" if key in _POSITIVE else "0 or more"
-            raise ValueError(f"{key} is {value}; it must be {least}")
+    for key in _POSITIVE:  # NaN is neither > 0 nor >= 0
+        _require(cfg, key, get_value(cfg, key) > 0, "more than 0")
+    for key in _NOT_NEGATIVE:
+        _require(cfg, key, get_value(cfg, key) >= 0, "0 or more")
     for key in _FRACTIONS:
-        if not 0 <= get_value(cfg, key) <= 1:
-            raise ValueError(f"{key} is {get_value(cfg, key)}; it must be in 0..1")
-    if cfg.INPUT.MIN_SCALE > cfg.INPUT.MAX_SCALE:
-        raise ValueError(
-            f"INPUT.MIN_SCALE is {cfg.INPUT.MIN_SCALE}; it must not be above INPUT.MAX_SCALE, "
-            f"{cfg.INPUT.MAX_SCALE}"
-        )
-    if cfg.SEED > _MOST_SEED:
-        raise ValueError(f"SEED is {cfg.SEED}; it must be at most {_MOST_SEED}")
+        _require(cfg, key, 0 <= get_value(cfg, key) <= 1, "in 0..1")
+    least, most = cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE
+    _require(cfg, "INPUT.MIN_SCALE", least <= most, f"at most INPUT.MAX_SCALE, {most}")
+    _require(cfg, "SEED", cfg.SEED <= _MOST_SEED, f"at most {_MOST_SEED}")
+    decay = "0 (no average) or between 0 and 1, such as 0.9998"
+    _require(cfg, "SOLVER.EMA_DECAY", 0 <= cfg.SOLVER.EMA_DECAY < 1, decay)
 
 
 def _check_lists(cfg: CfgNode) -> None:
     """The options that are several numbers."""
-    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+    key, sizes = "INPUT.MIN_SIZE_TRAIN", cfg.INPUT.MIN_SIZE_TRAIN
     sizes = (sizes,) if isinstance(sizes, int) else sizes
-    if not sizes or min(sizes) < 1:
-        raise ValueError(f"INPUT.MIN_SIZE_TRAIN is {sizes}; it must be one or more sizes in pixels")
-    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2:
-        raise ValueError(
-            f"INPUT.MIN_SIZE_TRAIN is {sizes}; with MIN_SIZE_TRAIN_SAMPLING 'range' it must be the "
-            "least and the largest size"
-        )
+    _require(cfg, key, bool(sizes) and min(sizes) >= 1, "one or more sizes in pixels")
+    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range":
+        needed = "the least and the largest size with MIN_SIZE_TRAIN_SAMPLING 'range'"
+        _require(cfg, key, len(sizes) == 2, needed)
     steps = list(cfg.SOLVER.STEPS)
-    if not all(type(step) is int for step in steps) or steps != sorted(set(steps)):
-        raise ValueError(f"SOLVER.STEPS is {cfg.SOLVER.STEPS}; it must be rising iterations")
-    for key, least in (("PIXEL_MEAN", -math.inf), ("PIXEL_STD", 0)):
-        values = cfg.MODEL[key]
-        if len(values) != 3 or not min(values) > least:
-            positive = " above 0" if least == 0 else ""
-            raise ValueError(f"MODEL.{key} is {values}; it must be three numbers{positive}")
+    rising = all(type(step) is int for step in steps) and steps == sorted(set(steps))
+    _require(cfg, "SOLVER.STEPS", rising, "rising iterations")
+    mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+    _require(cfg, "MODEL.PIXEL_MEAN", len(mean) == 3, "three numbers")
+    _require(cfg, "MODEL.PIXEL_STD", len(std) == 3 and min(std) > 0, "three numbers above 0")
 
 
 def _check_crop(cfg: CfgNode) -> None:
@@ -305,17 +258,17 @@ def check_training(cfg: CfgNode, num_processes: int) -> None:
     Check what only a training needs, after its schedule is scaled.
 
     Raises:
-        ValueError: there is no data set, or the processes cannot share a batch.
+        ValueError: the processes cannot share a batch.
     """
     solver = cfg.SOLVER
     check_options(cfg)
-    if not cfg.DATASETS.TRAIN:
-        raise ValueError("DATASETS.TRAIN is empty: name the data sets to train on")
-    if solver.IMS_PER_BATCH % (num_processes * solver.ACCUMULATE_STEPS):
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}; it must be a multiple of the "
-            f"{num_processes} processes times SOLVER.ACCUMULATE_STEPS, {solver.ACCUMULATE_STEPS}"
-        )
+    _require(
+        cfg,
+        "SOLVER.IMS_PER_BATCH",
+        solver.IMS_PER_BATCH % (num_processes * solver.ACCUMULATE_STEPS) == 0,
+        f"a multiple of the {num_processes} processes times SOLVER.ACCUMULATE_STEPS, "
+        f"{solver.ACCUMULATE_STEPS}",
+    )
     if solver.WARMUP_ITERS >= solver.MAX_ITER:
         logger.warning(
             "SOLVER.WARMUP_ITERS is %d of %d iterations (SOLVER.MAX_ITER): the learning rate never "

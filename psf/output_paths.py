@@ -7,11 +7,7 @@ from pathlib import Path
 
 def below(folder: str | os.PathLike[str], name: str) -> Path:
     """
-    The path of an output.
-
-    Args:
-        folder: of all outputs.
-        name: of this one, possibly from a file of unknown origin.
+    The path of an output in a folder, by a name that may be from a file of unknown origin.
 
     Raises:
         ValueError: it would not be below the folder, by its name or by a link.
@@ -33,11 +29,7 @@ def refuse_files(output: Path, files: Iterable[str | Path]) -> None:
 
 def refuse_inputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
     """
-    Check that outputs are no inputs.
-
-    Args:
-        outputs: files and folders to write.
-        inputs: files and folders to read.
+    Check that files and folders to write are none that are read.
 
     Raises:
         ValueError: an output is an input, or a folder that has it.

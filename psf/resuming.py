@@ -13,14 +13,9 @@ logger = logging.getLogger(__name__)
 
 _OBJECT = (lambda v: isinstance(v, Mapping), "an object")
 _COUNT = (lambda v: type(v) is int and v >= 0, "an integer of at least 0")
-_RATES = (
-    lambda v: type(v) is list and len(v) > 0 and all(type(rate) is float for rate in v),
-    "a list of learning rates",
-)
 
 _TRAINER: Keys = {"iteration": _COUNT, "_trainer": _OBJECT}
 _TRAINER_OPTIONS: Keys = {"hooks": _OBJECT, "images_per_batch": _COUNT}
-_SCHEDULE: Keys = {"base_lrs": _RATES, "last_epoch": _COUNT}
 _OPTIMIZER: Keys = {"param_groups": LIST, "state": _OBJECT}
 
 _MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # AdamW's of a parameter
@@ -35,12 +30,6 @@ def check_trainer_state(state: Any) -> None:
     """
     misfit = find_misfit(state, _TRAINER, _TRAINER_OPTIONS)
     misfit = misfit or find_misfit(state["_trainer"], {"iteration": _COUNT})
-    hooks = {} if misfit else state.get("hooks", {})
-    if not misfit and "LRScheduler" in hooks:
-        schedule = hooks["LRScheduler"]
-        misfit = find_misfit(schedule, _SCHEDULE)
-        if not misfit and len(schedule) > len(_SCHEDULE):  # more would replace its functions
-            misfit = f"its LRScheduler has {sorted(map(str, schedule.keys() - _SCHEDULE.keys()))}"
     if misfit:
         raise ValueError(
             f"the state of the trainer cannot be continued: {misfit}. Write the name of another "

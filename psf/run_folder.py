@@ -1,7 +1,6 @@
 """``OUTPUT_DIR`` of a training: one run at a time, and a finished one is not overwritten."""
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -85,6 +84,8 @@ def claimed(output_dir: str) -> Iterator[None]:
     """
     with Path(output_dir, LOCK).open("a+", encoding="utf-8") as file:
         try:
+            import fcntl  # not on Windows
+
             # The lock of a process: gone with it, however it ends, and not inherited by workers.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
@@ -93,7 +94,7 @@ def claimed(output_dir: str) -> Iterator[None]:
                 f"Another training ({file.read()}) writes into OUTPUT_DIR '{output_dir}'. Stop it, "
                 "or set OUTPUT_DIR to another folder."
             ) from error
-        except OSError as error:
+        except (ImportError, OSError) as error:
             logger.warning("'%s' cannot be locked against other trainings: %s", output_dir, error)
         for leftover in Path(output_dir).glob("model_*.partial.pth"):
             leftover.unlink()  # a kill left it

@@ -51,8 +51,6 @@ def full_model_clip_norm(cfg: CfgNode) -> float | None:
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if not clip.ENABLED or clip.CLIP_TYPE != "full_model":
         return None
-    if clip.CLIP_VALUE <= 0:
-        raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_VALUE must be > 0, got {clip.CLIP_VALUE}")
     return float(clip.CLIP_VALUE)
 
 

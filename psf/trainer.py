@@ -7,7 +7,6 @@ import os
 import shutil
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -271,8 +270,7 @@ class Trainer(DefaultTrainer):
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """Test images without ground truth."""
         mapper = PanopticDatasetMapper(cfg, False)
-        with _hint_at_data_root():
-            return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def check_test_sets(cls, cfg: CfgNode) -> None:
@@ -285,8 +283,7 @@ class Trainer(DefaultTrainer):
         register_listed(cfg.DATASETS.REGISTER)
         for name in cfg.DATASETS.TEST:
             dicts = _records(name)
-            with _hint_at_data_root():
-                cls.build_evaluator(cfg, name)
+            cls.build_evaluator(cfg, name)
             bare = [d["file_name"] for d in dicts if not d.get("pan_seg_file_name")]
             if bare and not cfg.MODEL.PSF.TEST.SAVE_PREDICTIONS:
                 raise ValueError(
@@ -324,8 +321,7 @@ def _records(name: str) -> list[dict[str, Any]]:
             f"There is no data set '{name}'. Register it (DATASETS.REGISTER), or correct "
             "DATASETS.TRAIN and DATASETS.TEST."
         )
-    with _hint_at_data_root():
-        records: list[dict[str, Any]] = DatasetCatalog.get(name)
+    records: list[dict[str, Any]] = DatasetCatalog.get(name)
     if not records:
         raise ValueError(f"Data set '{name}' is empty: it has no images with annotations")
     return records
@@ -343,22 +339,6 @@ def _with_annotations(dicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
         "%d of %d images without annotations are left out", len(dicts) - len(kept), len(dicts)
     )
     return kept
-
-
-@contextlib.contextmanager
-def _hint_at_data_root() -> Iterator[None]:
-    """Name the variable that decides where Detectron2's data sets are searched for."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        variable = "DETECTRON2_DATASETS"
-        if variable in str(error):
-            raise
-        root = os.environ.get(variable, "datasets")
-        raise FileNotFoundError(
-            f"{error}. Data sets are searched for under '{root}': put the data there, or set the "
-            f"environment variable {variable} to its folder."
-        ) from error
 
 
 def write_pictures(cfg: CfgNode, model: nn.Module) -> None:

@@ -210,11 +210,6 @@ def check_fit(
     """
     Check that converted weights fit a model, or its backbone if they are a backbone's.
 
-    Args:
-        weights: converted weights.
-        own: state dict of the model.
-        origin: of the weights.
-
     Returns:
         The entries of the model that the weights' format lacks.
 

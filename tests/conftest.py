@@ -1,7 +1,9 @@
 """The same draws on every machine, and fixtures that several test files share."""
 
+import json
 import random
 import signal
+from pathlib import Path
 
 import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
 
@@ -13,7 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from hypothesis import HealthCheck, settings
 
 from psf.config import load_config
-from psf.data import register_shapes
+from psf.data import register_panoptic, register_shapes
 
 # The same examples in every run, however slow the machine is: what fails, fails for everybody.
 settings.register_profile(
@@ -130,3 +132,27 @@ def config_file(shapes_cfg, tmp_path):
     if "registered_shapes" in DatasetCatalog.list():
         DatasetCatalog.remove("registered_shapes")
         MetadataCatalog.remove("registered_shapes")
+
+
+@pytest.fixture
+def register_changed(shapes_cfg, tmp_path):
+    """Register the training images of the tiny data set under a name, with a changed JSON."""
+    names = []
+
+    def register(name, change):
+        original = shapes_cfg.DATASETS.TRAIN[0]
+        DatasetCatalog.get(original)  # makes it
+        metadata = MetadataCatalog.get(original)
+        data = json.loads(Path(metadata.panoptic_json).read_text())
+        change(data)
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(data))
+        files = {"image_root": metadata.image_root, "panoptic_root": metadata.panoptic_root}
+        register_panoptic(name, **files, panoptic_json=str(path))
+        names.append(name)
+        return name
+
+    yield register
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)

@@ -139,18 +139,6 @@ def test_weights_that_are_not_where_they_should_be():
         checkpoint.find_state_dict({"net": {"weight": torch.zeros(1)}})
 
 
-class Dangerous:
-    def __reduce__(self):
-        return (print, ("this ran",))
-
-
-def test_a_file_that_could_run_code(tmp_path, capsys):
-    torch.save({"state_dict": Dangerous()}, tmp_path / "file.pth")
-    with pytest.raises(ValueError, match=r"file\.pth' is not .*: it holds [\w.]*print\. Reading"):
-        checkpoint_files.read(str(tmp_path / "file.pth"))
-    assert capsys.readouterr().out == ""
-
-
 def test_a_file_of_something_else(tmp_path):
     torch.save([1, 2], tmp_path / "file.pth")
     with pytest.raises(ValueError, match=r"file\.pth' holds a list"):

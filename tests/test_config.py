@@ -159,7 +159,8 @@ def test_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     entry = ["own", "~/images", "~/pngs", "~/a.json"]
-    (tmp_path / "c.yaml").write_text(f"DATASETS:\n  REGISTER: {json.dumps([entry])}\n")
+    text = f"DATASETS:\n  REGISTER: {json.dumps([entry])}\n"
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8-sig")
     opts = ["OUTPUT_DIR", "~/out", "MODEL.WEIGHTS", "~/model.pth"]
     cfg = load_config("~/c.yaml", opts)
     assert str(tmp_path / "out") == cfg.OUTPUT_DIR

@@ -1,16 +1,14 @@
 """Fine-tuning on other classes: rows by hand, and a checkpoint in another data set's model."""
 
-import json
 import logging
-from pathlib import Path
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 
 from psf.checkpoint import AUTHORS
-from psf.data import ClassNames, panoptic_metadata, register_panoptic
+from psf.data import ClassNames, panoptic_metadata
 from psf.data.categories import COCO
 from psf.finetuning import ClassCheckpointer, match_names, transfer_classes
 from psf.predictor import inference_checkpointer
@@ -131,35 +129,22 @@ def test_the_released_models_have_the_classes_of_coco(tiny_cfg, tmp_path, conver
 
 
 @pytest.fixture
-def other_classes(shapes_cfg, tmp_path):
+def other_classes(shapes_cfg, register_changed):
     """The shapes data set in another order, one thing renamed and one stuff class left out."""
-    (name,) = shapes_cfg.DATASETS.TRAIN
+
+    def change(data):
+        data["categories"].reverse()
+        by_name = {category["name"]: category for category in data["categories"]}
+        by_name["star"]["name"] = "asterisk"
+        sand = by_name["sand"]
+        data["categories"].remove(sand)
+        for annotation in data["annotations"]:
+            for segment in annotation["segments_info"]:
+                if segment["category_id"] == sand["id"]:
+                    segment["category_id"] = by_name["sky"]["id"]
+
     shapes_cfg.merge_from_list(["MODEL.PSF.NUM_THING_CLASSES", 0, "MODEL.PSF.NUM_STUFF_CLASSES", 0])
-    DatasetCatalog.get(name)  # makes it
-    metadata = MetadataCatalog.get(name)
-    data = json.loads(Path(metadata.panoptic_json).read_text())
-    data["categories"] = data["categories"][::-1]
-    for category in data["categories"]:
-        category["name"] = {"star": "asterisk"}.get(category["name"], category["name"])
-    sand = next(c for c in data["categories"] if c["name"] == "sand")
-    data["categories"].remove(sand)
-    for annotation in data["annotations"]:
-        for segment in annotation["segments_info"]:
-            if segment["category_id"] == sand["id"]:
-                segment["category_id"] = next(
-                    c["id"] for c in data["categories"] if c["name"] == "sky"
-                )
-    path = tmp_path / "other.json"
-    path.write_text(json.dumps(data))
-    register_panoptic(
-        "other_classes",
-        image_root=metadata.image_root,
-        panoptic_root=metadata.panoptic_root,
-        panoptic_json=str(path),
-    )
-    yield "other_classes"
-    DatasetCatalog.remove("other_classes")
-    MetadataCatalog.remove("other_classes")
+    return register_changed("other_classes", change)
 
 
 @pytest.mark.parametrize("names_in_file", [True, False])

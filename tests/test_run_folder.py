@@ -19,6 +19,7 @@ from detectron2.modeling import build_model
 from psf.evaluation.charts import write_curves, write_quality_bars
 from psf.evaluation.pictures import SheetRow, write_sheet
 from psf.files import write_beside, write_text
+from psf.run_folder import claimed
 from psf.train_step import TrainStep
 from psf.trainer import Trainer
 from psf.weights import Checkpointer
@@ -253,3 +254,10 @@ def test_ctrl_c_and_a_second_training(config_file, tmp_path):
     assert process.wait(60) == 130, log.read_text()[-3000:]
     (iteration,) = re.findall(r"SIGINT: stopped after iteration (\d+)", log.read_text())
     assert (output / "last_checkpoint").read_text() == f"model_{int(iteration):07d}.pth"
+
+
+def test_where_folders_cannot_be_locked(tmp_path, monkeypatch, caplog):
+    """As on Windows, which has no ``fcntl``."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with claimed(str(tmp_path)):
+        assert "cannot be locked against other trainings: import of fcntl" in caplog.text

@@ -53,6 +53,12 @@ def saved(tmp_path):
     MetadataCatalog.remove(name)
 
 
+def evaluate(saved, output, *options):
+    """Run the tool on saved predictions."""
+    arguments = ["--name", saved[0], "--predictions", str(saved[1]), "--output", str(output)]
+    evaluate_predictions.main([*arguments, *options])
+
+
 def test_offline_scores_are_those_of_the_evaluator(saved):
     name, predictions, results = saved
     metadata = MetadataCatalog.get(name)
@@ -73,10 +79,8 @@ def test_offline_scores_are_those_of_the_evaluator(saved):
 
 
 def test_evaluate_predictions(saved, tmp_path, capsys):
-    name, predictions, _ = saved
     output = tmp_path / "scores"
-    options = ["--name", name, "--predictions", str(predictions), "--output", str(output)]
-    evaluate_predictions.main(options)
+    evaluate(saved, output)
     printed = capsys.readouterr().out
     assert "| cat" in printed
     assert "ant" in printed.split("predicted class")[1]
@@ -84,7 +88,7 @@ def test_evaluate_predictions(saved, tmp_path, capsys):
         *("pq.txt", "confusion.txt", "images.txt", "pq.png", "worst.png")
     }
     assert Image.open(output / "worst.png").size[0] > 1000
-    evaluate_predictions.main([*options, "--boundary"])
+    evaluate(saved, output, "--boundary")
     assert (output / "pq.txt").read_text() != printed
 
 
@@ -103,14 +107,11 @@ def test_evaluate_predictions(saved, tmp_path, capsys):
     ],
 )
 def test_damaged_predictions(saved, tmp_path, spoil, message):
-    name, predictions, _ = saved
-    data = json.loads(predictions.read_text())
+    data = json.loads(saved[1].read_text())
     spoil(data)
-    predictions.write_text(json.dumps(data))
+    saved[1].write_text(json.dumps(data))
     with pytest.raises(SystemExit, match=message):
-        evaluate_predictions.main(
-            ["--name", name, "--predictions", str(predictions), "--output", str(tmp_path / "s")]
-        )
+        evaluate(saved, tmp_path / "s")
 
 
 def write_json(key, value):
@@ -126,40 +127,30 @@ def write_json(key, value):
     ("spoil", "message"),
     [
         (lambda root: (root / "panoptic.json").write_text(""), "not valid JSON"),
-        (lambda root: (root / "panoptic.json").write_text("null"), "JSON: is None instead of an"),
         (write_json("annotations", []), "panoptic.json' has no annotations"),
-        (write_json("annotations", None), "annotations is None instead of a list"),
-        (write_json("annotations", {}), "annotations is {} instead of a list"),
         (write_json("categories", []), "categories: there are none"),
         (write_json("images", []), "annotation of image 100: is not among the images"),
-        (lambda root: (root / "panoptic" / "0.png").unlink(), r"0\.png' does not exist"),
         (lambda root: (root / "panoptic" / "0.png").write_bytes(b"x"), r"0\.png' is not a"),
         (lambda root: (root / "images" / "0.jpg").write_bytes(b"x"), r"0\.jpg"),
-        (lambda root: (root / "images" / "0.jpg").unlink(), r"0\.jpg"),
     ],
 )
 def test_a_broken_ground_truth_is_said_in_one_line(saved, tmp_path, spoil, message):
-    name, predictions, _ = saved
-    spoil(Path(MetadataCatalog.get(name).panoptic_json).parent)
-    options = ["--name", name, "--predictions", str(predictions), "--output", str(tmp_path / "s")]
+    spoil(Path(MetadataCatalog.get(saved[0]).panoptic_json).parent)
     with pytest.raises(SystemExit, match=message) as error:
-        evaluate_predictions.main(options)
+        evaluate(saved, tmp_path / "s")
     assert str(error.value).count("\n") == 0
     assert (tmp_path / "s" / "pq.txt").is_file() == ("jpg" in message)
 
 
-def test_a_test_set_and_a_data_set_of_another_kind(saved, tmp_path, capsys):
-    name, predictions, _ = saved
-    path = Path(MetadataCatalog.get(name).panoptic_json)
+def test_a_test_set_and_a_data_set_of_another_kind(saved, tmp_path):
+    path = Path(MetadataCatalog.get(saved[0]).panoptic_json)
     content = json.loads(path.read_text())
     del content["annotations"]
     path.write_text(json.dumps(content))
-    options = ["--predictions", str(predictions), "--output", str(tmp_path / "s")]
     with pytest.raises(SystemExit, match="has no annotations, as the test sets"):
-        evaluate_predictions.main(["--name", name, *options])
-    with pytest.raises(SystemExit):
-        evaluate_predictions.main(["--name", "coco_2017_val", *options])
-    assert "'coco_2017_val' is no panoptic data set" in capsys.readouterr().err
+        evaluate(saved, tmp_path / "s")
+    with pytest.raises(SystemExit, match="'coco_2017_val' is no panoptic data set"):
+        evaluate(("coco_2017_val", saved[1]), tmp_path / "s")
 
 
 @pytest.mark.skipif(not COCO_SAMPLE.is_dir(), reason="needs ../shared/data/coco_sample")
@@ -183,7 +174,6 @@ def test_visualize_data(tmp_path):
     ("options", "message"),
     [
         (["INPUT.RESAMPLNG", "fast"], "Non-existent key: INPUT.RESAMPLNG"),
-        (["DATASETS.TRAIN", "('coco_2017_trian_panoptic',)"], "'coco_2017_trian_panoptic' has no"),
         (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
         (["DATASETS.REGISTER", "[['a', 'b']]"], "DATASETS.REGISTER"),
     ],
@@ -209,9 +199,8 @@ def test_the_tools_do_not_write_over_what_they_read(saved, tmp_path, capsys):
     check_dataset.main([*paths, "--sheet", str(pngs / "0.png")])
     assert "No sheet: " in capsys.readouterr().out
     for folder in (pngs, predictions.with_suffix("")):
-        options = ["--name", name, "--predictions", str(predictions), "--output", str(folder)]
         with pytest.raises(SystemExit, match=r"pq\.txt' would overwrite the input"):
-            evaluate_predictions.main(options)
+            evaluate(saved, folder)
     (tmp_path / "own.yaml").write_text(f"DATASETS:\n  TRAIN: ('{name}',)\n")
     with pytest.raises(SystemExit, match=r"0\.png' would overwrite the input"):
         visualize_data.main(
@@ -222,7 +211,5 @@ def test_the_tools_do_not_write_over_what_they_read(saved, tmp_path, capsys):
 
 def test_missing_predictions(saved, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        evaluate_predictions.main(
-            ["--name", saved[0], "--predictions", "nowhere.json", "--output", str(tmp_path)]
-        )
+        evaluate((saved[0], "nowhere.json"), tmp_path)
     assert "--predictions: there is no file 'nowhere.json'" in capsys.readouterr().err

@@ -7,7 +7,6 @@ import pickle
 import resource
 import zipfile
 from collections import OrderedDict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,13 +171,6 @@ def test_malformed_configs(tmp_path, content, message):
     (tmp_path / "a.yaml").write_bytes(content)
     with pytest.raises(ValueError, match=rf"^Config error in '.*a\.yaml': .*({message})"):
         load_config(tmp_path / "a.yaml")
-
-
-def test_home_folders(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "a.yaml").write_text("OUTPUT_DIR: ~/out\n", encoding="utf-8-sig")
-    cfg = load_config(Path("~/a.yaml"), ["MODEL.WEIGHTS", "~/a.pth"])
-    assert (f"{tmp_path}/out", f"{tmp_path}/a.pth") == (cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS)
 
 
 FOUR_GB = b"\x8e" + (2**32).to_bytes(8, "little")  # the length of what follows

@@ -10,24 +10,22 @@ is 1 if there are any.
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import psf.threads  # isort: skip  before torch is loaded
+import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
 
-import numpy as np
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
-from numpy.typing import NDArray
+from detectron2.data import DatasetCatalog, Metadata
 
-import psf.data
 from psf.config import user_path
 from psf.data import load_coco_panoptic, panoptic_metadata
 from psf.data.annotations import read_categories
 from psf.data.check import Defect, check_dataset
-from psf.evaluation.ground_truth import PanopticSegmentation, load_ground_truth
-from psf.evaluation.pictures import SheetRow, cell_size, draw_panoptic, resize_picture, write_sheet
-from psf.files import printable
+from psf.data.coco_panoptic import Files, find_files
+from psf.evaluation.ground_truth import load_ground_truth
+from psf.evaluation.pictures import Drawing, write_drawings
+from psf.files import one_line, printable
 from psf.images import read_image
 from psf.output_paths import refuse_files
 
@@ -35,6 +33,7 @@ EXAMPLES = 5  # defects of one kind that are printed
 VALUES = re.compile(r"'[^']*'|\[[^]]*\]|-?\d[\d.e+]*")  # what differs within a kind
 
 
+@one_line()
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -52,25 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--samples", type=positive, default=6, help="images in the PNG (%(default)s)"
     )
     args = parser.parse_args(argv)
-    image_file = None
     if args.name:
-        if args.name not in DatasetCatalog.list():
-            parser.error(f"--name: there is no data set '{args.name}'. Known: {known_names()}")
-        metadata = MetadataCatalog.get(args.name)
-        args.json, args.images, args.pngs = (
-            Path(metadata.get(key)) for key in ("panoptic_json", "image_root", "panoptic_root")
-        )
-        image_file = metadata.get("image_file")
-        if not args.json.is_file():
-            try:  # generates data sets such as shapes
-                DatasetCatalog.get(args.name)
-            except (OSError, ValueError) as error:
-                raise SystemExit(str(error)) from error
+        files = find_files(args.name)
+        if not files.panoptic_json.is_file():
+            DatasetCatalog.get(args.name)  # generates data sets such as shapes
     elif None in (args.json, args.images, args.pngs):
         parser.error("give --json, --images and --pngs, or --name")
-    defects = check_dataset(
-        args.json, args.images, args.pngs, image_file=image_file, num_processes=args.processes
-    )
+    else:
+        files = Files(args.json, args.images, args.pngs)
+    defects = check_dataset(*files[:3], image_file=files.image_file, num_processes=args.processes)
     kinds: dict[str, list[Defect]] = {}
     for defect in defects:
         kinds.setdefault(VALUES.sub("#", defect.problem), []).append(defect)
@@ -82,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"... and {len(alike) - len(shown)} more of this kind (--all lists them)")
     print(f"{len(defects)} defects" if defects else "no defects")
     if args.sheet is not None:
-        draw(args, image_file)
+        draw(args, files)
     return 1 if defects else 0
 
 
@@ -93,58 +82,32 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def known_names() -> str:
-    return ", ".join(sorted([*psf.data.builtin.DATA_SETS, "shapes_panoptic_train"]))
-
-
-def draw(args: argparse.Namespace, image_file: Callable[[str], str] | None) -> None:
+def draw(args: argparse.Namespace, files: Files) -> None:
     """Draw images that are evenly spaced over the data set, with their annotations."""
     try:
-        records = load_coco_panoptic(
-            str(args.json), str(args.images), str(args.pngs), image_file=image_file
-        )
+        records = load_coco_panoptic(*map(str, files[:3]), image_file=files.image_file)
         read = [str(r[key]) for r in records for key in ("file_name", "pan_seg_file_name")]
-        refuse_files(args.sheet, [args.json, *read])
-        metadata = Metadata(name="checked", **panoptic_metadata(read_categories(args.json)))
+        refuse_files(args.sheet, [files.panoptic_json, *read])
+        categories = read_categories(files.panoptic_json)
+        metadata = Metadata(name="checked", **panoptic_metadata(categories))
         chosen = records[:: max(1, len(records) // args.samples)][: args.samples]
         readable = [read for record in chosen if (read := read_annotated(record)) is not None]
-        cell = cell_size([picture for _, picture, _ in readable])
-        rows = [draw_row(*read, metadata, cell) for read in readable]
-        write_sheet(rows, ("image", "annotation"), cell, args.sheet)
+        write_drawings(readable, metadata, ("image", "annotation"), args.sheet)
     except (OSError, ValueError) as error:
         print(printable(f"No sheet: {error}"))
         return
     print(args.sheet)
 
 
-class Annotated(NamedTuple):
-    """A record of the data set, and what its files hold."""
-
-    record: dict[str, Any]
-    picture: NDArray[np.uint8]  # (H, W, 3)
-    truth: PanopticSegmentation
-
-
-def read_annotated(record: dict[str, Any]) -> Annotated | None:
+def read_annotated(record: dict[str, Any]) -> Drawing | None:
     """Read an image and its PNG; None, after a line, if one of them is damaged."""
+    name = Path(record["file_name"]).name
     try:
-        return Annotated(record, read_image(record["file_name"], "RGB"), load_ground_truth(record))
+        picture, truth = read_image(record["file_name"], "RGB"), load_ground_truth(record)
     except (OSError, ValueError) as error:
         print(printable(f"Not on the sheet: {error}"))
         return None
-
-
-def draw_row(
-    record: dict[str, Any],
-    picture: NDArray[np.uint8],
-    truth: PanopticSegmentation,
-    metadata: Metadata,
-    cell: int,
-) -> SheetRow:
-    scale = cell / max(picture.shape[:2])
-    drawn = draw_panoptic(picture, *truth, metadata, scale=scale)
-    caption = f"{Path(record['file_name']).name}: {len(record['segments_info'])} segments"
-    return SheetRow(caption, [resize_picture(picture, scale), drawn])
+    return Drawing(f"{name}: {len(record['segments_info'])} segments", picture, [truth])
 
 
 if __name__ == "__main__":

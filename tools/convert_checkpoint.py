@@ -20,7 +20,7 @@ from torch import Tensor
 
 from psf import checkpoint
 from psf.config import user_path
-from psf.files import save_tensors
+from psf.files import one_line, save_tensors
 from psf.weights import CONVERTED_FROM, read_file
 
 
@@ -40,6 +40,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@one_line()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the conversion; errors are one line."""
     args = parse_args(argv)
@@ -49,16 +50,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"'{args.target}' is a folder: name the file to write")
     if args.target.exists() and args.target.samefile(args.source):
         raise SystemExit(f"'{args.target}' would overwrite the file to convert")
-    try:
-        weights = checkpoint.find_state_dict(read_file(str(args.source)))
-        if args.to_authors:
-            content = {"state_dict": to_authors(weights, args.source)}
-        else:
-            content = convert(weights, args.source)
-        save_tensors(args.target, content)
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
-    print(f"{args.target}")
+    weights = checkpoint.find_state_dict(read_file(str(args.source)))
+    if args.to_authors:
+        content = {"state_dict": to_authors(weights, args.source)}
+    else:
+        content = convert(weights, args.source)
+    save_tensors(args.target, content)
+    print(args.target)
 
 
 def convert(weights: dict[str, Tensor], path: Path) -> dict[str, Any]:

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from psf.config import user_path
 from psf.data.annotations import read_json
 from psf.data.prepare.convert import convert_instances, convert_labelme
+from psf.files import one_line
 
 
+@one_line()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -40,15 +42,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for command in (instances, labelme):
         command.add_argument("--output", type=user_path, required=True, help="folder to write")
     args = parser.parse_args(argv)
-    try:
-        if args.command == "instances":
-            stuff = read_json(args.stuff_categories)
-            convert_instances(args.json, args.labels, stuff, args.output)
-        else:
-            names = [name.strip() for name in args.stuff.split(",") if name.strip()]
-            convert_labelme(args.input, names, args.output)
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+    if args.command == "instances":
+        stuff = read_json(args.stuff_categories)
+        convert_instances(args.json, args.labels, stuff, args.output)
+    else:
+        names = [name.strip() for name in args.stuff.split(",") if name.strip()]
+        convert_labelme(args.input, names, args.output)
     print(args.output / "panoptic.json")
 
 

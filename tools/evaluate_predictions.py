@@ -15,24 +15,19 @@ from pathlib import Path
 import psf.threads  # isort: skip  # noqa: F401  before torch is loaded
 
 import torch
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.data import Metadata
 from tabulate import tabulate
 
 from psf.config import user_path
 from psf.data import panoptic_metadata
 from psf.data.annotations import read_panoptic_json, read_predictions
+from psf.data.coco_panoptic import find_files
 from psf.evaluation.charts import write_quality_bars
 from psf.evaluation.ground_truth import PanopticSegmentation
 from psf.evaluation.offline import Scores, score_predictions
 from psf.evaluation.panoptic import quality_table
-from psf.evaluation.pictures import (
-    SheetRow,
-    cell_size,
-    draw_panoptic,
-    resize_picture,
-    write_sheet,
-)
-from psf.files import write_text
+from psf.evaluation.pictures import Drawing, write_drawings
+from psf.files import one_line, write_text
 from psf.images import read_image
 from psf.output_paths import refuse_inputs
 from psf.panoptic_png import read_panoptic_ids
@@ -41,12 +36,10 @@ from psf.panoptic_png import read_panoptic_ids
 WRITTEN = ("pq.txt", "confusion.txt", "images.txt", "pq.png", "worst.png")
 
 
+@one_line()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    try:
-        write_scores(args)
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+    write_scores(args)
     print(f"\n{args.output}")
 
 
@@ -94,15 +87,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.image_file = None
     if args.name:
-        if args.name not in DatasetCatalog.list():
-            parser.error(f"--name: there is no data set '{args.name}'")
-        metadata = MetadataCatalog.get(args.name)
-        if None in (metadata.get("panoptic_json"), metadata.get("panoptic_root")):
-            parser.error(f"--name: '{args.name}' is no panoptic data set")
-        args.json, args.pngs, args.images = (
-            Path(metadata.get(key)) for key in ("panoptic_json", "panoptic_root", "image_root")
-        )
-        args.image_file = metadata.get("image_file")
+        args.json, args.images, args.pngs, args.image_file = find_files(args.name)
     elif None in (args.json, args.pngs):
         parser.error("give --json and --pngs, or --name")
     for option, path in (("--json", args.json), ("--predictions", args.predictions)):
@@ -124,24 +109,16 @@ def draw_worst(args: argparse.Namespace, scores: Scores) -> None:
     """Draw image, ground truth and prediction of the images with the lowest PQ."""
     truth = read_panoptic_json(args.json)
     metadata = Metadata(name="scored", **panoptic_metadata(truth.categories))
-    known = {
-        **metadata.thing_dataset_id_to_contiguous_id,
-        **metadata.stuff_dataset_id_to_contiguous_id,
-    }
+    things = metadata.thing_dataset_id_to_contiguous_id
+    known = {**things, **metadata.stuff_dataset_id_to_contiguous_id}
 
     def load(root: Path, annotation: dict) -> PanopticSegmentation:
-        ids = torch.from_numpy(
-            read_panoptic_ids(str(root / annotation["file_name"])).astype("int32")
-        )
+        ids = read_panoptic_ids(str(root / annotation["file_name"])).astype("int32")
         infos = [
-            {
-                **s,
-                "category_id": known[s["category_id"]],
-                "isthing": s["category_id"] in metadata.thing_dataset_id_to_contiguous_id,
-            }
+            {**s, "category_id": known[s["category_id"]], "isthing": s["category_id"] in things}
             for s in annotation["segments_info"]
         ]
-        return PanopticSegmentation(ids, infos)
+        return PanopticSegmentation(torch.from_numpy(ids), infos)
 
     of_truth = {a["image_id"]: a for a in truth.annotations or []}
     of_prediction = read_predictions(args.predictions, truth.categories)
@@ -149,18 +126,17 @@ def draw_worst(args: argparse.Namespace, scores: Scores) -> None:
     names = [
         s.file_name if args.image_file is None else args.image_file(s.file_name) for s in worst
     ]
-    images = [read_image(str(args.images / name), "RGB") for name in names]
-    cell = cell_size(images)
-    rows = []
-    for score, image in zip(worst, images, strict=True):
-        scale = cell / max(image.shape[:2])
-        pictures = [
-            draw_panoptic(image, *load(root, of[score.image_id]), metadata, scale=scale)
-            for root, of in ((args.pngs, of_truth), (args.prediction_pngs, of_prediction))
-        ]
+    drawings = []
+    for score, name in zip(worst, names, strict=True):
+        truth_and_prediction = (
+            load(args.pngs, of_truth[score.image_id]),
+            load(args.prediction_pngs, of_prediction[score.image_id]),
+        )
+        image = read_image(str(args.images / name), "RGB")
         caption = f"{score.file_name}: PQ {score.pq:.1f}"
-        rows.append(SheetRow(caption, [resize_picture(image, scale), *pictures]))
-    write_sheet(rows, ("image", "ground truth", "prediction"), cell, args.output / "worst.png")
+        drawings.append(Drawing(caption, image, truth_and_prediction))
+    titles = ("image", "ground truth", "prediction")
+    write_drawings(drawings, metadata, titles, args.output / "worst.png")
 
 
 if __name__ == "__main__":

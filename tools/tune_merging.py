@@ -26,16 +26,17 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
 from psf.config import load_config
-from psf.data import ClassNames, PanopticDatasetMapper, register_listed
+from psf.data import PanopticDatasetMapper, register_listed
 from psf.evaluation.ground_truth import PanopticAnnotations, read_annotations
 from psf.evaluation.panoptic_quality import ImageRecord, add_up, compare, quality_rows
 from psf.evaluation.renumbering import Renumbering
-from psf.finetuning import ClassCheckpointer
+from psf.files import one_line
 from psf.inference import optimize_for_inference
 from psf.modeling.build import model_dataset
 from psf.modeling.candidates import Candidates
 from psf.modeling.postprocessing import MergingRules
 from psf.panoptic_png import read_panoptic_ids
+from psf.predictor import inference_checkpointer
 from psf.trainer import Trainer
 from psf.weights import check_weights
 
@@ -60,12 +61,9 @@ class Quality(NamedTuple):
         return f"PQ {self.pq:.2f} PQ_th {self.pq_th:.2f} PQ_st {self.pq_st:.2f}"
 
 
+@one_line()
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(argv)
-    try:
-        tune(args)
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+    tune(parse(argv))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -142,8 +140,7 @@ def load_model(cfg: CfgNode) -> Any:
     cfg.MODEL.PSF.TEST.PANOPTIC_ON = True
     cfg.MODEL.PSF.TEST.INSTANCE_ON = cfg.MODEL.PSF.TEST.SEMANTIC_ON = False
     model: Any = Trainer.build_model(cfg).eval()
-    names = ClassNames.from_metadata(MetadataCatalog.get(model_dataset(cfg)))
-    ClassCheckpointer(model, class_names=names, same_classes=True).load(cfg.MODEL.WEIGHTS)
+    inference_checkpointer(cfg, model).load(cfg.MODEL.WEIGHTS)
     return optimize_for_inference(model)
 
 

@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 from psf.config import load_config, user_path
 from psf.data import ClassMap, PanopticDatasetMapper
 from psf.evaluation.pictures import SheetRow, cell_size, draw_panoptic, resize_picture, write_sheet
+from psf.files import one_line
 from psf.output_paths import refuse_files
 
 
+@one_line()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -41,11 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if min(args.samples, args.repeats) < 1:
         parser.error("--samples and --repeats must be at least 1")
-    try:
-        cfg = load_config(args.config_file, args.opts)
-        write_targets(cfg, args)
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+    write_targets(load_config(args.config_file, args.opts), args)
     print(args.output)
 
 

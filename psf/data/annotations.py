@@ -75,6 +75,7 @@ _BOX = (_is_box, "[x, y, width, height]")
 
 CATEGORY: Keys = {"id": CLASS_ID, "name": NAME, "isthing": FLAG}
 _HAS_ID: Keys = {"id": CLASS_ID}
+_NAMED: Keys = {"id": CLASS_ID, "name": NAME}
 _CATEGORY_OPTIONS: Keys = {"color": (_is_color, "three integers in 0..255")}
 IMAGE: Keys = {"id": IMAGE_ID, "file_name": FILE, "height": SIDE, "width": SIDE}
 ANNOTATION: Keys = {"image_id": IMAGE_ID, "file_name": FILE, "segments_info": LIST}
@@ -82,7 +83,7 @@ _ANNOTATION_OPTIONS: Keys = {"sem_seg_file_name": FILE}
 SEGMENT: Keys = {"id": _SEGMENT_ID, "category_id": CLASS_ID}
 SEGMENT_OPTIONS: Keys = {"iscrowd": FLAG, "area": SIZE, "bbox": _BOX}
 
-INSTANCES: Keys = {"images": LIST, "annotations": LIST, "categories": LIST}
+PARTS: Keys = {"images": LIST, "annotations": LIST, "categories": LIST}
 _MASK = (lambda v: isinstance(v, list | dict), "polygons or run lengths")
 _INSTANCE: Keys = {"image_id": IMAGE_ID, "category_id": CLASS_ID, "segmentation": _MASK}
 
@@ -192,9 +193,6 @@ def read_predictions(
 
     Returns:
         The annotations by image id.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`read_panoptic_json`.
     """
     data = read_json(path)
     require_keys(data, {"annotations": LIST}, path)
@@ -222,13 +220,7 @@ def require_none(problems: Iterator[Problem], path: object) -> None:
 def find_problems(
     data: Any, categories: Sequence[Mapping[str, Any]] | None = None
 ) -> Iterator[Problem]:
-    """
-    Find the values of a file that cannot be used.
-
-    Args:
-        data: its content.
-        categories: replace the file's, which must not contradict them.
-    """
+    """Find the values that :func:`read_panoptic_json` cannot use."""
     required = {"images": LIST} if categories else {"images": LIST, "categories": LIST}
     misfit = find_misfit(data, required, {"annotations": LIST})
     if misfit:
@@ -238,14 +230,23 @@ def find_problems(
     if categories:
         yield from _contradictions(data.get("categories"), categories)
     image_ids: set[Any] = set()
-    for i, image in enumerate(data["images"]):
-        misfit = find_misfit(image, IMAGE) or _repetition(image["id"], image_ids, "images")
-        if misfit:
-            yield Problem(f"image {label(image, i)}", misfit)
+    yield from _image_problems(data["images"], image_ids, None)
     # A category with another fault is known, too: one line tells of it.
     known = {c["id"] for c in categories or data["categories"] if not find_misfit(c, _HAS_ID)}
     names = {i["id"]: slashes(i["file_name"]) for i in data["images"] if not find_misfit(i, IMAGE)}
     yield from _annotation_problems(data.get("annotations", []), known, image_ids, names)
+
+
+def _image_problems(
+    images: Sequence[Any], ids: set[Any], names: set[Any] | None
+) -> Iterator[Problem]:
+    """Note the ids, and where asked the names, which no two images may share."""
+    for i, image in enumerate(images):
+        misfit = find_misfit(image, IMAGE) or _repetition(image["id"], ids, "images")
+        if not misfit and names is not None:
+            misfit = _repetition(image["file_name"], names, "images", "file_name")
+        if misfit:
+            yield Problem(f"image {label(image, i)}", misfit)
 
 
 def find_category_problems(categories: Sequence[Any]) -> Iterator[Problem]:
@@ -315,25 +316,14 @@ def _annotation_problems(
 
 
 def find_instance_problems(data: Mapping[str, Any], *, scored: bool) -> Iterator[Problem]:
-    """
-    Find the values of a file in COCO's instance format that cannot be used.
-
-    Args:
-        data: its content, with images, annotations and categories.
-        scored: the annotations are those of an evaluation, which needs more values.
-    """
+    """Find the values in COCO's instance format that cannot be used; AP needs more (scored)."""
     ids: set[Any] = set()
-    names: set[Any] = set()
-    for i, image in enumerate(data["images"]):
-        misfit = find_misfit(image, IMAGE)
-        if not misfit and (image["id"] in ids or image["file_name"] in names):
-            misfit = f"another image has its id or its file_name '{image['file_name']}'"
+    yield from _image_problems(data["images"], ids, set())
+    for i, category in enumerate(data["categories"]):
+        misfit = find_misfit(category, _NAMED)
         if misfit:
-            yield Problem(f"image {label(image, i)}", misfit)
-            continue
-        ids.add(image["id"])
-        names.add(image["file_name"])
-    known = {c["id"] for c in data["categories"] if not find_misfit(c, _HAS_ID)}
+            yield Problem(f"category {label(category, i)}", misfit)
+    known = {c["id"] for c in data["categories"] if not find_misfit(c, _NAMED)}
     keys = {**_INSTANCE, **_SCORED_INSTANCE} if scored else _INSTANCE
     for i, annotation in enumerate(data["annotations"]):
         misfit = find_misfit(annotation, keys, {"iscrowd": FLAG})
@@ -357,10 +347,10 @@ def _second_partner(image: str, png: str, partners: dict[tuple[str, str], str]) 
     return None
 
 
-def _repetition(value: Any, seen: set[Any], kind: str) -> str | None:
-    """Note an id; the problem if it was noted before."""
+def _repetition(value: Any, seen: set[Any], kind: str, key: str = "id") -> str | None:
+    """Note a value; the problem if it was noted before."""
     if value in seen:
-        return f"two {kind} have this id"
+        return f"two {kind} have this {key}"
     seen.add(value)
     return None
 

@@ -20,6 +20,7 @@ from .annotations import (
     ANNOTATION,
     CATEGORY,
     IMAGE,
+    PARTS,
     SEGMENT,
     SEGMENT_OPTIONS,
     find_misfit,
@@ -112,16 +113,11 @@ def check_dataset(
 
 def _other_format(data: Any) -> str | None:
     """Why a JSON is not in the panoptic format at all; None if it may be."""
-    if not isinstance(data, dict):
-        return f"is a {type(data).__name__}, not an object with images, annotations and categories"
-    if "shapes" in data and "imagePath" in data:
+    if isinstance(data, dict) and "shapes" in data and "imagePath" in data:
         return "is a file of LabelMe: convert it first (tools/convert_to_panoptic.py)"
-    missing = [key for key in ("images", "annotations", "categories") if key not in data]
-    if missing:
-        return f"lacks {', '.join(missing)}"
-    wrong = [key for key in ("images", "annotations", "categories") if type(data[key]) is not list]
-    if wrong:
-        return f"{', '.join(wrong)}: not a list"
+    misfit = find_misfit(data, PARTS)
+    if misfit:
+        return misfit
     if any(isinstance(a, dict) and "segmentation" in a for a in data["annotations"]):
         return "has instance annotations: convert it first (tools/convert_to_panoptic.py)"
     return None

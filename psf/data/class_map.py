@@ -82,16 +82,7 @@ class ClassNames(NamedTuple):
 
 
 def model_classes(metadata: Any, reference: Any) -> ClassMap:
-    """
-    The contiguous ids of a data set, in the order of the classes of the model's data set.
-
-    Args:
-        metadata: of the data set.
-        reference: of the data set that numbers the model's classes.
-
-    Raises:
-        ValueError: the two have different classes, or differ and have no names.
-    """
+    """As :func:`shared_classes`, of a data set that has all classes of the model: its ids."""
     return shared_classes(metadata, reference, may_lack=False)[1]
 
 

@@ -9,7 +9,8 @@ import colorsys
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
@@ -113,6 +114,33 @@ def _check_name(name: str) -> None:
         )
 
 
+class Files(NamedTuple):
+    """The files of a data set."""
+
+    panoptic_json: Path
+    image_root: Path
+    panoptic_root: Path
+    image_file: Callable[[str], str] | None = None  # see register_panoptic
+
+
+def find_files(name: str) -> Files:
+    """
+    The files of a registered data set.
+
+    Raises:
+        ValueError: there is none of that name, or it is not panoptic.
+    """
+    if name not in DatasetCatalog.list():
+        panoptic = [n for n in DatasetCatalog.list() if MetadataCatalog.get(n).get("panoptic_json")]
+        raise ValueError(f"There is no data set '{name}'. Known: {', '.join(sorted(panoptic))}")
+    metadata = MetadataCatalog.get(name)
+    paths = [metadata.get(key) for key in ("panoptic_json", "image_root", "panoptic_root")]
+    if None in paths:
+        raise ValueError(f"'{name}' is no panoptic data set")
+    panoptic_json, image_root, panoptic_root = map(Path, paths)
+    return Files(panoptic_json, image_root, panoptic_root, metadata.get("image_file"))
+
+
 def register_listed(entries: Sequence[Sequence[str]]) -> None:
     """
     Register the data sets of a config (``DATASETS.REGISTER``) that are not registered yet.
@@ -165,14 +193,7 @@ def load_coco_panoptic(
     an annotation is left out, and logged. If the JSON has no ``annotations`` (COCO's test sets),
     all images are kept, with ``pan_seg_file_name`` None.
 
-    Args:
-        panoptic_json: the JSON of the annotations.
-        image_root: folder of the images.
-        panoptic_root: folder of the panoptic PNGs.
-        categories: replace the JSON's.
-        sem_seg_root: folder of the label PNGs that the annotations name.
-        things_first: how classes are numbered (see the module).
-        image_file: from the JSON's name of an image to its path below ``image_root``.
+    Args: see :func:`register_panoptic`.
 
     Returns:
         For each image: file_name, image_id, height, width, pan_seg_file_name and segments_info (the
@@ -181,7 +202,7 @@ def load_coco_panoptic(
 
     Raises:
         FileNotFoundError: a file or a folder is missing.
-        ValueError: the JSON contradicts itself or lacks keys.
+        ValueError: as :func:`psf.data.annotations.read_panoptic_json`.
     """
     _require_json(panoptic_json)
     data = read_panoptic_json(panoptic_json, categories)

@@ -31,8 +31,7 @@ def load_ground_truth(dataset_dict: dict[str, Any]) -> PanopticSegmentation:
     Read the ground truth of an image.
 
     Args:
-        dataset_dict: a record of a panoptic data set, with ``pan_seg_file_name`` and
-            ``segments_info``. Not modified.
+        dataset_dict: a record of a panoptic data set. Not modified.
 
     Raises:
         FileNotFoundError: the PNG does not exist.

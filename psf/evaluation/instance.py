@@ -11,7 +11,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Instances
 
 from psf.data.annotations import (
-    INSTANCES,
+    PARTS,
     find_instance_problems,
     normal_name,
     read_json,
@@ -54,37 +54,19 @@ class InstanceEvaluator(COCOEvaluator):
                 "set MODEL.PSF.TEST.INSTANCE_ON False."
             )
         content = read_json(metadata.json_file)
-        require_keys(content, INSTANCES, metadata.json_file)
+        require_keys(content, PARTS, metadata.json_file)
         require_none(find_instance_problems(content, scored=True), metadata.json_file)
-        listed = {image["id"] for image in content["images"]}
-        unlisted = [
-            i for r in DatasetCatalog.get(dataset_name) if (i := r["image_id"]) not in listed
-        ]
-        if unlisted:
+        difference = _difference(content, metadata)
+        if difference:
             raise ValueError(
-                f"'{metadata.json_file}' lacks {len(unlisted)} images of '{dataset_name}', such as "
-                f"{unlisted[0]!r}. Panoptic and instances JSON must be of the same data set."
+                f"'{metadata.json_file}' {difference} of '{dataset_name}'. Panoptic and instances "
+                "JSON must be of the same data set."
             )
         super().__init__(dataset_name, tasks=("bbox", "segm"), output_dir=output_dir)
         self._number_annotations()
         categories = self._coco_api.loadCats(sorted(self._coco_api.getCatIds()))
         rank = {category["id"]: i for i, category in enumerate(categories)}
         things: dict[int, int] = metadata.thing_dataset_id_to_contiguous_id
-        missing = sorted(set(things) - set(rank))
-        if missing:
-            raise ValueError(
-                f"'{metadata.json_file}' lacks the thing categories with ids {missing} of "
-                f"'{dataset_name}'. Panoptic and instances JSON must be of the same data set."
-            )
-        names = ClassNames.from_metadata(metadata)
-        by_contiguous_id = sorted(things, key=things.__getitem__)
-        for dataset_id, name in zip(by_contiguous_id, names.things if names else (), strict=False):
-            other = categories[rank[dataset_id]]["name"]
-            if normal_name(other) != normal_name(name):
-                raise ValueError(
-                    f"'{metadata.json_file}': category {dataset_id} is '{other}', but '{name}' in "
-                    f"'{dataset_name}'. Panoptic and instances JSON must be of the same data set."
-                )
         self._rank = {contiguous: rank[dataset_id] for dataset_id, contiguous in things.items()}
         self._metadata = Metadata(
             name=dataset_name,
@@ -122,3 +104,23 @@ class InstanceEvaluator(COCOEvaluator):
         classes = [self._rank[c] for c in renumbered.pred_classes.tolist()]
         renumbered.pred_classes = torch.tensor(classes, dtype=torch.int64)
         return renumbered
+
+
+def _difference(content: dict[str, Any], metadata: Metadata) -> str | None:
+    """What an instances JSON lacks of the data set that it belongs to; None: nothing."""
+    listed = {image["id"] for image in content["images"]}
+    records = DatasetCatalog.get(metadata.name)
+    unlisted = [r["image_id"] for r in records if r["image_id"] not in listed]
+    if unlisted:
+        return f"lacks {len(unlisted)} images, such as {unlisted[0]!r},"
+    things: dict[int, int] = metadata.thing_dataset_id_to_contiguous_id
+    found = {category["id"]: category["name"] for category in content["categories"]}
+    missing = sorted(things.keys() - found.keys())
+    if missing:
+        return f"lacks the thing categories with ids {missing}"
+    names = ClassNames.from_metadata(metadata)
+    by_contiguous_id = sorted(things, key=things.__getitem__)
+    for dataset_id, name in zip(by_contiguous_id, names.things if names else (), strict=False):
+        if normal_name(found[dataset_id]) != normal_name(name):
+            return f"calls category {dataset_id} '{found[dataset_id]}' instead of '{name}'"
+    return None

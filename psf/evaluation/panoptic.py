@@ -16,7 +16,6 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from numpy.typing import NDArray
 from tabulate import tabulate
 
@@ -81,7 +80,6 @@ class PanopticEvaluator(DatasetEvaluator):
         Raises:
             ValueError: the data set is not panoptic, or predictions are saved without output_dir
                 or over the ground truth.
-            FileNotFoundError: its annotations do not exist.
         """
         if save_predictions and output_dir is None:
             raise ValueError("Predictions can only be saved with an output_dir.")
@@ -90,16 +88,10 @@ class PanopticEvaluator(DatasetEvaluator):
         self._boundary = boundary
         self._save = save_predictions
         for key in ("panoptic_json", "panoptic_root"):
-            path = self._metadata.get(key)
-            if path is None:
+            if self._metadata.get(key) is None:
                 raise ValueError(
                     f"PQ of '{dataset_name}' needs '{key}' in the data set's metadata. Register "
                     "the data set in the COCO panoptic format."
-                )
-            if not PathManager.exists(path):
-                raise FileNotFoundError(
-                    f"PQ of '{dataset_name}': '{path}' ({key}) does not exist. Set the environment "
-                    "variable DETECTRON2_DATASETS to the folder of the data sets."
                 )
         self._dataset_ids = {  # by isthing
             isthing: {v: k for k, v in self._metadata.get(key).items()}

@@ -41,6 +41,14 @@ class Sample(NamedTuple):
     prediction: PanopticSegmentation
 
 
+class Drawing(NamedTuple):
+    """An image, and the segmentations to draw over it."""
+
+    caption: str
+    image: NDArray[np.uint8]  # (H, W, 3), RGB
+    segmentations: Sequence[PanopticSegmentation]
+
+
 class SheetRow(NamedTuple):
     """A row of pictures of one size, one per column."""
 
@@ -152,18 +160,27 @@ def write_contact_sheet(
         metadata: of the data set.
         path: the PNG to write; its folder is created.
     """
-    images = [read_image(sample.dataset_dict["file_name"], "RGB") for sample in samples]
-    cell = cell_size(images)
+    drawings = []
+    for record, truth, prediction in samples:
+        name = record["file_name"]
+        drawings.append(Drawing(Path(name).name, read_image(name, "RGB"), (truth, prediction)))
+    write_drawings(drawings, metadata, ("image", "ground truth", "prediction"), path)
+
+
+def write_drawings(
+    drawings: Sequence[Drawing],
+    metadata: Metadata,
+    titles: Sequence[str],
+    path: str | os.PathLike[str],
+) -> None:
+    """As :func:`write_contact_sheet`, with any number of segmentations of each image."""
+    cell = cell_size([drawing.image for drawing in drawings])
     rows = []
-    for image, (record, ground_truth, prediction) in zip(images, samples, strict=True):
+    for caption, image, segmentations in drawings:
         scale = cell / max(image.shape[:2])
-        pictures = [
-            resize_picture(image, scale),
-            draw_panoptic(image, *ground_truth, metadata, scale=scale),
-            draw_panoptic(image, *prediction, metadata, scale=scale),
-        ]
-        rows.append(SheetRow(Path(record["file_name"]).name, pictures))
-    write_sheet(rows, ("image", "ground truth", "prediction"), cell, path)
+        drawn = [draw_panoptic(image, *s, metadata, scale=scale) for s in segmentations]
+        rows.append(SheetRow(caption, [resize_picture(image, scale), *drawn]))
+    write_sheet(rows, titles, cell, path)
 
 
 def cell_size(images: Sequence[NDArray[np.uint8]]) -> int:

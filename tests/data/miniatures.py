@@ -1,14 +1,14 @@
 """A few images in the layout, with the file names and encodings, of each official download."""
 
-import json
 import tarfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
-from panopticapi.utils import id2rgb
 from PIL import Image
+
+from psf.data.coco_writer import PanopticImage, Segment, Split, write_image, write_json_files
 
 HEIGHT, WIDTH = 48, 64
 
@@ -88,40 +88,24 @@ def make_cityscapes(root: Path, num_images: int = 2) -> None:
 def make_coco(root: Path, num_images: int = 2) -> None:
     """The PNGs are in archives within the archive of the annotations."""
     data = root / "coco"
-    person, sky = COCO_CATEGORIES[0]["id"], 187
+    folder = data / "annotations"
+    index_map = np.full((HEIGHT, WIDTH), 2)
+    index_map[20:40, 10:30] = 1
+    index_map[:2] = 0
+    segments = [Segment(COCO_CATEGORIES[0]["id"], id=300), Segment(187, id=70000)]  # person, sky
     for split in ("train2017", "val2017"):
-        panoptic: dict = {"images": [], "annotations": [], "categories": COCO_CATEGORIES}
-        instances: dict = {
-            "images": panoptic["images"],
-            "annotations": [],
-            "categories": [c for c in COCO_CATEGORIES if c["isthing"]],
-        }
+        panoptic, instances = (
+            folder / f"{kind}_{split}.json" for kind in ("panoptic", "instances")
+        )
+        files = Split(split, folder / f"panoptic_{split}", panoptic, instances, COCO_CATEGORIES)
+        files.panoptic_root.mkdir(parents=True)
+        entries = []
         for i in range(1, num_images + 1):
             name = f"{i:012d}"
             _photo(data / split / f"{name}.jpg", i)
-            ids = np.full((HEIGHT, WIDTH), 70000, dtype=np.int64)
-            ids[20:40, 10:30] = 300
-            ids[:2] = 0
-            _save(data / "annotations" / f"panoptic_{split}" / f"{name}.png", id2rgb(ids))
-            image = {"id": i, "file_name": f"{name}.jpg", "height": HEIGHT, "width": WIDTH}
-            panoptic["images"].append(image)
-            thing = {"category_id": person, "iscrowd": 0, "area": 400, "bbox": [10, 20, 20, 20]}
-            stuff_area = HEIGHT * WIDTH - 400 - 2 * WIDTH
-            stuff = {"category_id": sky, "iscrowd": 0, "area": stuff_area, "bbox": [0, 2, 64, 46]}
-            panoptic["annotations"].append(
-                {
-                    "image_id": i,
-                    "file_name": f"{name}.png",
-                    "segments_info": [{"id": 300, **thing}, {"id": 70000, **stuff}],
-                }
-            )
-            polygon = [10, 20, 30, 20, 30, 40, 10, 40]
-            instances["annotations"].append(
-                {"id": i, "image_id": i, "segmentation": [polygon], **thing}
-            )
-        folder = data / "annotations"
-        (folder / f"panoptic_{split}.json").write_text(json.dumps(panoptic))
-        (folder / f"instances_{split}.json").write_text(json.dumps(instances))
+            image = PanopticImage(i, f"{name}.jpg", f"{name}.png", index_map, segments)
+            entries.append(write_image(files, image))
+        write_json_files(files, entries)
         zip_folder(folder / f"panoptic_{split}", folder / f"panoptic_{split}.zip")
         zip_folder(data / split, data / f"{split}.zip")
     zip_folder(data / "annotations", data / "panoptic_annotations_trainval2017.zip")

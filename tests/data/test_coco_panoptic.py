@@ -211,13 +211,6 @@ def test_missing_file(files, file, message):
         files.load()
 
 
-def test_truncated_json(files):
-    json_file, *roots = files.paths
-    (files.root / "panoptic.json").write_text('{"images": [')
-    with pytest.raises(ValueError, match=r"panoptic\.json' is not valid JSON.*Copy it again"):
-        load_coco_panoptic(json_file, *roots)
-
-
 FIRST = ("annotations", 0)
 SEGMENT = (*FIRST, "segments_info", 1)  # of image 10, with id 300
 OF_SEGMENT = "annotation of image 10, segment "
@@ -229,44 +222,32 @@ DELETE = object()
     ("path", "value", "message"),
     [
         (("images",), DELETE, "JSON: lacks images"),
-        (("categories",), None, "JSON: categories is None instead of a list"),
         (("annotations",), None, "JSON: annotations is None instead of a list"),
         (("images", 0), [], "image number 0: is [] instead of an object"),
         (("images", 0, "height"), DELETE, "image 11: lacks height"),
         (("images", 0, "height"), 3.0, "image 11: height is 3.0 instead of a positive integer"),
-        (("images", 0, "width"), 0, "image 11: width is 0 instead"),
         (("images", 0, "file_name"), None, "image 11: file_name is None instead of the name"),
         (("images", 0, "id"), 11.0, "image 11.0: id is 11.0 instead of an integer or a text"),
         (("images", 0, "id"), 10, "image 10: two images have this id"),
         ((*FIRST, "image_id"), 99, "annotation of image 99: is not among the images"),
         ((*FIRST, "image_id"), 11, "annotation of image 11: two annotations have this id"),
-        ((*FIRST, "file_name"), DELETE, "annotation of image 10: lacks file_name"),
-        ((*FIRST, "sem_seg_file_name"), None, "sem_seg_file_name is None instead of the name"),
         ((*FIRST, "segments_info"), None, "segments_info is None instead of a list"),
         (FIRST, None, "annotation of image number 0: is None instead of an object"),
-        (SEGMENT, None, f"{OF_SEGMENT}number 1: is None instead of an object"),
-        ((*SEGMENT, "category_id"), DELETE, f"{OF_SEGMENT}300: lacks category_id"),
         ((*SEGMENT, "category_id"), 6, f"{OF_SEGMENT}300: category_id 6 is not among the categ"),
         ((*SEGMENT, "category_id"), [2], f"{OF_SEGMENT}300: category_id is [2] instead"),
         ((*SEGMENT, "id"), 1, f"{OF_SEGMENT}1: two segments have this id"),
         ((*SEGMENT, "id"), 0, f"{OF_SEGMENT}0: id is 0 instead of an integer in 1..16777215"),
-        ((*SEGMENT, "id"), 300.0, f"{OF_SEGMENT}300.0: id is 300.0 instead of an integer"),
         ((*SEGMENT, "iscrowd"), "0", f"{OF_SEGMENT}300: iscrowd is '0' instead of 0 or 1"),
         ((*SEGMENT, "iscrowd"), None, "iscrowd is None instead of 0 or 1"),
-        ((*SEGMENT, "iscrowd"), 0.0, "iscrowd is 0.0 instead of 0 or 1"),
         ((*SEGMENT, "area"), -6, "area is -6 instead of a number of at least 0"),
-        ((*SEGMENT, "area"), "6", "area is '6' instead"),
         ((*SEGMENT, "area"), math.nan, "area is nan instead"),
         ((*SEGMENT, "area"), 10**30, "area is 1000"),
         ((*SEGMENT, "bbox"), [0, 0, math.inf, 1], "bbox is [0, 0, inf, 1] instead of [x, y, wid"),
-        ((*SEGMENT, "bbox"), [0, 0, None, 1], "bbox is [0, 0, None, 1] instead"),
         ((*CATEGORY, "isthing"), DELETE, "category 5: lacks isthing"),
         ((*CATEGORY, "isthing"), 2, "category 5: isthing is 2 instead of 0 or 1"),
-        ((*CATEGORY, "isthing"), "1", "category 5: isthing is '1' instead of 0 or 1"),
         ((*CATEGORY, "id"), 5.0, "category 5.0: id is 5.0 instead of an integer"),
         ((*CATEGORY, "id"), 90, "category 90: two categories have this id"),
         ((*CATEGORY, "name"), " Dog", "category 2: another category has the name 'dog'"),
-        ((*CATEGORY, "name"), "", "category 5: name is '' instead of a text"),
         ((*CATEGORY, "color"), [1, 2, 300], "category 5: color is [1, 2, 300] instead of three"),
         (("categories",), [], "categories: there are none"),
     ],
@@ -285,22 +266,6 @@ def test_values_that_are_not_usable(files, path, value, message, read):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         files.load() if read == "training" else read_annotations(files.paths[0])
     assert str(error.value).startswith(f"'{files.root / 'panoptic.json'}': ")
-
-
-@pytest.mark.parametrize("content", ["[]", "null", '{"a":' * 100_000])
-def test_json_that_is_no_object(files, content):
-    json_file, *roots = files.paths
-    (files.root / "panoptic.json").write_text(content)
-    with pytest.raises(ValueError, match=r"panoptic\.json'.* (of an object|not valid JSON)"):
-        load_coco_panoptic(json_file, *roots)
-
-
-def test_a_byte_order_mark(files):
-    expected, (json_file, *roots) = files.load(), files.paths
-    content = json.dumps(files.json)
-    for encoding in ("utf-8-sig", "utf-16"):
-        (files.root / "panoptic.json").write_text(content, encoding=encoding)
-        assert load_coco_panoptic(json_file, *roots) == expected
 
 
 @pytest.mark.parametrize(

@@ -79,14 +79,14 @@ def test_instances_over_stuff(instances):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda root: (root / "labels" / "a.png").unlink(), r"label map '.*a\.png' of 'a\.jpg'"),
+        (lambda root: (root / "labels" / "a.png").unlink(), r"labels/a\.png' does not exist"),
         (
             lambda root: Image.new("L", (3, 3)).save(root / "labels" / "a.png"),
             r"is \(3, 3\), but its image \(10, 20\)",
         ),
         (
             lambda root: (root / "stuff.json").write_text('[{"id": 1, "name": "sky"}]'),
-            r"ids \[1\] are those of things",
+            r"category 1: two categories have this id",
         ),
     ],
 )
@@ -183,33 +183,28 @@ RUNS = {"size": [10, 20], "counts": [200]}
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (spoil_mask([]), "image 7, annotation 2 has no polygon"),
-        (spoil_mask([[]]), "annotation 2: its shape needs at least 3 points"),
+        (spoil_mask([]), "image 7, annotation 2: its shape needs at least 3 points"),
         (spoil_mask([[1, 1, 5, 1, 5]]), "annotation 2: its shape needs at least 3 points"),
         (spoil_mask([[1, 1, 5, 1, 1e9, 1e9]]), "near the image of 20 x 10 pixels"),
         (spoil_mask([[1, 1, 5, 1, 5, math.nan]]), "annotation 2: its shape needs"),
-        (spoil_mask([[1, 1, 5, 1, 5, None]]), "annotation 2: its shape needs"),
         (spoil_mask(None), "annotation 2: segmentation is None instead of polygons"),
         (
             spoil_mask({**RUNS, "size": [20, 10]}),
             r"annotation 2: its run lengths are of \[20, 10\]",
         ),
         (spoil_mask({**RUNS, "counts": [199]}), "run lengths are not those of 200 pixels"),
-        (spoil_mask({**RUNS, "counts": [300, -100]}), "run lengths are not those of"),
         (spoil_mask({**RUNS, "counts": "P" * 9999}), "run lengths are not those of"),
-        (spoil_mask({"counts": [200]}), "annotation 2: segmentation lacks size"),
         (spoil_mask("0", "iscrowd"), "annotation 2: iscrowd is '0' instead of 0 or 1"),
         (spoil_mask(9, "image_id"), "annotation 2: image_id 9 is not among the images"),
         (spoil_mask(9, "category_id"), "category_id 9 is not among the categories"),
         (lambda d: d["categories"][0].update(name="Sky"), "another category has the name 'sky'"),
-        (lambda d: d["images"].append({**d["images"][0], "id": 8}), "image 8: another image has"),
+        (lambda d: d["images"].append({**d["images"][0], "id": 8}), "image 8: two images have"),
         (
             lambda d: d["images"].append({**d["images"][0], "id": 8, "file_name": "a.tif"}),
-            r"both have the PNG 'a\.png'",
+            r"2 images have the PNG 'a\.png'",
         ),
         (lambda d: d["images"][0].update(file_name="."), "image 7: file_name is '.' instead of"),
         (lambda d: d["images"][0].update(file_name="../a.jpg"), "outside of the output folder"),
-        (lambda d: d.update(annotations=None), "annotations is None instead of a list"),
         (lambda d: d.update(images=[], annotations=[]), r"instances\.json' has no images"),
     ],
 )
@@ -287,21 +282,12 @@ def test_a_conversion_that_is_repeated(instances):
         )
 
 
-@pytest.mark.parametrize("annotations", [None, 3, [None], [{"image_id": 1}]])
+@pytest.mark.parametrize("annotations", [None, [{"image_id": 1}]])
 def test_damaged_results_of_a_conversion_are_made_again(instances, annotations):
     first = run_instances(instances)
     path = instances / "out" / "panoptic.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": annotations}))
     assert run_instances(instances) == first
-
-
-@pytest.mark.parametrize("notes", [b'["x"]\n', b"\xff\xfe\n", b"3\n", b'["a", "b", 1, 2, 3]\n{'])
-def test_damaged_notes_of_an_interrupted_conversion(instances, notes):
-    (instances / "out").mkdir()
-    path = instances / "out" / "panoptic.json.partial"
-    path.write_bytes(notes)
-    run_instances(instances)
-    assert not path.exists()
 
 
 def test_a_conversion_that_stops_leaves_no_json_of_other_pngs(instances):
@@ -319,8 +305,8 @@ def test_a_conversion_that_stops_leaves_no_json_of_other_pngs(instances):
         run_instances(instances, spoil_mask([square(2, 2, 4)]))
     assert png.read_bytes() != before
     assert list((instances / "out").glob("*.json")) == []
-    with (instances / "out" / "panoptic.json.partial").open("a") as notes:
-        notes.write('3\n["no"]\nnull\n\x00')  # damage
+    with (instances / "out" / "panoptic.json.partial").open("ab") as notes:
+        notes.write(b'3\n["no"]\n["a", "b", 1, 2, 3]\nnull\n\xff\xfe\n\x00')  # damage
     (instances / "instances.json").write_bytes(json_before)
     Image.new("L", (20, 10), 101).save(labels)
     assert run_instances(instances) == first
@@ -364,12 +350,8 @@ def test_things_go_over_stuff_and_what_is_covered_is_said(tmp_path, caplog):
     [
         ("points", [], "with 0 points cannot be converted"),
         ("points", [[0, 0], [1e9, 0], [1, 1]], "near the image of 20 x 10 pixels"),
-        ("points", [[0, 0], [1], [1, 1]], "points of two numbers"),
-        ("points", None, "shape number 1: points is None instead of a list"),
-        ("label", 3, "shape number 1: label is 3 instead of a text"),
         ("group_id", [1], r"shape number 1: group_id is \[1\] instead of"),
         ("imageHeight", "10", "JSON: imageHeight is '10' instead of a positive integer"),
-        ("imagePath", None, "JSON: imagePath is None instead of the name of a file"),
         ("imagePath", "x\\", "JSON: imagePath is .* instead of the name of a file"),
         ("imageHeight", 1 << 30, "declares 20 x 1073741824 pixels, more than the limit of 2684354"),
         ("label", "a\nb", "shape number 1: label is .* instead of a text without line breaks"),

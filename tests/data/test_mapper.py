@@ -1,5 +1,4 @@
 import copy
-import json
 from functools import partial
 from pathlib import Path
 
@@ -17,11 +16,9 @@ from psf.data import (
     ClassMap,
     PanopticDatasetMapper,
     build_augmentations,
-    load_coco_panoptic,
     panoptic_metadata,
 )
 from psf.data.index_masks import TargetInstances
-from psf.panoptic_png import read_panoptic_ids
 
 # Contiguous ids 0, 1 are things; 2, 3 stuff (conftest.py).
 CLASS_MAP = ClassMap(thing_ids=(0, 1), stuff_ids=(2, 3))
@@ -185,30 +182,6 @@ def test_many_segments(tmp_path, count):
 
 # ------------------------------------------------------------------------------- augmentations
 
-AUGMENTATIONS = {
-    "horizontal flip": [T.RandomFlip(prob=1.0)],
-    "vertical flip": [T.RandomFlip(prob=1.0, horizontal=False, vertical=True)],
-    "crop": [T.RandomCrop("absolute", (2, 3))],
-    "enlarge": [T.Resize((12, 18), interp=Image.NEAREST)],
-    "reduce": [T.Resize((2, 3), interp=Image.NEAREST)],
-    "all": [
-        T.RandomFlip(),
-        T.RandomCrop("relative", (0.6, 0.6)),
-        T.Resize((9, 7), interp=Image.NEAREST),
-    ],
-}
-
-
-@pytest.mark.parametrize("augmentations", AUGMENTATIONS.values(), ids=AUGMENTATIONS)
-@pytest.mark.parametrize("seed", range(3))
-def test_image_and_targets_are_transformed_alike(record, augmentations, seed):
-    """The image shows the ids as colours: the targets must be those of the image's ids."""
-    np.random.seed(seed)
-    result = make_mapper(*augmentations)(record)
-    r, g, b = result["image"].numpy().astype(np.int64)
-    ids = r + 256 * g + 65536 * b
-    assert_targets(result["instances"], reference_targets(ids, SEGMENTS, CLASS_MAP))
-
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (20, 400), (400, 20)])
 def test_extreme_shapes(tmp_path, height, width):
@@ -274,14 +247,6 @@ def test_missing_files_are_named(record, key):
         make_mapper()(record)
 
 
-@pytest.mark.parametrize("key", ["file_name", "pan_seg_file_name"])
-def test_truncated_files_are_named(record, key):
-    path = Path(record[key])
-    path.write_bytes(path.read_bytes()[:60])
-    with pytest.raises(ValueError, match=f"{path.name}' is not a readable image"):
-        make_mapper()(record)
-
-
 def test_size_that_differs_from_the_json(record):
     record["width"] = 99
     with pytest.raises(SizeMismatchError, match=r"image\.png, got \(6, 4\), expect \(99, 4\)"):
@@ -310,24 +275,6 @@ def test_segment_that_the_png_lacks(record):
 
 
 # ----------------------------------------------------------------------------------- real images
-
-
-def test_real_coco_images(coco_sample):
-    json_file = coco_sample / "panoptic.json"
-    categories = json.loads(json_file.read_text())["categories"]
-    num_things = sum(c["isthing"] for c in categories)
-    class_map = ClassMap(
-        thing_ids=tuple(range(num_things)), stuff_ids=tuple(range(num_things, len(categories)))
-    )
-    roots = (str(coco_sample / "images"), str(coco_sample / "panoptic"))
-    records = load_coco_panoptic(str(json_file), *roots)
-    assert [len(r["segments_info"]) for r in records] == [18, 32]
-    flip = T.RandomFlip(prob=1.0)
-    for record in records:
-        ids = read_panoptic_ids(record["pan_seg_file_name"]).astype(np.int64)
-        expected = reference_targets(ids[:, ::-1], record["segments_info"], class_map)
-        assert_targets(make_mapper(flip, class_map=class_map)(record)["instances"], expected)
-        assert any(s["iscrowd"] for s in record["segments_info"])
 
 
 # ------------------------------------------------------------------- against the plain mapper

@@ -283,7 +283,9 @@ def test_a_missing_png_of_coco_is_named(tmp_path, prepare):
     (tmp_path / "coco" / "panoptic_val2017" / "000000000002.png").unlink()
     (tmp_path / "coco" / "annotations" / "panoptic_val2017.zip").unlink()
     (tmp_path / "coco" / "panoptic_annotations_trainval2017.zip").unlink()
-    with pytest.raises(SystemExit, match=r"1 files .* the first is '000000000002\.png'"):
+    annotations = tmp_path / "coco" / "annotations" / "panoptic_val2017.json"
+    annotations.write_text(annotations.read_text(), encoding="utf-8-sig")
+    with pytest.raises(SystemExit, match=r"1 of the 2 panoptic PNGs .*000000000002\.png"):
         prepare("coco", "--allow-partial")
 
 

@@ -1,5 +1,4 @@
 import contextlib
-import copy
 import io
 import json
 import logging
@@ -7,27 +6,20 @@ import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, COCOPanopticEvaluator
-from detectron2.structures import BitMasks, Instances
-from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
 from psf.data import (
     generate_shapes,
     load_coco_panoptic,
     register_shapes,
-    register_tuning_shapes,
 )
 from psf.data.shapes import CATEGORIES, dataset
 from psf.data.shapes.__main__ import main
 from psf.data.shapes.scene import draw_scene
-from psf.panoptic_png import read_panoptic_ids
 
 SIZES = {"num_train": 3, "num_val": 2, "size": 64}
 
@@ -287,53 +279,6 @@ def test_registered_data_is_generated_on_first_use(tmp_path):
             MetadataCatalog.remove(name)
 
 
-def test_detectron2_evaluates_and_draws_it(tmp_path):
-    """The ground truth, given as a prediction, is perfect; its things have an AP of 100."""
-    register_shapes(str(tmp_path / "shapes"), prefix="test_d2", num_train=0, num_val=8)
-    try:
-        records = DatasetCatalog.get("test_d2_val")
-        metadata = MetadataCatalog.get("test_d2_val")
-        evaluators = [
-            COCOPanopticEvaluator("test_d2_val", str(tmp_path)),
-            COCOEvaluator("test_d2_val", tasks=["segm"], distributed=False, use_fast_impl=False),
-        ]
-        for evaluator in evaluators:
-            evaluator.reset()
-        for record in records:
-            output = ground_truth_as_prediction(record)
-            canvas = Visualizer(np.asarray(Image.open(record["file_name"])), metadata)
-            canvas.draw_panoptic_seg(*output["panoptic_seg"])
-            for evaluator in evaluators:
-                evaluator.process([record], [copy.deepcopy(output)])
-        assert evaluators[0].evaluate()["panoptic_seg"]["PQ"] == 100
-        assert evaluators[1].evaluate()["segm"]["AP"] == pytest.approx(100)
-    finally:
-        for name in ("test_d2_train", "test_d2_val"):
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
-
-
-def ground_truth_as_prediction(record):
-    """In Detectron2's output format; without crowds, which are no predictions."""
-    ids = torch.from_numpy(read_panoptic_ids(record["pan_seg_file_name"]).astype(np.int64))
-    segments = [s for s in record["segments_info"] if not s["iscrowd"]]
-    things = [s for s in segments if s["isthing"]]
-    panoptic = torch.zeros(ids.shape, dtype=torch.int32)
-    segments_info = []
-    for i, segment in enumerate(segments, start=1):
-        panoptic[ids == segment["id"]] = i
-        kept = {key: segment[key] for key in ("category_id", "isthing")}
-        segments_info.append({"id": i, **kept})
-    instances = Instances(ids.shape)
-    instances.pred_masks = torch.stack(
-        [ids == s["id"] for s in things] or [torch.zeros(0, *ids.shape, dtype=torch.bool)]
-    )
-    instances.pred_classes = torch.tensor([s["category_id"] for s in things], dtype=torch.int64)
-    instances.scores = torch.ones(len(things))
-    instances.pred_boxes = BitMasks(instances.pred_masks).get_bounding_boxes()
-    return {"panoptic_seg": (panoptic, segments_info), "instances": instances}
-
-
 def test_the_default_root_follows_detectron2(monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", os.path.join("~", "data"))
     assert dataset.default_root() == os.path.join(os.path.expanduser("~"), "data", "shapes")
@@ -346,22 +291,6 @@ def test_importing_registers():
     assert metadata.thing_classes == ["circle", "square", "triangle", "star", "ring"]
     names = {f"shapes_panoptic_{split}" for split in ("train", "val", "tune")}
     assert names <= set(DatasetCatalog.list())
-
-
-def test_the_tuning_images_are_of_no_split(tmp_path):
-    register_shapes(str(tmp_path / "shapes"), prefix="untuned", num_train=200, num_val=200)
-    register_tuning_shapes(str(tmp_path / "tune"), name="tuned")
-    seen = {}
-    try:
-        for name in ("untuned_train", "untuned_val", "tuned"):
-            files = [Path(record["file_name"]) for record in DatasetCatalog.get(name)]
-            seen[name] = {path.read_bytes() for path in files}
-            assert len(seen[name]) == 200
-    finally:
-        for name in ("untuned_train", "untuned_val", "tuned"):
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
-    assert not seen["tuned"] & (seen["untuned_train"] | seen["untuned_val"])
 
 
 def test_command_line(tmp_path, monkeypatch):

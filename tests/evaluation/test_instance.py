@@ -76,7 +76,7 @@ def test_instances_json_of_other_names(make_dataset):
     name = make_dataset([LAYOUT], instances=True)
     path = Path(MetadataCatalog.get(name).json_file)
     path.write_text(path.read_text().replace('"cat"', '"cow"'))
-    with pytest.raises(ValueError, match=r"instances\.json': category 3 is 'cow', but 'cat' in"):
+    with pytest.raises(ValueError, match=r"json' calls category 3 'cow' instead of 'cat'"):
         InstanceEvaluator(name)
 
 
@@ -104,8 +104,6 @@ def test_annotation_ids_that_coco_counts_wrong(make_dataset, numbered):
         ({"area": None}, "area is None instead of a number"),
         ({"bbox": [1, 2, 3]}, "bbox is [1, 2, 3] instead of [x, y, width, height]"),
         ({"segmentation": []}, "segmentation is [] instead of polygons of at least 3 points"),
-        ({"segmentation": [[1, 1, 2, 2]]}, "segmentation is [[1, 1, 2, 2]] instead"),
-        ({"segmentation": {"size": [3, 4]}}, "segmentation is {'size': [3, 4]} instead"),
         ({"category_id": 10}, "category_id 10 is not among the categories"),
         ({"image_id": "100"}, "image_id '100' is not among the images"),
     ],
@@ -124,7 +122,7 @@ def test_instances_json_of_other_images(make_dataset):
     data = json.loads(path.read_text())
     data["annotations"] = [a for a in data["annotations"] if a["image_id"] == 100]
     path.write_text(json.dumps({**data, "images": data["images"][:1]}))
-    with pytest.raises(ValueError, match=r"instances\.json' lacks 1 images of .* such as 101"):
+    with pytest.raises(ValueError, match=r"instances\.json' lacks 1 images, such as 101, of"):
         InstanceEvaluator(name)
 
 

@@ -31,17 +31,29 @@ HALVES: Layout = (
 NOTHING: Layout = ([[0] * 4] * 4, {})
 
 
+def evaluate(name: str, outputs: list[Any], output_dir: Path | None = None, **options: bool):
+    """The results of a model's outputs for a data set."""
+    evaluator = PanopticEvaluator(name, output_dir and str(output_dir), **options)
+    evaluator.reset()
+    evaluator.process(DatasetCatalog.get(name), outputs)
+    return evaluator.evaluate()
+
+
+def change_json(name: str, change: Any) -> None:
+    """Change the JSON of a data set, whose records stay as they are."""
+    path = Path(MetadataCatalog.get(name).panoptic_json)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
 @pytest.fixture
 def measure(make_dataset):
     """PQ of predicted layouts against the layouts of a data set."""
 
     def run(truth: list[Layout], predicted: list[Layout], output_dir: Path | None = None):
-        name = make_dataset(truth)
-        evaluator = PanopticEvaluator(name, output_dir and str(output_dir))
-        evaluator.reset()
-        for record, layout in zip(DatasetCatalog.get(name), predicted, strict=True):
-            evaluator.process([record], [panoptic_output(layout)])
-        return evaluator.evaluate()["panoptic_seg"]
+        outputs = [panoptic_output(layout) for layout in predicted]
+        return evaluate(make_dataset(truth), outputs, output_dir)["panoptic_seg"]
 
     return run
 
@@ -162,21 +174,15 @@ def test_the_output_is_not_changed(make_dataset):
     name = make_dataset([HALVES])
     output = panoptic_output(HALVES)
     before = copy.deepcopy(output)
-    evaluator = PanopticEvaluator(name)
-    evaluator.reset()
-    evaluator.process(DatasetCatalog.get(name), [output])
-    evaluator.evaluate()
+    evaluate(name, [output])
     assert output["panoptic_seg"][1] == before["panoptic_seg"][1]
     assert torch.equal(output["panoptic_seg"][0], before["panoptic_seg"][0])
 
 
 def test_images_of_one_name_in_two_folders(make_dataset):
     name = make_dataset([HALVES, NOTHING], file_name="{}/same.jpg")
-    evaluator = PanopticEvaluator(name)
-    evaluator.reset()
     outputs = [panoptic_output(HALVES), panoptic_output(NOTHING)]
-    evaluator.process(DatasetCatalog.get(name), outputs)
-    assert evaluator.evaluate()["panoptic_seg"]["PQ"] == 100
+    assert evaluate(name, outputs)["panoptic_seg"]["PQ"] == 100
 
 
 def test_missing_prediction(make_dataset):
@@ -190,10 +196,8 @@ def test_missing_prediction(make_dataset):
 
 def test_output_without_panoptic_seg(make_dataset):
     name = make_dataset([HALVES])
-    evaluator = PanopticEvaluator(name)
-    evaluator.reset()
     with pytest.raises(ValueError, match=r"0\.jpg' has no 'panoptic_seg'.*PANOPTIC_ON"):
-        evaluator.process(DatasetCatalog.get(name), [{"instances": None}])
+        evaluate(name, [{"instances": None}])
 
 
 def test_data_set_that_is_not_panoptic(make_dataset):
@@ -205,15 +209,9 @@ def test_data_set_that_is_not_panoptic(make_dataset):
 
 def test_missing_annotations(make_dataset):
     name = make_dataset([HALVES])
-    path = Path(MetadataCatalog.get(name).panoptic_json)
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"panoptic\.json.*DETECTRON2_DATASETS"):
-        PanopticEvaluator(name)
-    path.write_text(json.dumps({"images": [], "categories": CATEGORIES}))
-    evaluator = PanopticEvaluator(name)
-    evaluator.reset()
+    change_json(name, lambda content: content.pop("annotations"))
     with pytest.raises(ValueError, match="no annotations"):
-        evaluator.evaluate()
+        evaluate(name, [panoptic_output(HALVES)])
 
 
 def test_build_evaluators(make_dataset, tmp_path):
@@ -293,9 +291,7 @@ def test_the_number_of_processes_changes_no_bit(make_dataset, monkeypatch, num_w
 
 def test_boundary_quality(make_dataset, tmp_path):
     name = make_dataset([HALVES])
-    evaluator = PanopticEvaluator(name, str(tmp_path / "out"), boundary=True)
-    evaluator.process(DatasetCatalog.get(name), [panoptic_output(HALVES)])
-    results = evaluator.evaluate()
+    results = evaluate(name, [panoptic_output(HALVES)], tmp_path / "out", boundary=True)
     assert results["boundary_panoptic_seg"]["PQ"] == results["panoptic_seg"]["PQ"] == 100
     assert (tmp_path / "out" / "boundary_pq.txt").is_file()
 
@@ -305,10 +301,8 @@ def test_a_saved_prediction_scores_the_same_with_panopticapi(make_dataset, tmp_p
     generator = np.random.default_rng(2)
     truth = [random_layout(generator, crowds=False) for _ in range(3)]
     name = make_dataset(truth)
-    evaluator = PanopticEvaluator(name, str(tmp_path / "out"), save_predictions=True)
     outputs = [panoptic_output(disturbed(layout, generator)) for layout in truth]
-    evaluator.process(DatasetCatalog.get(name), outputs)
-    ours = evaluator.evaluate()["panoptic_seg"]
+    ours = evaluate(name, outputs, tmp_path / "out", save_predictions=True)["panoptic_seg"]
     monkeypatch.setattr(multiprocessing, "cpu_count", lambda: 1)
     metadata, out = MetadataCatalog.get(name), str(tmp_path / "out" / "predictions")
     theirs = pq_compute(metadata.panoptic_json, f"{out}.json", metadata.panoptic_root, out)
@@ -318,13 +312,8 @@ def test_a_saved_prediction_scores_the_same_with_panopticapi(make_dataset, tmp_p
 
 def test_a_test_set_is_predicted_but_not_measured(make_dataset, tmp_path):
     name = make_dataset([HALVES])
-    path = Path(MetadataCatalog.get(name).panoptic_json)
-    content = json.loads(path.read_text())
-    del content["annotations"]
-    path.write_text(json.dumps(content))
-    evaluator = PanopticEvaluator(name, str(tmp_path / "out"), save_predictions=True)
-    evaluator.process(DatasetCatalog.get(name), [panoptic_output(HALVES)])
-    assert evaluator.evaluate() == {}
+    change_json(name, lambda content: content.pop("annotations"))
+    assert evaluate(name, [panoptic_output(HALVES)], tmp_path / "out", save_predictions=True) == {}
     (annotation,) = json.loads((tmp_path / "out" / "predictions.json").read_text())["annotations"]
     assert annotation["segments_info"] == [
         {"id": 1, "category_id": 10},
@@ -341,11 +330,10 @@ def test_predictions_stay_below_the_output_folder(make_dataset, tmp_path, kind):
     """Whatever the JSON names its PNGs, and where links lead; the ground truth stays as it is."""
     name, output = make_dataset([HALVES]), tmp_path / "out"
     metadata = MetadataCatalog.get(name)
-    path, png = Path(metadata.panoptic_json), Path(metadata.panoptic_root, "0.png")
-    content, before = json.loads(path.read_text()), png.read_bytes()
-    names = {"parent": "../panoptic/0.png", "absolute": str(png)}
-    content["annotations"][0]["file_name"] = names.get(kind, "0.png")
-    path.write_text(json.dumps(content))
+    png = Path(metadata.panoptic_root, "0.png")
+    before = png.read_bytes()
+    file_name = {"parent": "../panoptic/0.png", "absolute": str(png)}.get(kind, "0.png")
+    change_json(name, lambda content: content["annotations"][0].update(file_name=file_name))
     if kind == "link":
         (output / "predictions").mkdir(parents=True)
         (output / "predictions" / "0.png").symlink_to(png)
@@ -375,10 +363,8 @@ def test_images_of_one_name_do_not_overwrite_each_other(make_dataset, tmp_path, 
         with pytest.raises(ValueError, match=r"images 100 and 101 would both be '\./0\.png'"):
             PanopticEvaluator(name, str(tmp_path / "out"), save_predictions=True)
         return
-    evaluator = PanopticEvaluator(name, str(tmp_path / "out"), save_predictions=True)
     outputs = [panoptic_output(layout) for layout in (HALVES, NOTHING, HALVES)]
-    evaluator.process(DatasetCatalog.get(name), outputs)
-    evaluator.evaluate()
+    evaluate(name, outputs, tmp_path / "out", save_predictions=True)
     saved = json.loads((tmp_path / "out" / "predictions.json").read_text())["annotations"]
     assert [a["file_name"] for a in saved] == ["a/x.png", "b/x.jpg.png", "b/x.png.png"]
     assert all((tmp_path / "out" / "predictions" / a["file_name"]).is_file() for a in saved)
@@ -419,9 +405,7 @@ def test_areas_are_those_of_the_png(make_dataset, caplog, factor, first):
         if factor is not None:
             segment["area"] = area * factor
     path.write_text(json.dumps(content))
-    evaluator = PanopticEvaluator(name)
-    evaluator.process(DatasetCatalog.get(name), [panoptic_output(HALVES)])
-    assert evaluator.evaluate()["panoptic_seg"]["PQ"] == 100
+    assert evaluate(name, [panoptic_output(HALVES)])["panoptic_seg"]["PQ"] == 100
     warnings = [m for m in caplog.messages if "differ in the area of 2 segments" in m]
     assert len(warnings) == (factor is not None)
     assert all(f"segment 1 has {first} in the JSON and 8" in w for w in warnings)
@@ -429,13 +413,8 @@ def test_areas_are_those_of_the_png(make_dataset, caplog, factor, first):
 
 def test_segments_that_only_the_png_has(make_dataset, caplog):
     name = make_dataset([HALVES])
-    path = Path(MetadataCatalog.get(name).panoptic_json)
-    content = json.loads(path.read_text())
-    content["annotations"][0]["segments_info"].pop()
-    path.write_text(json.dumps(content))
-    evaluator = PanopticEvaluator(name)
-    evaluator.process(DatasetCatalog.get(name), [panoptic_output(HALVES)])
-    evaluator.evaluate()
+    change_json(name, lambda content: content["annotations"][0]["segments_info"].pop())
+    evaluate(name, [panoptic_output(HALVES)])
     assert "segment 300 has 0 pixels in the JSON and 8 in the PNG" in caplog.text
 
 
@@ -446,6 +425,4 @@ def test_categories_by_the_data_sets_ids(make_dataset):
     for info in output["panoptic_seg"][1]:
         del info["isthing"]
         info["category_id"] = CATEGORIES[info["category_id"]]["id"]
-    evaluator = PanopticEvaluator(name)
-    evaluator.process(DatasetCatalog.get(name), [output])
-    assert evaluator.evaluate()["panoptic_seg"]["PQ"] == 100
+    assert evaluate(name, [output])["panoptic_seg"]["PQ"] == 100

@@ -5,12 +5,15 @@ from pathlib import Path
 
 from detectron2.utils.logger import setup_logger
 
+from psf.files import one_line
+
 from ..coco_panoptic import datasets_root
 from . import ade20k, cityscapes, coco
 
 _DATA_SETS = {"ade20k": ade20k.prepare, "cityscapes": cityscapes.prepare, "coco": coco.prepare}
 
 
+@one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m psf.data.prepare",
@@ -29,10 +32,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     setup_logger(name="psf")
-    try:
-        _DATA_SETS[args.data_set](args.root.expanduser(), allow_partial=args.allow_partial)
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+    _DATA_SETS[args.data_set](args.root.expanduser(), allow_partial=args.allow_partial)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def _inputs(data: Path, folder: str, image: Path) -> list[Any]:
 
 
 def _convert(data: Path, folder: str, image: Path) -> PanopticImage:
-    labels = _read(data / "annotations" / folder / f"{image.stem}.png")
+    labels = read_values(str(data / "annotations" / folder / f"{image.stem}.png"))
     if labels.ndim != 2:
         raise ValueError(f"'{image.stem}.png' of annotations is not a map of labels.")
     semantic = labels - np.uint8(1)  # 0, unlabelled, becomes 255
@@ -72,7 +72,7 @@ def _convert(data: Path, folder: str, image: Path) -> PanopticImage:
     with named(target):
         Image.fromarray(semantic).save(target)
 
-    things = _read(data / "annotations_instance" / folder / f"{image.stem}.png")
+    things = read_values(str(data / "annotations_instance" / folder / f"{image.stem}.png"))
     if things.shape != (*semantic.shape, 3):
         raise ValueError(
             f"'{data / 'annotations_instance' / folder / image.stem}.png' has the shape "
@@ -108,9 +108,3 @@ def _thing_category(values: NDArray[np.uint8], image: Path, instance: int) -> in
             "in 1..100. Download annotations_instance.tar again."
         )
     return categories.ADE20K_INSTANCE_CLASSES[found[0] - 1] - 1
-
-
-def _read(path: Path) -> NDArray[np.integer]:
-    if not path.is_file():
-        raise FileNotFoundError(f"'{path}' does not exist. Complete the download.")
-    return read_values(str(path))

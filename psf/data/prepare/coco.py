@@ -1,9 +1,10 @@
 """COCO panoptic: unpacks the official archives and counts the files."""
 
-import json
 import logging
 from pathlib import Path
 
+from .. import categories
+from ..coco_panoptic import load_coco_panoptic
 from .archives import require_unpacked, unpack
 
 logger = logging.getLogger(__name__)
@@ -32,20 +33,10 @@ def prepare(root: Path, *, allow_partial: bool) -> None:
 
 def _check(data: Path, split: str, num_images: int, allow_partial: bool) -> None:
     panoptic_json = data / "annotations" / f"panoptic_{split}.json"
-    for path in (data / split, data / f"panoptic_{split}", panoptic_json):
+    paths = (panoptic_json, data / split, data / f"panoptic_{split}")
+    for path in paths:
         require_unpacked(path, " and ".join(_ARCHIVES), data)
-    with open(panoptic_json, encoding="utf-8") as file:
-        content = json.load(file)
-    images = {path.name for path in (data / split).iterdir()}
-    pngs = {path.name for path in (data / f"panoptic_{split}").iterdir()}
-    lacking = [i["file_name"] for i in content["images"] if i["file_name"] not in images]
-    lacking += [a["file_name"] for a in content["annotations"] if a["file_name"] not in pngs]
-    if lacking:
-        raise ValueError(
-            f"{len(lacking)} files that '{panoptic_json}' names do not exist, the first is "
-            f"'{lacking[0]}'. Complete the download and run this again."
-        )
-    count = len(content["annotations"])
+    count = len(load_coco_panoptic(*map(str, paths), categories=categories.COCO))
     if count != num_images and not allow_partial:
         raise ValueError(
             f"'{panoptic_json}' has {count} annotated images instead of {num_images}. Download it "

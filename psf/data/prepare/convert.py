@@ -4,6 +4,7 @@ Shapes: H x W pixels of an image.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,11 +19,10 @@ from psf.images import read_values, require_few_pixels
 from psf.output_paths import refuse_inputs
 
 from ..annotations import (
-    CLASS_ID,
     FILE,
-    INSTANCES,
     LIST,
     NAME,
+    PARTS,
     SIDE,
     TEXT,
     Keys,
@@ -75,7 +75,7 @@ def convert_instances(
         FileNotFoundError: a label map is missing.
     """
     data = read_json(instances_json)
-    require_keys(data, INSTANCES, instances_json)
+    require_keys(data, PARTS, instances_json)
     require_keys({"stuff categories": stuff_categories}, {"stuff categories": LIST}, "--stuff")
     categories = _unite_categories(data["categories"], stuff_categories, instances_json)
     require_none(find_instance_problems(data, scored=False), instances_json)
@@ -86,6 +86,9 @@ def convert_instances(
     for annotation in data["annotations"]:
         annotations[annotation["image_id"]].append(annotation)
     images = {Path(image["file_name"]): image for image in data["images"]}
+    png, count = Counter(map(_png, data["images"])).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"'{instances_json}': {count} images have the PNG '{png}'. Rename them.")
     stuff_ids = [c["id"] for c in stuff_categories]
 
     def convert(source: Path) -> PanopticImage:
@@ -103,16 +106,11 @@ def convert_instances(
 def _unite_categories(
     things: Sequence[Any], stuff: Sequence[Any], instances_json: Path
 ) -> list[dict[str, Any]]:
-    for category in (*things, *stuff):
-        misfit = find_misfit(category, {"id": CLASS_ID, "name": NAME})
-        require_none((Problem("a category", what) for what in [misfit] if what), instances_json)
-    shared = {c["id"] for c in things} & {c["id"] for c in stuff}
-    if shared:
-        raise ValueError(
-            f"The category ids {sorted(shared)} are those of things in '{instances_json}' and of "
-            "stuff as well. Renumber the stuff categories and the label maps."
-        )
-    categories = [*({**c, "isthing": 1} for c in things), *({**c, "isthing": 0} for c in stuff)]
+    categories = [
+        {**category, "isthing": isthing} if isinstance(category, Mapping) else category
+        for isthing, kind in ((1, things), (0, stuff))
+        for category in kind
+    ]
     require_none(find_category_problems(categories), instances_json)
     return categories
 
@@ -130,8 +128,6 @@ def _unite(
 ) -> PanopticImage:
     size = (image["height"], image["width"])
     path = label_root / _png(image)
-    if not path.is_file():
-        raise FileNotFoundError(f"The label map '{path}' of '{image['file_name']}' does not exist.")
     labels = read_values(str(path))
     if labels.shape != size:
         raise ValueError(
@@ -162,13 +158,11 @@ def _decode(segmentation: Any, size: tuple[int, int], where: str) -> NDArray[np.
     """(H, W), from COCO's polygons or run lengths."""
     if isinstance(segmentation, dict):
         return _decode_runs(segmentation, size, where)
-    if not segmentation:
-        raise ValueError(f"{where} has no polygon. Remove the annotation or draw it.")
     mask = np.zeros(size, dtype=bool)
-    for polygon in segmentation:
+    for polygon in segmentation or [None]:
         points = polygon if isinstance(polygon, list) and len(polygon) % 2 == 0 else []
         pairs = [list(pair) for pair in zip(points[::2], points[1::2], strict=True)]
-        flat = _points(pairs, size, where, least=3).ravel().tolist()
+        flat = _points(pairs, size, where, 3).ravel().tolist()
         (rle,) = pycocotools.mask.frPyObjects([flat], *size)
         mask |= np.asarray(pycocotools.mask.decode(rle), dtype=bool)
     return mask
@@ -208,7 +202,7 @@ def _uncompress(counts: str) -> list[int]:
     return runs
 
 
-def _points(points: Any, size: tuple[int, int], where: str, *, least: int) -> NDArray[np.float64]:
+def _points(points: Any, size: tuple[int, int], where: str, least: int) -> NDArray[np.float64]:
     """(P, 2) x and y; at least as many as needed, all near the image."""
     far = max(size)
     good = all(
@@ -318,7 +312,7 @@ def _fill(index_map: NDArray[np.int32], shape: Mapping[str, Any], value: int, wh
             f"{where}: a shape of type '{kind}' with {count} points cannot be converted. Draw it "
             "as a polygon (3 points or more), a rectangle or a circle (2 points)."
         )
-    points = _points(shape["points"], index_map.shape, where, least=least)
+    points = _points(shape["points"], index_map.shape, where, least)
     drawn = np.zeros(index_map.shape, dtype=np.uint8)
     if kind == "polygon":
         cv2.fillPoly(drawn, [np.round(points).astype(np.int32)], 1)

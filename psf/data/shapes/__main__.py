@@ -5,9 +5,12 @@ import os
 
 from detectron2.utils.logger import setup_logger
 
+from psf.files import one_line
+
 from .dataset import NUM_TRAIN, NUM_VAL, SEED, SIZE, default_root, generate_shapes
 
 
+@one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m psf.data.shapes", description="Generate the synthetic data set shapes."

@@ -53,13 +53,7 @@ def register_shapes(
     """
     Register ``<prefix>_train`` and ``<prefix>_val``, which are generated on first use.
 
-    Args:
-        root: folder of the data set.
-        prefix: of the two names.
-        num_train: training images.
-        num_val: validation images.
-        size: pixels a side.
-        seed: of all images.
+    The other arguments are those of :func:`generate_shapes`.
     """
     generate = partial(
         generate_shapes, root, num_train=num_train, num_val=num_val, size=size, seed=seed
