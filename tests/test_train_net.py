@@ -11,12 +11,11 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
+import train_net
 from psf.inference import ChunkedFeedForward
 from psf.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-import train_net  # noqa: E402  a script, not a module of the package
 
 CONFIG = str(ROOT / "configs/shapes/panoptic_segformer_shapes.yaml")
 

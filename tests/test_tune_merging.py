@@ -1,9 +1,8 @@
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import tune_merging
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from torch.nn import functional as F
@@ -13,9 +12,6 @@ from psf.modeling.candidates import Candidates
 from psf.modeling.panoptic_segformer import PanopticSegFormer
 from psf.modeling.postprocessing import MergingRules
 from psf.trainer import Trainer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-import tune_merging
 
 
 def imperfect(model, record):
