@@ -93,7 +93,7 @@ def test_a_test_set_and_other_mistakes_are_refused(tuned_cfg, tmp_path, capsys):
     (test,) = tuned_cfg.DATASETS.TEST
     with pytest.raises(SystemExit, match=rf"'{test}' is in DATASETS\.TEST"):
         run(tuned_cfg, tmp_path, test, capsys)
-    with pytest.raises(SystemExit, match="there is no data set 'none'"):
+    with pytest.raises(SystemExit, match="There is no data set 'none'"):
         run(tuned_cfg, tmp_path, "none", capsys)
     (tmp_path / "config.yaml").write_text("MODEL:\n  WEIGHTS: ''\n")
     with pytest.raises(SystemExit, match="There are no weights"):
