@@ -1,14 +1,10 @@
 import pickle
-import sys
-from pathlib import Path
 
+import convert_checkpoint
 import pytest
 import torch
 
 from psf import checkpoint, checkpoint_files
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-import convert_checkpoint  # a script, not a module of the package
 
 RESNET = {
     "conv1.weight": "backbone.stem.conv1.weight",

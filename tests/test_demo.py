@@ -1,6 +1,5 @@
 """The demo's command line, and its pictures with a fake predictor."""
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,18 +10,9 @@ import torch
 from detectron2.data import Metadata
 from PIL import Image
 
-FILE = Path(__file__).parents[1] / "demo" / "demo.py"
+import demo
+
 METADATA = Metadata(name="demo", thing_classes=["cat", "sky"], stuff_classes=["cat", "sky"])
-
-
-@pytest.fixture
-def demo():
-    spec = importlib.util.spec_from_file_location("demo", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -51,7 +41,7 @@ class FakePredictor:
         return {"panoptic_seg": (ids, infos)}
 
 
-def test_no_image_is_found(demo, tmp_path):
+def test_no_image_is_found(tmp_path):
     (tmp_path / "empty").mkdir()
     for pattern in ("missing.jpg", "*.png", "empty"):
         with pytest.raises(
@@ -60,7 +50,7 @@ def test_no_image_is_found(demo, tmp_path):
             demo.find_images([str(tmp_path / pattern)])
 
 
-def test_images_of_files_folders_and_globs(demo, photos):
+def test_images_of_files_folders_and_globs(photos):
     def names(*patterns: str) -> list[str]:
         return [path.name for path in demo.find_images([str(photos / p) for p in patterns])]
 
@@ -70,7 +60,7 @@ def test_images_of_files_folders_and_globs(demo, photos):
     assert [p.name for p in demo.find_images([str(photos.parent / "**" / "*.png")])] == ["b.png"]
 
 
-def test_where_pictures_go(demo, tmp_path):
+def test_where_pictures_go(tmp_path):
     a, b, text = Path("x/a.jpg"), Path("y/b.png"), Path("c.raw")
     out = tmp_path / "out"
     assert demo.plan([a], None) == [(a, None)]
@@ -82,7 +72,7 @@ def test_where_pictures_go(demo, tmp_path):
     ]
 
 
-def test_outputs_that_cannot_be_written(demo, photos):
+def test_outputs_that_cannot_be_written(photos):
     with pytest.raises(SystemExit, match=r"result\.png' is one file, but there are 2 images"):
         demo.plan([Path("a.jpg"), Path("b.jpg")], Path("result.png"))
     with pytest.raises(SystemExit, match="would both be"):
@@ -98,7 +88,7 @@ def test_outputs_that_cannot_be_written(demo, photos):
         demo.plan([photos / "a.jpg", photos / "b.png"], out)
 
 
-def test_pictures_are_written_and_bad_images_reported(demo, photos, capsys):
+def test_pictures_are_written_and_bad_images_reported(photos, capsys):
     """Images are given as BGR; 60 x 40 pixels are enlarged to 512."""
     (photos / "b.png").write_bytes((photos / "b.png").read_bytes()[:50])
     jobs = demo.plan(demo.find_images([str(photos)]), photos.parent / "out")
@@ -114,7 +104,7 @@ def test_pictures_are_written_and_bad_images_reported(demo, photos, capsys):
     assert "b.png" in err
 
 
-def test_one_bad_image_does_not_end_the_others(demo, photos, capsys):
+def test_one_bad_image_does_not_end_the_others(photos, capsys):
     """Damaged, foreign, gone, too large for its format, for the memory, or for the picture."""
 
     class Fussy(FakePredictor):
@@ -152,7 +142,7 @@ def test_one_bad_image_does_not_end_the_others(demo, photos, capsys):
         assert message in line
 
 
-def test_any_name_of_a_file_is_one_line(demo, photos, capsys, monkeypatch):
+def test_any_name_of_a_file_is_one_line(photos, capsys, monkeypatch):
     """Not UTF-8, and of two lines, on a terminal that shows ASCII alone."""
     names = ["\udce4.jpg", "b\n.jpg", "\u00fc.jpg"]
     for name in names:
@@ -167,7 +157,7 @@ def test_any_name_of_a_file_is_one_line(demo, photos, capsys, monkeypatch):
     assert "\\udce4.jpg" in out
 
 
-def test_the_home_folder(demo, photos, monkeypatch):
+def test_the_home_folder(photos, monkeypatch):
     """The shell leaves ``~`` as it is behind ``=`` and in quotes."""
     monkeypatch.setenv("HOME", str(photos))
     monkeypatch.setenv("USERPROFILE", str(photos))
@@ -177,7 +167,7 @@ def test_the_home_folder(demo, photos, monkeypatch):
     assert (args.config_file, args.output) == (photos / "c.yaml", photos / "out")
 
 
-def test_command_exits_with_an_error_after_the_other_images(demo, photos, monkeypatch):
+def test_command_exits_with_an_error_after_the_other_images(photos, monkeypatch):
     monkeypatch.setattr(demo, "Predictor", FakePredictor)
     monkeypatch.setattr(demo, "setup", lambda config_file, opts: None)
     out = photos.parent / "out"
@@ -187,7 +177,7 @@ def test_command_exits_with_an_error_after_the_other_images(demo, photos, monkey
     assert (out / "a.jpg").is_file()
 
 
-def test_opts_take_the_rest(demo):
+def test_opts_take_the_rest():
     line = ["--config-file", "c", "--input", "a", "b", "--opts", "SEED", "1"]
     args = demo.parse_args(line)
     assert args.input == ["a", "b"]
@@ -205,13 +195,13 @@ def test_opts_take_the_rest(demo):
         (["MODEL.WEIGHTS", __file__, "DATASETS.TEST", "()"], "DATASETS.TEST is empty"),
     ],
 )
-def test_config_that_cannot_work(demo, tmp_path, opts, message):
+def test_config_that_cannot_work(tmp_path, opts, message):
     (tmp_path / "config.yaml").write_text("SEED: 3\n")
     with pytest.raises(SystemExit, match=message):
         demo.setup(str(tmp_path / "config.yaml"), opts)
 
 
-def test_config(demo, tmp_path):
+def test_config(tmp_path):
     (tmp_path / "config.yaml").write_text("VERSION: 2\nSEED: 3\nDATASETS:\n  TEST: ('some_set',)\n")
     opts = ["MODEL.WEIGHTS", __file__, "MODEL.PSF.TEST.PANOPTIC_ON", "False"]
     cfg = demo.setup(str(tmp_path / "config.yaml"), opts)
@@ -221,7 +211,7 @@ def test_config(demo, tmp_path):
         demo.setup(str(tmp_path / "other.yaml"), [])
 
 
-def test_no_window(demo, monkeypatch):
+def test_no_window(monkeypatch):
     monkeypatch.setattr(demo.cv2, "getBuildInformation", lambda: "  GUI:         NONE\n")
     with pytest.raises(SystemExit, match=r"headless.*--output"):
         demo.check_window()

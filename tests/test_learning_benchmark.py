@@ -3,12 +3,9 @@
 import importlib.util
 import json
 import sys
-from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import learning
+import pytest
 
 HAS_TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 

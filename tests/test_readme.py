@@ -3,7 +3,6 @@
 import ast
 import importlib
 import re
-import sys
 from pathlib import Path
 
 import cv2
@@ -12,9 +11,9 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+import demo
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "demo"))
-import demo  # noqa: E402  a script, not a module of the package
 
 
 @pytest.fixture

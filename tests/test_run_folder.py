@@ -16,6 +16,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+import train_net
 from psf.evaluation.charts import write_curves, write_quality_bars
 from psf.evaluation.pictures import SheetRow, write_sheet
 from psf.files import write_beside, write_text
@@ -25,8 +26,6 @@ from psf.trainer import Trainer
 from psf.weights import Checkpointer
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-import train_net  # noqa: E402  a script, not a module of the package
 
 
 def run(*options):

@@ -1,25 +1,22 @@
 """Offline evaluation, and pictures of the mapper's output."""
 
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
+import check_dataset
+import evaluate_predictions
 import numpy as np
 import pytest
+import visualize_data
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
+from tiny_panoptic import ANT, CAT, GRASS, SKY, Maker, panoptic_output
 
 from psf.evaluation import PanopticEvaluator
 from psf.evaluation.offline import INVENTED, MISSED, score_predictions
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "evaluation"))
-sys.path.insert(0, str(ROOT / "tools"))
-import check_dataset  # noqa: E402  scripts, not modules of the package
-import evaluate_predictions  # noqa: E402
-import visualize_data  # noqa: E402
-from tiny_panoptic import ANT, CAT, GRASS, SKY, Maker, panoptic_output  # noqa: E402
 
 COCO_SAMPLE = ROOT.parent / "shared" / "data" / "coco_sample"
 

@@ -11,18 +11,17 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
+import train_net
 from psf.inference import ChunkedFeedForward
 from psf.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-import train_net  # noqa: E402  a script, not a module of the package
 
 CONFIG = str(ROOT / "configs/shapes/panoptic_segformer_shapes.yaml")
 
 
-def arguments(*arguments: str):
-    return train_net.default_argument_parser().parse_args(["--config-file", CONFIG, *arguments])
+def arguments(*arguments: str, config: str = CONFIG):
+    return train_net.default_argument_parser().parse_args(["--config-file", config, *arguments])
 
 
 @pytest.mark.parametrize(
@@ -114,8 +113,8 @@ def test_evaluation_of_a_checkpoint(shapes_cfg, tmp_path, monkeypatch):
     test = Trainer.test
     monkeypatch.setattr(Trainer, "test", lambda cfg, m: evaluated.append(m) or test(cfg, m))
     weights = ["MODEL.WEIGHTS", str(tmp_path / "model.pth")]
-    args = ["--config-file", str(tmp_path / "shapes.yaml"), "--eval-only", *weights]
-    results = train_net.main(train_net.default_argument_parser().parse_args(args))
+    config = str(tmp_path / "shapes.yaml")
+    results = train_net.main(arguments("--eval-only", *weights, config=config))
     (model,) = evaluated
     assert any(isinstance(module, ChunkedFeedForward) for module in model.modules())
     for kind, numbers in expected.items():
@@ -144,9 +143,8 @@ def test_own_data_without_python(tmp_path, tiny_cfg):
         ]
     )
     (tmp_path / "own.yaml").write_text(tiny_cfg.dump())
-    parser = train_net.default_argument_parser()
     try:
-        results = train_net.main(parser.parse_args(["--config-file", str(tmp_path / "own.yaml")]))
+        results = train_net.main(arguments(config=str(tmp_path / "own.yaml")))
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)

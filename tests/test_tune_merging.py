@@ -1,9 +1,8 @@
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import tune_merging
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from torch.nn import functional as F
@@ -13,9 +12,6 @@ from psf.modeling.candidates import Candidates
 from psf.modeling.panoptic_segformer import PanopticSegFormer
 from psf.modeling.postprocessing import MergingRules
 from psf.trainer import Trainer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-import tune_merging
 
 
 def imperfect(model, record):
@@ -97,7 +93,7 @@ def test_a_test_set_and_other_mistakes_are_refused(tuned_cfg, tmp_path, capsys):
     (test,) = tuned_cfg.DATASETS.TEST
     with pytest.raises(SystemExit, match=rf"'{test}' is in DATASETS\.TEST"):
         run(tuned_cfg, tmp_path, test, capsys)
-    with pytest.raises(SystemExit, match="there is no data set 'none'"):
+    with pytest.raises(SystemExit, match="There is no data set 'none'"):
         run(tuned_cfg, tmp_path, "none", capsys)
     (tmp_path / "config.yaml").write_text("MODEL:\n  WEIGHTS: ''\n")
     with pytest.raises(SystemExit, match="There are no weights"):

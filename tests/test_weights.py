@@ -1,10 +1,9 @@
 import logging
 import math
 import re
-import sys
 from collections import OrderedDict
-from pathlib import Path
 
+import convert_checkpoint
 import pytest
 import torch
 from detectron2.modeling import build_model
@@ -14,9 +13,6 @@ from psf import checkpoint
 from psf.predictor import Predictor
 from psf.trainer import Trainer
 from psf.weights import Checkpointer
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-import convert_checkpoint
 
 DROPPED = {
     "bbox_head.reg_branches2.0.0.weight": torch.zeros(64, 64),

@@ -27,6 +27,7 @@ from detectron2.utils.logger import setup_logger
 
 from psf.config import load_config
 from psf.data import PanopticDatasetMapper, register_listed
+from psf.data.coco_panoptic import find_files
 from psf.evaluation.ground_truth import PanopticAnnotations, read_annotations
 from psf.evaluation.panoptic_quality import ImageRecord, add_up, compare, quality_rows
 from psf.evaluation.renumbering import Renumbering
@@ -125,8 +126,7 @@ def images_of(cfg: CfgNode, name: str, most: int) -> list[dict[str, Any]]:
             "are reported of make the results too good. Choose them on other images"
         )
     register_listed(cfg.DATASETS.REGISTER)
-    if name not in DatasetCatalog.list():
-        raise ValueError(f"--dataset: there is no data set '{name}'")
+    find_files(name)  # or an error: there is none
     records = [r for r in DatasetCatalog.get(name) if r.get("pan_seg_file_name")]
     if not records or most < 1:
         raise ValueError(f"There are no images with annotations to tune on ('{name}')")

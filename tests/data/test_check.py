@@ -1,9 +1,9 @@
 """Every kind of defect is found, and named by file and id."""
 
 import json
-import sys
 from pathlib import Path
 
+import check_dataset as tool
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,10 +12,6 @@ from psf.data import load_coco_panoptic
 from psf.data.check import check_dataset
 from psf.data.coco_writer import PanopticImage, Segment, Split, write_image, write_json_files
 from psf.panoptic_png import write_panoptic_ids
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import check_dataset as tool  # noqa: E402  a script, not a module of the package
 
 
 class Files:

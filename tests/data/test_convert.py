@@ -2,9 +2,9 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
+import convert_to_panoptic as tool
 import numpy as np
 import pycocotools.mask
 import pytest
@@ -14,10 +14,6 @@ from psf.data import load_coco_panoptic
 from psf.data.check import check_dataset
 from psf.data.prepare.convert import convert_instances, convert_labelme
 from psf.panoptic_png import read_panoptic_ids
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import convert_to_panoptic as tool  # noqa: E402  a script, not a module of the package
 
 
 def square(x, y, side):

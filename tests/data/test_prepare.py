@@ -7,6 +7,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import check_dataset as check_tool
+import evaluate_predictions
 import numpy as np
 import pytest
 import torch
@@ -22,10 +24,6 @@ from psf.data.prepare.archives import unpack
 from psf.evaluation import PanopticEvaluator, build_evaluators
 from psf.panoptic_png import read_panoptic_ids
 from psf.trainer import Trainer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-import check_dataset as check_tool
-import evaluate_predictions
 
 MAKERS = {"ade20k": make_ade20k, "cityscapes": make_cityscapes, "coco": make_coco}
 NAMES = {
