@@ -62,16 +62,11 @@ def transfer_classes(
     stuff: Matches,
 ) -> dict[str, Tensor]:
     """
-    Rearrange the rows of all parameters with one row per class.
-
-    Args:
-        weights: of the checkpoint, with K or T rows.
-        own: state of the newly initialized model, with K' or T' rows.
-        things: matches of the K' classes.
-        stuff: matches of the T' classes.
+    Rearrange the rows of all parameters with one row per class, K or T of the checkpoint.
 
     Returns:
-        The weights with K' or T' rows: the checkpoint's for matched classes, else the model's.
+        The weights with K' or T' rows: the checkpoint's for matched classes, else those of the
+        newly initialized model (``own``).
     """
     result = dict(weights)
     for pattern, matches in ((_THING_ROWS, things), (_STUFF_ROWS, stuff)):

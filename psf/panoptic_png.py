@@ -65,14 +65,7 @@ def _is_whole(content: bytes) -> bool:
 
 
 def unknown_ids(path: str, unknown: Iterable[int], known: Iterable[int]) -> str:
-    """
-    Say why a PNG probably has ids that its JSON does not list.
-
-    Args:
-        path: of the PNG.
-        unknown: the ids that are not listed.
-        known: the ids that the JSON lists.
-    """
+    """Say why a PNG probably has unknown ids, besides those that its JSON lists."""
     wrong, right = sorted(unknown), set(known)
     found = f"'{path}' has segment ids {wrong[:5]} that its JSON does not list. "
     if right.issuperset(_swap_red_and_blue(i) for i in wrong):
@@ -93,13 +86,7 @@ def _swap_red_and_blue(segment_id: int) -> int:
 
 
 def write_panoptic_ids(path: str, ids: NDArray[np.integer]) -> None:
-    """
-    Write a COCO panoptic PNG.
-
-    Args:
-        path: the file; its folder must exist.
-        ids: (H, W), in 0..16777215.
-    """
+    """Write a COCO panoptic PNG of ids (H, W) in 0..16777215 into a folder that exists."""
     if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) <= MAX_ID:
         raise ValueError(
             f"'{path}': ids {int(ids.min())}..{int(ids.max())} do not fit into the colours of a "

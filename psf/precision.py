@@ -20,15 +20,9 @@ _INSTRUCTIONS = {
 
 def usable_precision(precision: str, device: str | torch.device, option: str) -> str:
     """
-    Check that a device has instructions for a precision.
+    The precision, or "float32" where the device would take several times as long.
 
-    Args:
-        precision: "float32", "bfloat16" or "float16".
-        device: to compute on.
-        option: the name of what asks for it, for the log.
-
-    Returns:
-        The precision, or "float32" where the device would be several times slower.
+    A line in the log then names the option that asks for it.
     """
     kind = torch.device(device).type
     if precision not in _INSTRUCTIONS or kind not in ("cpu", "cuda"):

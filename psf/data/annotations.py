@@ -141,11 +141,7 @@ def read_panoptic_json(
     path: str | os.PathLike[str], categories: Sequence[Mapping[str, Any]] | None = None
 ) -> PanopticJson:
     """
-    Read a JSON in the COCO panoptic format.
-
-    Args:
-        path: the file.
-        categories: replace the file's, which must not contradict them.
+    Read a JSON in the COCO panoptic format. Categories replace its own, which must not differ.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -68,15 +68,7 @@ def check_dataset(
     """
     Find the defects of a data set, in its JSON, images and PNGs and between them.
 
-    Args:
-        panoptic_json: the annotations.
-        image_root: folder of the images.
-        panoptic_root: folder of the PNGs.
-        image_file: from the JSON's name of an image to its path below ``image_root``.
-        num_processes: processes that read images.
-
-    Returns:
-        All defects; empty if the data set is fine.
+    The files are those of :func:`psf.data.register_panoptic`; so many processes read images.
     """
     report = _Report(str(panoptic_json))
     try:

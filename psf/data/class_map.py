@@ -29,10 +29,8 @@ class ClassMap(NamedTuple):
         """
         Read the classes of a data set registered with Detectron2.
 
-        Args:
-            metadata: an entry of ``MetadataCatalog`` with ``thing_dataset_id_to_contiguous_id`` and
-                ``stuff_dataset_id_to_contiguous_id``. As in Mask2Former's registrations, the second
-                may list the things too; what both list is a thing.
+        As in Mask2Former's registrations, ``stuff_dataset_id_to_contiguous_id`` may list the things
+        too; what both maps list is a thing.
 
         Raises:
             ValueError: the metadata lacks the id maps.
@@ -93,12 +91,7 @@ def shared_classes(
     Match the classes of a data set and of the model's data set.
 
     Classes are matched by name, things and stuff on their own. Where classes of one kind share a
-    name, the data set's ids decide.
-
-    Args:
-        metadata: of the data set.
-        reference: of the data set that numbers the model's classes.
-        may_lack: the data set may have fewer classes than the model.
+    name, the data set's ids decide. With ``may_lack`` it may have fewer classes than the model.
 
     Returns:
         The contiguous ids of the shared classes in the reference and in the data set, in the order

@@ -20,17 +20,10 @@ def build_evaluators(
     model_dataset: str | None = None,
 ) -> DatasetEvaluator:
     """
-    Build an evaluator for each output that is on.
+    Build an evaluator for each output that is on: PQ, AP of instances, mIoU.
 
-    Args:
-        dataset_name: a panoptic data set registered with Detectron2.
-        panoptic: measure PQ, SQ and RQ of ``panoptic_seg``.
-        instances: measure the AP of ``instances``; needs ``json_file`` in the metadata.
-        sem_seg: measure the mIoU of ``sem_seg``.
-        output_dir: folder for tables and predictions; None: not written.
-        boundary_pq: with ``panoptic``, also measure Boundary PQ.
-        save_predictions: with ``panoptic``, write the predictions in the format of COCO's server.
-        model_dataset: the data set that numbers the model's classes; None: this one.
+    Tables and predictions are written to ``output_dir``, unless it is None. ``model_dataset``
+    numbers the model's classes; None: the evaluated data set does.
 
     Raises:
         ValueError: no output is on, or the data set lacks what an evaluator needs, or has other

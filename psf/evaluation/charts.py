@@ -53,12 +53,8 @@ def write_curves(
     Draw losses and panoptic quality against the iterations.
 
     The losses of all decoder layers (``loss_mask``, ``loss_mask_0``, ...) are added up. If resumed
-    training repeated iterations, the last values are drawn.
-
-    Args:
-        metrics_json: Detectron2's log, one JSON object per line. Damaged lines are skipped.
-        path: the PNG to write; its folder is created.
-        window: logged values in the running mean of the losses.
+    training repeated iterations, the last values are drawn. Losses are drawn with their running
+    mean over ``window`` logged values.
     """
     records = read_metrics(metrics_json)
     figure = Figure(figsize=(12, 4.5), dpi=_DPI, layout="constrained")
@@ -83,11 +79,7 @@ def write_quality_bars(
     """
     Draw the PQ of each class as a bar, things and stuff separately, best first.
 
-    Args:
-        rows: of classes, and of groups, whose means are drawn as lines. Classes without a value are
-            only counted.
-        path: the PNG to write; its folder is created.
-        title: of the picture.
+    Means of groups are drawn as lines. Classes without a value are only counted.
     """
     columns = [
         sorted((r for r in rows if r.kind == kind and r.pq == r.pq), key=lambda r: r.pq)

@@ -56,14 +56,7 @@ def score_predictions(
     boundary: bool = False,
 ) -> Scores:
     """
-    Compare saved predictions with the ground truth.
-
-    Args:
-        truth_json: of the data set.
-        truth_root: folder of its PNGs.
-        pred_json: of the predictions.
-        pred_root: folder of their PNGs.
-        boundary: Boundary PQ instead of PQ.
+    Compare saved predictions with the ground truth: JSON files, and folders of their PNGs.
 
     Raises:
         FileNotFoundError: a file is missing.

@@ -155,10 +155,7 @@ def write_contact_sheet(
     """
     Write a picture with a row for each sample: image, ground truth, prediction.
 
-    Args:
-        samples: of any image sizes; small images are enlarged and big ones reduced.
-        metadata: of the data set.
-        path: the PNG to write; its folder is created.
+    Small images are enlarged and big ones reduced.
     """
     drawings = []
     for record, truth, prediction in samples:
@@ -193,15 +190,7 @@ def cell_size(images: Sequence[NDArray[np.uint8]]) -> int:
 def write_sheet(
     rows: Sequence[SheetRow], titles: Sequence[str], cell: int, path: str | os.PathLike[str]
 ) -> None:
-    """
-    Write rows of pictures below each other.
-
-    Args:
-        rows: from top to bottom.
-        titles: of the columns.
-        cell: width of a column; no picture is wider.
-        path: the PNG to write; its folder is created.
-    """
+    """Write rows of pictures below each other, in columns as wide as ``cell``."""
     width = len(titles) * (cell + _GAP) + _GAP
     height = _CAPTION + sum(_CAPTION + row.pictures[0].shape[0] + _GAP for row in rows)
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)

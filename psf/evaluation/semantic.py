@@ -96,14 +96,7 @@ def _read_labels(path: str) -> NDArray[np.integer]:
 
 def semantic_labels(dataset_dict: dict[str, Any], ignore_label: int) -> NDArray[np.int64]:
     """
-    Read the class of every pixel.
-
-    Args:
-        dataset_dict: a record of a panoptic data set.
-        ignore_label: the label of void and crowd.
-
-    Returns:
-        (H, W), contiguous ids or ``ignore_label``.
+    The class of every pixel: (H, W), contiguous ids, or ``ignore_label`` for void and crowds.
     """
     panoptic_seg, segments_info = load_ground_truth(dataset_dict)
     ids, index = np.unique(panoptic_seg.numpy(), return_inverse=True)

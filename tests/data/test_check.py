@@ -1,5 +1,6 @@
 """Every kind of defect is found, and named by file and id."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -157,18 +158,11 @@ def test_defect(files, spoil, expected):
     ), defects
 
 
-def of(f, *path):
-    """The object below the JSON at a path of keys, and the last key."""
-    value = f.json
-    for key in path[:-1]:
-        value = value[key]
-    return value, path[-1]
-
-
 def put(value, *path):
+    *parents, key = path
+
     def spoil(f):
-        parent, key = of(f, *path)
-        parent[key] = value
+        functools.reduce(lambda parent, part: parent[part], parents, f.json)[key] = value
 
     return spoil
 

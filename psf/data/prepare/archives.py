@@ -17,12 +17,8 @@ def unpack(archive: Path, folder: Path, *, members: str = "") -> None:
     """
     Unpack a .zip or .tar, if it exists. Files that are there with the same content are skipped.
 
-    Files that differ are replaced, unless they are newer than the archive; these are logged.
-
-    Args:
-        archive: the file.
-        folder: where to unpack it.
-        members: unpack only what is below this folder of the archive.
+    Files that differ are replaced, unless they are newer than the archive; these are logged. Only
+    what is below the folder ``members`` of the archive is unpacked.
 
     Raises:
         ValueError: the archive is damaged, or a member would be written outside ``folder``.

@@ -227,10 +227,7 @@ def convert_labelme(source: Path, stuff: Sequence[str], output: Path) -> None:
     several share a ``group_id``. Things cover stuff, and of each kind later shapes cover earlier
     ones. The flag ``crowd`` of a shape marks its segment as a crowd.
 
-    Args:
-        source: folder of the JSON files.
-        stuff: the labels that are stuff; all others are things.
-        output: folder for ``panoptic/``, ``panoptic.json`` and ``instances.json``.
+    Writes ``panoptic/``, ``panoptic.json`` and ``instances.json`` into the output folder.
 
     Raises:
         ValueError: there is no file, a stuff label has no shape, or a shape has no area.

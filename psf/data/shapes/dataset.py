@@ -94,12 +94,8 @@ def generate_shapes(
     The files are written to a temporary folder, which is renamed to ``root`` when complete. Several
     processes may call this at the same time: one generates, the others wait.
 
-    Args:
-        root: folder of the data set. Another version of shapes in it is replaced.
-        num_train: training images.
-        num_val: validation images.
-        size: pixels a side.
-        seed: of all images. An image depends on the seed, its split and its number only.
+    Another version of shapes in ``root`` is replaced. Images have ``size`` pixels a side; each
+    depends on the seed, its split and its number only.
 
     Raises:
         OSError: ``root`` cannot be written.

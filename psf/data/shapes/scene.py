@@ -192,17 +192,7 @@ _STUFF: dict[str, Callable[[np.random.Generator, int], Array]] = {
 
 
 def _tint(rng: np.random.Generator, rgb: tuple[int, int, int], relief: Array) -> Array:
-    """
-    Colour a texture: like its class most of the time, at random one time in five.
-
-    Args:
-        rng: drawn from.
-        rgb: the colour of the class.
-        relief: (S, S), the brightness to add.
-
-    Returns:
-        (3, S, S).
-    """
+    """(3, S, S): the colour of the class, at random one time in five, and the relief (S, S)."""
     base = np.array(rgb) + rng.normal(0, 22, 3) if rng.random() < 0.8 else rng.uniform(60, 200, 3)
     strength = rng.uniform(0.8, 1.2) * rng.uniform(0.8, 1.2, 3)
     return _channels(base) + _channels(strength) * relief
