@@ -17,9 +17,6 @@ def write_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     A kill, an error or a full disk leaves the old file as it was. The folder is created.
 
-    Args:
-        path: the file to write.
-
     Yields:
         The file to write in its place, ``<stem>.partial<suffix>``.
 

@@ -81,13 +81,7 @@ class Checkpointer(DetectionCheckpointer):
     """
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """
-        Load a file or a URL.
-
-        Raises:
-            OSError: there is no such file, or the URL cannot be downloaded.
-            ValueError: the file is damaged, or its weights are not those of this model.
-        """
+        """Load a file or a URL; raises OSError or ValueError with one line that names it."""
         path = os.path.expanduser(path)
         check_weights(path)
         try:

@@ -158,13 +158,8 @@ def align_names(
     """
     Find the same classes in another order, and log a line if it is another one.
 
-    Args:
-        theirs: to search.
-        ours: to find.
-        theirs_of: for the messages, such as "data set 'x'".
-        ours_of: likewise.
-        mend: for the error, what to do.
-        may_lack: ``theirs`` may be fewer.
+    The messages say whose names they are (``theirs_of``, such as "data set 'x'") and what to do
+    (``mend``). With ``may_lack`` they may have fewer classes.
 
     Returns:
         The positions in ``theirs`` of our things and of our stuff; None: they lack the class.

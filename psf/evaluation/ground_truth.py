@@ -28,10 +28,7 @@ class PanopticSegmentation(NamedTuple):
 
 def load_ground_truth(dataset_dict: dict[str, Any]) -> PanopticSegmentation:
     """
-    Read the ground truth of an image.
-
-    Args:
-        dataset_dict: a record of a panoptic data set. Not modified.
+    Read the ground truth of a record of a panoptic data set.
 
     Raises:
         FileNotFoundError: the PNG does not exist.

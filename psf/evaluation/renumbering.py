@@ -38,12 +38,7 @@ class Renumbering(NamedTuple):
         return self.model != self.data
 
     def __call__(self, output: dict[str, Any]) -> dict[str, Any]:
-        """
-        Renumber ``panoptic_seg``, ``instances`` and ``sem_seg`` of an output, where it has them.
-
-        Args:
-            output: of the model. Not modified.
-        """
+        """An output with ``panoptic_seg``, ``instances`` and ``sem_seg`` renumbered: a copy."""
         if not self.is_needed:
             return output
         result = dict(output)
