@@ -41,6 +41,9 @@ from psf.trainer import Trainer
         ("MODEL.PIXEL_MEAN", [1.0]),
         ("MODEL.PIXEL_STD", [1.0, 0.0, 1.0]),
         ("MODEL.PSF.L1_WEIGHT", -1.0),
+        ("MODEL.PSF.LOCATION_DECODER.DENOISING.LABEL_NOISE", 1.5),
+        ("MODEL.PSF.LOCATION_DECODER.ONE_TO_MANY.REPEATS", 0),
+        ("MODEL.PSF.MASK_POINTS.NUM_POINTS", 0),
         ("MODEL.PSF.TEST.SCORE_THRESHOLD", 50.0),
     ],
 )

@@ -66,22 +66,16 @@ def register_panoptic(  # noqa: PLR0913  one argument per part of a data set
         prepare: called before the annotations are loaded, to create the files.
     """
     _check_name(name)
-    image_root, panoptic_root, panoptic_json = map(
-        os.path.expanduser, (image_root, panoptic_root, panoptic_json)
-    )
-    instances_json = instances_json and os.path.expanduser(instances_json)
-    sem_seg_root = sem_seg_root and os.path.expanduser(sem_seg_root)
-    if categories is None:
-        _require_json(panoptic_json)
-        categories = read_categories(panoptic_json)
-
     files: dict[str, Any] = {
-        "panoptic_json": panoptic_json,
-        "image_root": image_root,
-        "panoptic_root": panoptic_root,
-        "sem_seg_root": sem_seg_root,
+        "panoptic_json": os.path.expanduser(panoptic_json),
+        "image_root": os.path.expanduser(image_root),
+        "panoptic_root": os.path.expanduser(panoptic_root),
+        "sem_seg_root": sem_seg_root and os.path.expanduser(sem_seg_root),
         "image_file": image_file,
     }
+    if categories is None:
+        _require_json(files["panoptic_json"])
+        categories = read_categories(files["panoptic_json"])
 
     def load() -> list[dict[str, Any]]:
         if prepare is not None:
@@ -93,7 +87,7 @@ def register_panoptic(  # noqa: PLR0913  one argument per part of a data set
     MetadataCatalog.get(name).set(
         **files,
         **panoptic_metadata(categories, things_first=things_first),
-        json_file=instances_json,
+        json_file=instances_json and os.path.expanduser(instances_json),
         evaluator_type="coco_panoptic_seg",
         ignore_label=255,
         label_divisor=1000,

@@ -269,7 +269,7 @@ class LocationDecoder(nn.Module):
         """
         Which queries must not see which: those of another kind or another denoising group.
 
-        Denoising queries see the thing queries, which keeps every row from being hidden wholly.
+        Denoising queries see the thing queries. All see themselves: no row is hidden wholly.
         """
         if noised is None and num_learned == self.num_queries:
             return None
@@ -283,4 +283,7 @@ class LocationDecoder(nn.Module):
         hidden = kind[:, None] != kind
         hidden[num_learned:, : self.num_queries] = False
         filling = F.pad(~noised.valid, (num_learned, 0))  # (N, Q)
-        return (hidden | filling[:, None]).repeat_interleave(self.num_heads, dim=0)
+        hidden = (hidden | filling[:, None]) & ~torch.eye(
+            len(kind), dtype=torch.bool, device=device
+        )
+        return hidden.repeat_interleave(self.num_heads, dim=0)
